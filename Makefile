@@ -1,0 +1,43 @@
+# make demo   set everything up, then train on handwritten digits: the results are in runs/demo
+# make test   set everything up, then run every test
+# Both need nothing but Python 3.10 to 3.13 (PYTHON=python3.x names one) and a C++ compiler.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/pip --disable-pip-version-check install --constraint constraints.txt
+NATIVE_SOURCES := $(shell find csrc -type f)
+
+.PHONY: venv demo test lint bench readme clean
+
+venv: .venv/installed
+
+demo: venv
+	$(BIN)/densenet-efficient train --data digits --output runs/demo
+
+test: venv
+	$(BIN)/pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+
+bench: venv
+	$(BIN)/python -m benchmarks.run
+
+readme: venv
+	$(BIN)/python -m benchmarks.report
+
+clean:
+	rm -rf build dist *.egg-info densenet_efficient/*.so .venv/installed
+
+# The native build is compiled against the installed torch, so torch and the build tools come first.
+.venv/build-tools: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP_INSTALL) setuptools ninja numpy torch
+	touch $@
+
+.venv/installed: .venv/build-tools pyproject.toml setup.py $(NATIVE_SOURCES)
+	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	touch $@

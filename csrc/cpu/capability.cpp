@@ -1,0 +1,77 @@
+#include "cpu/capability.h"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+namespace densenet_efficient {
+namespace {
+
+constexpr const char* kVariable = "DENSENET_EFFICIENT_CPU_CAPABILITY";
+constexpr std::array kNames{"default", "avx2", "avx512", "avx512_bf16"};
+
+#define QUALIFIED_CAPABILITY(capability, ...) Capability::capability,
+constexpr std::array kCompiled{FOR_EACH_CPU_CAPABILITY(QUALIFIED_CAPABILITY)};
+#undef QUALIFIED_CAPABILITY
+
+std::string name_of(Capability capability) { return kNames[static_cast<std::size_t>(capability)]; }
+
+bool cpu_supports(Capability capability) {
+#if defined(__x86_64__)
+  // The compiler's run-time library also asks whether the operating system saves the wide registers.
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  switch (capability) {
+    case Capability::AVX2:
+      return avx2;
+    case Capability::AVX512:
+      return avx512;
+    case Capability::AVX512_BF16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Capability::DEFAULT:
+      return true;
+  }
+#endif
+  return capability == Capability::DEFAULT;
+}
+
+std::string join(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+Capability requested_capability(const std::string& request) {
+  const auto found = std::ranges::find_if(kCompiled, [&](Capability c) { return name_of(c) == request; });
+  TORCH_CHECK_VALUE(found != kCompiled.end(), kVariable, "='", request,
+                    "' is not a CPU capability of this build: set it to one of ",
+                    join(compiled_cpu_capabilities()), ", or unset it");
+  TORCH_CHECK(cpu_supports(*found), kVariable, "='", request,
+              "' is not supported by this CPU: set it to one that is, or unset it");
+  return *found;
+}
+
+Capability choose_capability() {
+  if (const char* request = std::getenv(kVariable)) return requested_capability(request);
+  return *std::find_if(kCompiled.rbegin(), kCompiled.rend(), cpu_supports);
+}
+
+}  // namespace
+
+Capability cpu_capability() {
+  static const Capability capability = choose_capability();
+  return capability;
+}
+
+std::string cpu_capability_name() { return name_of(cpu_capability()); }
+
+std::vector<std::string> compiled_cpu_capabilities() {
+  std::vector<std::string> names;
+  for (const Capability capability : kCompiled) names.push_back(name_of(capability));
+  return names;
+}
+
+}  // namespace densenet_efficient

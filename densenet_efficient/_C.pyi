@@ -1,0 +1,19 @@
+"""The native module: importing it registers `torch.ops.densenet_efficient`."""
+
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    version: str  # of densenet_efficient
+    torch: str  # the version whose headers were compiled against: the running one must have the same minor version
+    compiler: str
+    cpu_capabilities: list[str]  # ascending: "default", and on x86-64 "avx2", "avx512", "avx512_bf16"
+    cuda_architectures: str | None  # as in TORCH_CUDA_ARCH_LIST; None: built without CUDA
+
+def build_info() -> BuildInfo: ...
+def cpu_capability() -> str:
+    """The CPU capability in use: DENSENET_EFFICIENT_CPU_CAPABILITY, else the best that this CPU supports.
+
+    Raises:
+        ValueError: the environment variable names a capability that this build does not have.
+        RuntimeError: it names one that this CPU does not support.
+    """

@@ -1,0 +1,21 @@
+"""DenseNets that train with a twentieth of the activation memory and in less time, with the same results."""
+
+from .models import (
+    EfficientDenseNet,
+    EfficientDenseNet121,
+    EfficientDenseNet161,
+    EfficientDenseNet169,
+    EfficientDenseNet201,
+    EfficientDenseNet264,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EfficientDenseNet",
+    "EfficientDenseNet121",
+    "EfficientDenseNet161",
+    "EfficientDenseNet169",
+    "EfficientDenseNet201",
+    "EfficientDenseNet264",
+]

@@ -1,0 +1,359 @@
+"""The heart: shared storage, shared statistics, recomputation and the backward of a stage.
+
+A stage is a dense block together with the consumer of all its channels, its exit (a transition, the head, or nothing).
+The whole block lives in ONE channels-last buffer ``storage`` [M, C0 + L*k]: a layer reads the prefix of its input
+channels and writes its k new ones into its slot, so concatenation copies nothing. The mathematics, with its proof against
+autograd, is that of Huang et al. 2017 (arXiv:1608.06993) and Pleiss et al. 2017 (arXiv:1707.06990), plus the deferred
+projection of `batch_norm.Projection`.
+
+Functions here know tensors only; modules stand in `modules.py`, the operators seen by autograd in `operators.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .batch_norm import BatchNorm, Projection
+
+TRANSITION, HEAD, NO_EXIT = "transition", "head", "none"
+
+
+class DenseLayer(NamedTuple):
+    """One layer: BN-ReLU-conv1x1-BN-ReLU-conv3x3, or BN-ReLU-conv3x3 where the bottleneck's two are None."""
+
+    norm1: BatchNorm  # of C_l channels
+    conv1: Tensor  # [K, C_l, 1, 1], or [k, C_l, 3, 3] without a bottleneck
+    norm2: BatchNorm | None  # of K channels
+    conv2: Tensor | None  # [k, K, 3, 3]
+    dropout: Tensor | None  # [M, k], True where an output is kept
+
+    @property
+    def growth_rate(self) -> int:
+        """k, the channels that this layer adds."""
+        return (self.conv1 if self.conv2 is None else self.conv2).shape[0]
+
+
+@dataclass
+class Stage:
+    """A dense block and its exit. The exit's norm and 1x1 convolution are None where it has none."""
+
+    layers: list[DenseLayer]
+    exit: str
+    exit_norm: BatchNorm | None
+    exit_conv: Tensor | None
+    drop_rate: float
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether any consumer of the storage normalises by the batch's statistics."""
+        norms = [layer.norm1 for layer in self.layers] + ([self.exit_norm] if self.exit_norm else [])
+        return any(norm.running is None for norm in norms)
+
+
+class StageOutput(NamedTuple):
+    """What a forward leaves; all but ``out`` is kept for the backward."""
+
+    out: Tensor  # [N, C', H // 2, W // 2] of a transition, [N, C] of a head, empty without an exit
+    features: Tensor  # [N, C, H, W], a view of the storage
+    statistics: Tensor  # [2, C]: mean and biased variance of every channel of the storage
+    bottleneck_statistics: Tensor  # [L, 2, K]
+    bottlenecks: Tensor  # [L, M, K], empty where they are recomputed
+
+
+class StageGradients(NamedTuple):
+    """The gradients of a stage; None where not asked for."""
+
+    input: Tensor | None
+    layers: list[list[Tensor | None]]  # in the order of the layer's parameters
+    exit: list[Tensor | None]
+
+
+def as_rows(images: Tensor) -> Tensor:
+    """[N, C, H, W] as [M, C] rows; a view where ``images`` is channels-last, else a copy."""
+    return images.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def as_images(rows: Tensor, height: int, width: int) -> Tensor:
+    """[M, C] rows as an [N, C, H, W] channels-last view."""
+    return rows.unflatten(0, (-1, height, width)).permute(0, 3, 1, 2)
+
+
+def pooling_window(stage_exit: str, height: int, width: int) -> tuple[int, int]:
+    """The window of the exit's average pooling: 2x2 in a transition, the whole image in the head."""
+    return (2, 2) if stage_exit == TRANSITION else (height, width)
+
+
+def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutput:
+    """Runs a stage on ``x`` [N, C0, H, W] of any layout."""
+    images, channels, height, width = x.shape
+    rows = images * height * width
+    backend = kernels.backend_for(x.device)
+    total = channels + sum(layer.growth_rate for layer in stage.layers)
+    accumulation = kernels.accumulation_dtype(x.dtype)
+    storage = x.new_empty(rows, total)
+    statistics = x.new_empty(2, total, dtype=accumulation)
+    with_statistics = stage.needs_statistics
+    as_images(storage[:, :channels], height, width).copy_(x)
+    if with_statistics:
+        backend.channel_stats(storage[:, :channels], *statistics[:, :channels])
+
+    bottlenecks, bottleneck_statistics = _allocate_bottlenecks(stage, rows, x, accumulation, save_bottlenecks)
+    for index, layer in enumerate(stage.layers):
+        inputs, slot = storage[:, :channels], storage[:, channels : channels + layer.growth_rate]
+        slot_statistics = statistics[:, channels : channels + layer.growth_rate] if with_statistics else (None, None)
+        affine = layer.norm1.affine(*statistics[:, :channels])
+        weight = layer.conv1
+        if layer.norm2 is not None and layer.conv2 is not None:
+            bottleneck = bottlenecks[index if save_bottlenecks else 0]
+            stats = bottleneck_statistics[index]
+            wanted = stats if layer.norm2.running is None else (None, None)
+            backend.bn_relu_conv1x1(inputs, affine.scale, affine.shift, layer.conv1, bottleneck, *wanted)
+            inputs, affine, weight = bottleneck, layer.norm2.affine(*stats), layer.conv2
+        fused_statistics = slot_statistics if layer.dropout is None else (None, None)
+        backend.bn_relu_conv3x3(inputs, affine.scale, affine.shift, weight, height, width, slot, *fused_statistics)
+        if layer.dropout is not None:
+            _drop(slot, layer.dropout, stage.drop_rate)
+            if with_statistics:
+                backend.channel_stats(slot, *slot_statistics)
+        channels += layer.growth_rate
+
+    out = _forward_exit(stage, storage, statistics, height, width)
+    kept = bottlenecks if save_bottlenecks else x.new_empty(0)
+    return StageOutput(out, as_images(storage, height, width), statistics, bottleneck_statistics, kept)
+
+
+def backward_stage(
+    stage: Stage,
+    out_grad: Tensor | None,
+    features_grad: Tensor | None,
+    saved: StageOutput,
+    input_needed: bool,
+    layers_needed: list[list[bool]],
+    exit_needed: list[bool],
+) -> StageGradients:
+    """The backward of `forward_stage`; of the gradients, only those needed are computed.
+
+    ``saved.out`` is not read. ``layers_needed`` and ``exit_needed`` follow the order of the parameters.
+    """
+    height, width = saved.features.shape[2:]
+    storage = as_rows(saved.features)
+    rows, total = storage.shape
+    mean, _ = saved.statistics
+    grad = torch.empty_like(storage)  # of the storage; finished where a channel's last consumer is done
+    projection = Projection(total, mean)
+    accumulate = features_grad is not None
+    if features_grad is not None:
+        as_images(grad, height, width).copy_(features_grad)
+    exit_grads: list[Tensor | None] = [None] * len(exit_needed)
+    if out_grad is not None:
+        exit_grads = _backward_exit(stage, out_grad, saved, grad, accumulate, projection, exit_needed)
+
+    layer_grads: list[list[Tensor | None]] = [[None] * len(needed) for needed in layers_needed]
+    lowest = 0 if input_needed else _first_needed(layers_needed)
+    scratch: dict[str, Tensor] = {}
+    stop = total
+    for index in range(len(stage.layers) - 1, lowest - 1, -1):
+        layer = stage.layers[index]
+        start = stop - layer.growth_rate
+        projection.apply(grad[:, start:stop], storage[:, start:stop], mean, start, stop)
+        if layer.dropout is not None:
+            _drop(grad[:, start:stop], layer.dropout, stage.drop_rate)
+        below_needed = input_needed or index > lowest
+        backward = _LayerBackward(layer, index, saved, storage[:, :start], grad, below_needed, scratch)
+        layer_grads[index] = backward.run(layers_needed[index], projection)
+        stop = start
+    scratch.clear()  # before the peak of the copy below
+    input_grad = None
+    if input_needed:
+        projection.apply(grad[:, :stop], storage[:, :stop], mean, 0, stop)
+        input_grad = as_images(grad[:, :stop].contiguous(), height, width)
+    return StageGradients(input_grad, layer_grads, exit_grads)
+
+
+class _LayerBackward:
+    """The backward of one layer: from the finished gradient of its slot to the gradient buffer of its inputs."""
+
+    def __init__(
+        self,
+        layer: DenseLayer,
+        index: int,
+        saved: StageOutput,
+        inputs: Tensor,
+        grad: Tensor,
+        below_needed: bool,
+        scratch: dict[str, Tensor],
+    ) -> None:
+        self.layer = layer
+        self.index = index
+        self.saved = saved
+        self.inputs = inputs  # [M, C_l], the prefix of the storage
+        channels = inputs.shape[1]
+        self.inputs_grad = grad[:, :channels] if below_needed else None
+        self.slot_grad = grad[:, channels : channels + layer.growth_rate]
+        self.scratch = scratch
+        self.rows = inputs.shape[0]
+        self.height, self.width = saved.features.shape[2:]
+        self.backend = kernels.backend_for(inputs.device)
+        self.affine = layer.norm1.affine(*saved.statistics[:, :channels])
+
+    def run(self, needed: list[bool], projection: Projection) -> list[Tensor | None]:
+        """The gradients of the layer's parameters, None where not needed."""
+        if self.layer.conv2 is None:
+            return self._plain(needed, projection)
+        return self._bottleneck(needed, projection)
+
+    def _plain(self, needed: list[bool], projection: Projection) -> list[Tensor | None]:
+        weight, bias, conv = needed
+        sums = self._sums(self.inputs, weight or bias or self.inputs_grad is not None)
+        conv_grad = self._like(self.layer.conv1, conv)
+        affine = self.affine
+        self.backend.bn_relu_conv3x3_backward(
+            self.slot_grad, self.inputs, affine.mean, affine.scale, affine.shift, self.layer.conv1,
+            self.height, self.width, self.inputs_grad, True, conv_grad, *sums,
+        )  # fmt: skip
+        return [*self._norm1_grads(sums, projection), conv_grad]
+
+    def _bottleneck(self, needed: list[bool], projection: Projection) -> list[Tensor | None]:
+        layer, affine = self.layer, self.affine
+        assert layer.norm2 is not None and layer.conv2 is not None
+        weight1, bias1, conv1, weight2, bias2, conv2 = needed
+        norm1_needed = weight1 or bias1 or self.inputs_grad is not None
+        bottleneck_needed = norm1_needed or conv1
+        bottleneck = self._bottleneck_output()
+        affine2 = layer.norm2.affine(*self.saved.bottleneck_statistics[self.index])
+        sums2 = self._sums(bottleneck, bottleneck_needed or weight2 or bias2)
+        bottleneck_grad = self._scratch("bottleneck_grad", bottleneck.shape[1]) if bottleneck_needed else None
+        conv2_grad = self._like(layer.conv2, conv2)
+        self.backend.bn_relu_conv3x3_backward(
+            self.slot_grad, bottleneck, affine2.mean, affine2.scale, affine2.shift, layer.conv2,
+            self.height, self.width, bottleneck_grad, False, conv2_grad, *sums2,
+        )  # fmt: skip
+        norm2_grads = [_gamma_grad(sums2[1], affine2.rstd), sums2[0]]
+        if bottleneck_grad is None:
+            return [None, None, None, *norm2_grads, conv2_grad]
+
+        finish = Projection(bottleneck.shape[1], affine2.mean)
+        assert sums2[0] is not None and sums2[1] is not None
+        finish.add(layer.norm2, affine2, sums2[0], sums2[1], self.rows)
+        sums = self._sums(self.inputs, norm1_needed)
+        conv1_grad = self._like(layer.conv1, conv1)
+        self.backend.bn_relu_conv1x1_backward(
+            bottleneck_grad, bottleneck, affine2.mean, finish.slope, finish.offset,
+            self.inputs, affine.mean, affine.scale, affine.shift, layer.conv1, self.inputs_grad, conv1_grad, *sums,
+        )  # fmt: skip
+        return [*self._norm1_grads(sums, projection), conv1_grad, *norm2_grads, conv2_grad]
+
+    def _bottleneck_output(self) -> Tensor:
+        """[M, K], as saved or recomputed; the recomputation takes no statistics."""
+        if self.saved.bottlenecks.numel():
+            return self.saved.bottlenecks[self.index]
+        bottleneck = self._scratch("bottleneck", self.layer.conv1.shape[0])
+        affine = self.affine
+        self.backend.bn_relu_conv1x1(self.inputs, affine.scale, affine.shift, self.layer.conv1, bottleneck, None, None)
+        return bottleneck
+
+    def _norm1_grads(self, sums: tuple[Tensor | None, Tensor | None], projection: Projection) -> list[Tensor | None]:
+        sum_grad, sum_grad_x = sums
+        if sum_grad is not None and sum_grad_x is not None:
+            projection.add(self.layer.norm1, self.affine, sum_grad, sum_grad_x, self.rows)
+        return [_gamma_grad(sum_grad_x, self.affine.rstd), sum_grad]
+
+    def _sums(self, x: Tensor, needed: bool) -> tuple[Tensor | None, Tensor | None]:
+        if not needed:
+            return None, None
+        return self.affine.mean.new_empty(x.shape[1]), self.affine.mean.new_empty(x.shape[1])
+
+    def _like(self, weight: Tensor, needed: bool) -> Tensor | None:
+        return torch.empty_like(weight, dtype=self.affine.mean.dtype) if needed else None
+
+    def _scratch(self, name: str, channels: int) -> Tensor:
+        """[M, channels]; one buffer serves every layer of the block."""
+        if name not in self.scratch:
+            self.scratch[name] = self.inputs.new_empty(self.rows, channels)
+        return self.scratch[name]
+
+
+def _allocate_bottlenecks(
+    stage: Stage, rows: int, x: Tensor, accumulation: torch.dtype, save: bool
+) -> tuple[Tensor, Tensor]:
+    """Bottleneck outputs, one per layer or one scratch for all, and their statistics [L, 2, K]."""
+    width = 0 if not stage.layers or stage.layers[0].conv2 is None else stage.layers[0].conv1.shape[0]
+    count = len(stage.layers) if width else 0
+    bottlenecks = x.new_empty(count if save else min(count, 1), rows, width)
+    return bottlenecks, x.new_empty(count, 2, width, dtype=accumulation)
+
+
+def _forward_exit(stage: Stage, storage: Tensor, statistics: Tensor, height: int, width: int) -> Tensor:
+    """BN-ReLU-average pooling, and the transition's 1x1 convolution, which commutes with the pooling."""
+    if stage.exit_norm is None:
+        return storage.new_empty(0)
+    pooled = _pool(stage, storage, statistics, height, width)
+    if stage.exit_conv is None:
+        return pooled
+    out = pooled @ stage.exit_conv.flatten(1).to(pooled.dtype).t()
+    return as_images(out, height // 2, width // 2)
+
+
+def _pool(stage: Stage, storage: Tensor, statistics: Tensor, height: int, width: int) -> Tensor:
+    """[M', C], the pooled activations of the exit."""
+    assert stage.exit_norm is not None
+    affine = stage.exit_norm.affine(*statistics)
+    window = pooling_window(stage.exit, height, width)
+    windows = storage.shape[0] // (height * width) * (height // window[0]) * (width // window[1])
+    pooled = storage.new_empty(windows, storage.shape[1])
+    backend = kernels.backend_for(storage.device)
+    backend.bn_relu_avg_pool(storage, affine.scale, affine.shift, height, width, *window, pooled)
+    return pooled
+
+
+def _backward_exit(
+    stage: Stage,
+    out_grad: Tensor,
+    saved: StageOutput,
+    grad: Tensor,
+    accumulate: bool,
+    projection: Projection,
+    needed: list[bool],
+) -> list[Tensor | None]:
+    """Fills the gradient buffer from the exit's gradient; returns the gradients of (norm, conv)'s parameters."""
+    assert stage.exit_norm is not None
+    storage = as_rows(saved.features)
+    height, width = saved.features.shape[2:]
+    conv_grad, pooled_grad = None, out_grad
+    if stage.exit_conv is not None:
+        out_rows = as_rows(out_grad)
+        weight = stage.exit_conv.flatten(1).to(out_rows.dtype)
+        if needed[2]:
+            pooled = _pool(stage, storage, saved.statistics, height, width)
+            conv_grad = (out_rows.t() @ pooled).view_as(stage.exit_conv)
+            del pooled
+        pooled_grad = out_rows @ weight
+    affine = stage.exit_norm.affine(*saved.statistics)
+    window = pooling_window(stage.exit, height, width)
+    sum_grad, sum_grad_x = torch.empty_like(affine.mean), torch.empty_like(affine.mean)
+    backend = kernels.backend_for(storage.device)
+    backend.bn_relu_avg_pool_backward(
+        pooled_grad, storage, affine.mean, affine.scale, affine.shift,
+        height, width, *window, grad, accumulate, sum_grad, sum_grad_x,
+    )  # fmt: skip
+    projection.add(stage.exit_norm, affine, sum_grad, sum_grad_x, storage.shape[0])
+    return [sum_grad_x * affine.rstd, sum_grad, *([conv_grad] if stage.exit_conv is not None else [])]
+
+
+def _gamma_grad(sum_grad_x: Tensor | None, rstd: Tensor) -> Tensor | None:
+    return None if sum_grad_x is None else sum_grad_x * rstd
+
+
+def _first_needed(layers_needed: list[list[bool]]) -> int:
+    """The index of the first layer with a parameter whose gradient is needed; the number of layers if there is none."""
+    return next((index for index, needed in enumerate(layers_needed) if any(needed)), len(layers_needed))
+
+
+def _drop(rows: Tensor, kept: Tensor, drop_rate: float) -> None:
+    """Inverted dropout of ``rows`` [M, k], in place."""
+    rows.mul_(kept).mul_(1 / (1 - drop_rate) if drop_rate < 1 else 0)

@@ -1,0 +1,95 @@
+"""The contract of the operations, and the choice of the backend that carries them out.
+
+A backend is a module with the functions listed in `CONTRACT`. `dense_block.py` and `stem.py` are written once, over them.
+
+Conventions, the same for every backend:
+
+- ``x``, ``out``, ``grad``: 2-D views [M, C] (M = N*H*W pixels, channels last) with unit column stride and any row
+  stride, so that a prefix or a slot of a dense block's storage is passed as it is. float32, float64, bfloat16, float16.
+- ``scale = gamma * rstd`` and ``shift = beta - mean * scale``, statistics and sums: 1-D, of `accumulation_dtype`.
+- ``weight``: the convolution's own tensor [K, C, 1, 1] or [K, C, 3, 3], of any floating dtype (autocast keeps float32
+  weights beside bfloat16 activations); ``grad_weight`` has its shape and `accumulation_dtype`.
+- Python allocates, the kernel fills what it is given. A statistic, sum or gradient that nobody needs is None.
+- ``g`` below is the gradient of the convolution's (or pooling's) input, masked by the ReLU:
+  ``sum_grad = sum over M of g`` and ``sum_grad_x = sum over M of g * (x - mean)``, hence
+  ``dbeta = sum_grad`` and ``dgamma = sum_grad_x * rstd``.
+- ``grad`` receives ``scale * g``: assigned, or added where ``accumulate`` is true.
+- Sums are taken in a fixed order that depends on the shapes alone: two runs give the same bits with any number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from types import ModuleType
+
+import torch
+
+from . import cpu, reference
+
+CONTRACT = (
+    "channel_stats",
+    "bn_relu_conv1x1",
+    "bn_relu_conv1x1_backward",
+    "bn_relu_conv3x3",
+    "bn_relu_conv3x3_backward",
+    "project_gradient",
+    "bn_relu_avg_pool",
+    "bn_relu_avg_pool_backward",
+    "bn_relu_max_pool",
+    "bn_relu_max_pool_backward",
+)
+BACKEND_VARIABLE = "DENSENET_EFFICIENT_BACKEND"
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
+
+_announced: set[str] = set()
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and sums for activations of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def backend_name(device: torch.device | str) -> str:
+    """The name of the backend that serves ``device``.
+
+    Chosen by the device, or by the environment variable DENSENET_EFFICIENT_BACKEND, which works or raises.
+
+    Raises:
+        ValueError: the variable names no backend.
+        RuntimeError: the backend that it names cannot serve this device or is not built.
+    """
+    device = torch.device(device)
+    requested = os.environ.get(BACKEND_VARIABLE)
+    if requested:
+        _check_requested(requested, device)
+        return requested
+    if device.type != "cpu":
+        return "reference"
+    if not cpu.is_available():
+        _announce_once(
+            f"densenet_efficient runs on its slower plain-torch backend: {cpu.unavailable_reason()}. "
+            "Remedy: install a C++ compiler (g++ or clang++) and reinstall the package."
+        )
+        return "reference"
+    return "cpu"
+
+
+def backend_for(device: torch.device) -> ModuleType:
+    """The backend module that serves ``device``; raises as `backend_name` does."""
+    return BACKENDS[backend_name(device)]
+
+
+def _check_requested(requested: str, device: torch.device) -> None:
+    if requested not in BACKENDS:
+        raise ValueError(f"{BACKEND_VARIABLE}={requested!r} names no backend; expected one of {sorted(BACKENDS)}")
+    if requested == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"{BACKEND_VARIABLE}=cpu cannot serve a tensor on {device}; unset it or move the model to the CPU")
+    if requested == "cpu" and not cpu.is_available():
+        raise RuntimeError(f"{BACKEND_VARIABLE}=cpu is not available: {cpu.unavailable_reason()}")
+
+
+def _announce_once(message: str) -> None:
+    if message not in _announced:
+        _announced.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)

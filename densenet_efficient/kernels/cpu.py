@@ -1,0 +1,35 @@
+"""The native CPU backend: the C++ operators of ``csrc/cpu``, under the contract of `densenet_efficient.kernels`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_unavailable_reason: str | None = None
+try:
+    from densenet_efficient import _C  # noqa: F401  (registers the operators)
+
+    if not hasattr(torch.ops.densenet_efficient, "bn_relu_conv1x1"):
+        _unavailable_reason = "its native extension densenet_efficient._C has no CPU operators"
+except ImportError as error:
+    _unavailable_reason = f"its native extension densenet_efficient._C could not be imported ({error})"
+
+
+def is_available() -> bool:
+    """Whether the native extension was built and loads."""
+    return _unavailable_reason is None
+
+
+def unavailable_reason() -> str | None:
+    """Why the native extension is not there; None where it is."""
+    return _unavailable_reason
+
+
+def __getattr__(name: str) -> Any:
+    """The operator ``torch.ops.densenet_efficient.<name>``, whose arguments are those of the reference function."""
+    from . import CONTRACT
+
+    if name not in CONTRACT:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(torch.ops.densenet_efficient, name)

@@ -1,0 +1,236 @@
+"""Time and peak memory of a step, measured from outside the model.
+
+Times are medians of steps taken in turn in one process, because a machine's speed drifts. Memory is the slope
+of a fresh process's peak between two batch sizes, so that weights, libraries and the interpreter cancel out.
+The allocator keeps its default settings: what it holds back is memory that its user does not have.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TASKS = ("train", "infer")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+MIB = 2**20
+
+
+def make_step(
+    model: nn.Module,
+    input_shape: tuple[int, int, int],  # channels, height, width
+    batch: int,
+    *,
+    dtype: str = "float32",
+    task: str = "train",
+    device: str = "cpu",
+    channels_last: bool = True,
+) -> Callable[[], Tensor]:
+    """Place `model` on `device` and return a function that runs one step of it on `batch` random images.
+
+    A training step is forward, cross-entropy, backward and plain SGD, and returns the loss; an inference step
+    is the forward in eval mode, and returns the outputs `[batch, classes]`. "float32" and "float64" are the
+    model's dtype, "bfloat16" and "float16" autocast of a float32 model. Raises ValueError for other names.
+    """
+    forward = make_forward(
+        model, input_shape, batch, dtype=dtype, task=task, device=device, channels_last=channels_last
+    )
+    if task == "infer":
+        return forward
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def train() -> Tensor:
+        logits = forward()
+        loss = F.cross_entropy(logits, torch.arange(batch, device=device) % logits.shape[1])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return train
+
+
+def make_forward(
+    model: nn.Module,
+    input_shape: tuple[int, int, int],  # channels, height, width
+    batch: int,
+    *,
+    dtype: str,
+    task: str,
+    device: str,
+    channels_last: bool,
+) -> Callable[[], Tensor]:
+    """The forward of `make_step` alone, with the same arguments; in training it records for a backward."""
+    _check_choice("task", task, TASKS)
+    _check_choice("dtype", dtype, DTYPES)
+    training, autocast = task == "train", dtype in ("bfloat16", "float16")
+    step_dtype: torch.dtype = getattr(torch, dtype)
+    model_dtype = torch.float32 if autocast else step_dtype
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model.to(device=device, dtype=model_dtype, memory_format=memory_format)  # type: ignore[call-overload]
+    model.train(training)
+    images = torch.rand(batch, *input_shape, dtype=model_dtype, device=device).to(memory_format=memory_format)
+    precision = functools.partial(
+        torch.autocast, torch.device(device).type, dtype=step_dtype, enabled=autocast
+    )
+
+    def forward() -> Tensor:
+        with torch.inference_mode(not training), precision():
+            return model(images)
+
+    return forward
+
+
+def step_times(
+    steps: Mapping[str, Callable[[], object]], rounds: int = 5, warmup: int = 1
+) -> dict[str, float]:
+    """Median milliseconds of each step, over `rounds` rounds that run all of them in turn: A B A B.
+
+    `warmup` rounds come first and are not timed. CUDA work is waited for.
+    """
+    if rounds < 1 or warmup < 0:
+        raise ValueError(f"expected rounds >= 1 and warmup >= 0, got rounds={rounds}, warmup={warmup}")
+    for _ in range(warmup):
+        for step in steps.values():
+            step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(_milliseconds(step))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_memory_per_image(
+    factory: str,
+    arguments: Mapping[str, Any],
+    input_shape: tuple[int, int, int],  # channels, height, width
+    batches: tuple[int, int] = (8, 24),
+    dtype: str = "float32",
+    task: str = "train",
+    device: str = "cpu",
+    channels_last: bool = True,
+) -> float:
+    """MiB that each further image of a batch adds to the peak memory of `task`.
+
+    `factory` is "module:function"; `function(**arguments)` gives the model, and `arguments` must be JSON.
+    Each of the two batches runs in a fresh process (see `peak_memory`).
+    """
+    smaller, larger = batches
+    if not 0 < smaller < larger:
+        raise ValueError(f"expected batches (smaller, larger) with 0 < smaller < larger, got {batches}")
+    options = {"dtype": dtype, "task": task, "device": device, "channels_last": channels_last}
+    smaller_peak = peak_memory(factory, arguments, input_shape, smaller, **options)
+    larger_peak = peak_memory(factory, arguments, input_shape, larger, **options)
+    return (larger_peak - smaller_peak) / (larger - smaller) / MIB
+
+
+def peak_memory(
+    factory: str,
+    arguments: Mapping[str, Any],
+    input_shape: tuple[int, int, int],  # channels, height, width
+    batch: int,
+    **options: Any,
+) -> int:
+    """Peak bytes of a fresh process over two steps of `make_step(..., **options)`, after a first one.
+
+    The first step compiles and initialises, so it does not count. On the CPU this is the peak resident set
+    (Linux only), on CUDA the allocator's peak. Raises RuntimeError if the process fails.
+    """
+    return int(_run_in_fresh_process("peak", factory, arguments, input_shape, batch, options))
+
+
+def first_step_seconds(
+    factory: str,
+    arguments: Mapping[str, Any],
+    input_shape: tuple[int, int, int],  # channels, height, width
+    batch: int,
+    **options: Any,
+) -> float:
+    """Seconds a fresh process takes to start, import, build the model and run one step of it, and to end."""
+    start = time.perf_counter()
+    _run_in_fresh_process("first", factory, arguments, input_shape, batch, options)
+    return time.perf_counter() - start
+
+
+def _run_in_fresh_process(
+    measurement: str,
+    factory: str,
+    arguments: Mapping[str, Any],
+    input_shape: tuple[int, int, int],
+    batch: int,
+    options: Mapping[str, Any],
+) -> str:
+    """The last line that this file prints as a program; the process imports from where this one does."""
+    step = {"input_shape": input_shape, "batch": batch, **options}
+    request = json.dumps(
+        {"measurement": measurement, "factory": factory, "arguments": dict(arguments), "step": step}
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "densenet_efficient.measure", request]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if process.returncode != 0:
+        reason = (process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+        raise RuntimeError(f"measuring {factory} with batch {batch} in a fresh process failed: {reason}")
+    return process.stdout.splitlines()[-1]
+
+
+def _serve(request: Mapping[str, Any]) -> int:
+    """Run the requested steps in this process and return its peak bytes; 0 for the first step alone."""
+    module, function = request["factory"].split(":")
+    model = getattr(importlib.import_module(module), function)(**request["arguments"])
+    step = make_step(model, **request["step"])
+    step()
+    if request["measurement"] == "first":
+        return 0
+    return _peak_bytes(step, on_cuda=next(model.parameters()).is_cuda)
+
+
+def _peak_bytes(step: Callable[[], object], on_cuda: bool, steps: int = 2) -> int:
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
+    for _ in range(steps):
+        step()
+    return torch.cuda.max_memory_allocated() if on_cuda else _peak_resident_bytes()
+
+
+def _peak_resident_bytes() -> int:
+    # Not getrusage: its ru_maxrss survives exec, so a child could report the peak of its parent.
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def _milliseconds(step: Callable[[], object]) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    step()
+    _synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {what} {value!r}; expected one of {', '.join(choices)}")
+
+
+if __name__ == "__main__":
+    print(_serve(json.loads(sys.argv[1])))

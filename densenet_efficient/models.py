@@ -1,0 +1,269 @@
+"""The topology: EfficientDenseNet, its ImageNet presets, and the CIFAR networks of the paper (arXiv:1608.06993)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .modules import CHECKPOINTING_LEVELS, DenseBlock, Features, Transition
+
+
+class EfficientDenseNet(nn.Module):
+    """DenseNet (Huang et al., CVPR 2017, arXiv:1608.06993) that keeps almost no activations for its backward.
+
+    Constructor arguments, attribute names and state_dict keys are those of ``torchvision.models.DenseNet``; what stands
+    after ``memory_efficient`` is added. Input: float [N, in_channels, H, W], contiguous or channels-last; output:
+    [N, num_classes].
+
+    Args:
+        growth_rate: k, the channels that each layer adds.
+        block_config: the number of layers of each block; a transition stands between two blocks.
+        num_init_features: the channels of the first convolution.
+        bn_size: the bottleneck's channels are ``bn_size * growth_rate``.
+        drop_rate: of the dropout after each layer, in [0, 1).
+        num_classes: outputs of the classifier.
+        memory_efficient: torchvision's flag, on by default: True means ``checkpointing="bottleneck"``, False "none".
+        in_channels: channels of the input.
+        compression: theta, a transition gives ``int(channels * compression)`` channels; 0.5 in -C and -BC, 1.0 without.
+        bottleneck: whether a layer has its 1x1 convolution (-B and -BC).
+        small_inputs: the stem of the CIFAR networks, one 3x3 convolution without pooling.
+        checkpointing: "none" saves the bottleneck outputs for the backward, "bottleneck" recomputes them.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type or outside its range.
+    """
+
+    def __init__(
+        self,
+        growth_rate: int = 32,
+        block_config: Sequence[int] = (6, 12, 24, 16),
+        num_init_features: int = 64,
+        bn_size: int = 4,
+        drop_rate: float = 0.0,
+        num_classes: int = 1000,
+        memory_efficient: bool = True,
+        *,
+        in_channels: int = 3,
+        compression: float = 0.5,
+        bottleneck: bool = True,
+        small_inputs: bool = False,
+        checkpointing: str | None = None,
+    ) -> None:
+        super().__init__()
+        level = checkpointing or ("bottleneck" if memory_efficient else "none")
+        self.config: dict[str, Any] = {
+            "growth_rate": growth_rate,
+            "block_config": list(block_config),
+            "num_init_features": num_init_features,
+            "bn_size": bn_size,
+            "drop_rate": drop_rate,
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "compression": compression,
+            "bottleneck": bottleneck,
+            "small_inputs": small_inputs,
+            "checkpointing": level,
+        }
+        _check_config(self.config)
+        self.features = Features()
+        _add_stem(self.features, in_channels, num_init_features, small_inputs)
+        channels = num_init_features
+        for index, num_layers in enumerate(block_config, start=1):
+            block = DenseBlock(num_layers, channels, bn_size, growth_rate, drop_rate, bottleneck, level)
+            self.features.add_module(f"denseblock{index}", block)
+            channels += num_layers * growth_rate
+            if index < len(block_config):
+                compressed = int(channels * compression)
+                self.features.add_module(f"transition{index}", Transition(channels, compressed))
+                channels = compressed
+        self.features.add_module("norm5", nn.BatchNorm2d(channels))
+        self.classifier = nn.Linear(channels, num_classes)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+            elif isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    @property
+    def checkpointing(self) -> str:
+        """The level of the blocks; assign "none" or "bottleneck" at any time."""
+        return str(self.config["checkpointing"])
+
+    @checkpointing.setter
+    def checkpointing(self, level: str) -> None:
+        _check_level(level)
+        self.config["checkpointing"] = level
+        for module in self.features.children():
+            if isinstance(module, DenseBlock):
+                module.checkpointing = level
+
+    @property
+    def depth(self) -> int:
+        """The number in a DenseNet's name: its convolutions plus the classifier."""
+        return 1 + sum(isinstance(module, nn.Conv2d) for module in self.modules())
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.features.pooled(x))
+        return logits
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Accepts the keys of older checkpoints too: "norm.1" for "norm1", and a leading "module."."""
+        rename_old_keys(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+_OLD_KEY = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
+
+
+def rename_old_keys(state_dict: dict[str, Any], prefix: str = "") -> None:
+    """Renames, in place, "denselayer1.norm.1." to "denselayer1.norm1." and "module.features" to "features"."""
+    for key in list(state_dict):
+        if not key.startswith(prefix):
+            continue
+        name = _OLD_KEY.sub(r"\1\2", key[len(prefix) :].removeprefix("module."))
+        if prefix + name != key:
+            state_dict[prefix + name] = state_dict.pop(key)
+
+
+def _add_stem(features: nn.Sequential, in_channels: int, channels: int, small_inputs: bool) -> None:
+    if small_inputs:
+        features.add_module("conv0", nn.Conv2d(in_channels, channels, kernel_size=3, padding=1, bias=False))
+        return
+    features.add_module("conv0", nn.Conv2d(in_channels, channels, kernel_size=7, stride=2, padding=3, bias=False))
+    features.add_module("norm0", nn.BatchNorm2d(channels))
+    features.add_module("relu0", nn.ReLU(inplace=True))
+    features.add_module("pool0", nn.MaxPool2d(kernel_size=3, stride=2, padding=1))
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    for name in ("growth_rate", "num_init_features", "bn_size", "num_classes", "in_channels"):
+        _check_positive(name, config[name])
+    if not config["block_config"]:
+        raise ValueError("block_config must name the layers of at least one block, got none")
+    for num_layers in config["block_config"]:
+        _check_positive("each entry of block_config", num_layers)
+    if not 0 <= config["drop_rate"] < 1:
+        raise ValueError(f"drop_rate must be in [0, 1), got {config['drop_rate']}")
+    if not 0 < config["compression"] <= 1:
+        raise ValueError(f"compression must be in (0, 1], got {config['compression']}")
+    _check_level(config["checkpointing"])
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _check_level(level: Any) -> None:
+    if level not in CHECKPOINTING_LEVELS:
+        raise ValueError(f"checkpointing must be one of {', '.join(CHECKPOINTING_LEVELS)}, got {level!r}")
+
+
+class EfficientDenseNet121(EfficientDenseNet):
+    """DenseNet-121: blocks 6, 12, 24, 16, growth rate 32; 8.0 M parameters."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(32, (6, 12, 24, 16), 64, **kwargs)
+
+
+class EfficientDenseNet161(EfficientDenseNet):
+    """DenseNet-161: blocks 6, 12, 36, 24, growth rate 48; 28.7 M parameters."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(48, (6, 12, 36, 24), 96, **kwargs)
+
+
+class EfficientDenseNet169(EfficientDenseNet):
+    """DenseNet-169: blocks 6, 12, 32, 32, growth rate 32; 14.1 M parameters."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(32, (6, 12, 32, 32), 64, **kwargs)
+
+
+class EfficientDenseNet201(EfficientDenseNet):
+    """DenseNet-201: blocks 6, 12, 48, 32, growth rate 32; 20.0 M parameters."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(32, (6, 12, 48, 32), 64, **kwargs)
+
+
+class EfficientDenseNet264(EfficientDenseNet):
+    """DenseNet-264: blocks 6, 12, 64, 48, growth rate 32; 33.3 M parameters.
+
+    The paper's name counts one less than the rule that gives 121, 161, 169 and 201: `depth` is 265.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(32, (6, 12, 64, 48), 64, **kwargs)
+
+
+def cifar_densenet(
+    depth: int, growth_rate: int, bottleneck: bool = True, compression: float = 0.5, **kwargs: Any
+) -> EfficientDenseNet:
+    """A network of the paper's CIFAR and SVHN experiments (section 4.2): three blocks on 32x32 images, 10 classes.
+
+    Plain: ``bottleneck=False, compression=1.0``; -B: ``compression=1.0``; -C: ``bottleneck=False``; -BC: the defaults.
+
+    Args:
+        depth: convolutions plus the classifier; ``depth - 4`` must be divisible by 3, by 6 with the bottleneck.
+        growth_rate: k.
+        kwargs: further arguments of `EfficientDenseNet`.
+
+    Raises:
+        ValueError: no such network has this depth.
+    """
+    convolutions = 6 if bottleneck else 3
+    if depth <= 4 or (depth - 4) % convolutions:
+        raise ValueError(f"depth must be 4 plus a multiple of {convolutions}, got {depth}")
+    num_layers = (depth - 4) // convolutions
+    num_init_features = 2 * growth_rate if bottleneck and compression < 1 else 16
+    settings: dict[str, Any] = {"num_classes": 10, "small_inputs": True, "num_init_features": num_init_features}
+    return EfficientDenseNet(
+        growth_rate, (num_layers,) * 3, bottleneck=bottleneck, compression=compression, **(settings | kwargs)
+    )
+
+
+def _cifar(depth: int, growth_rate: int, bottleneck: bool, compression: float) -> Callable[..., EfficientDenseNet]:
+    return lambda **kwargs: cifar_densenet(depth, growth_rate, bottleneck, compression, **kwargs)
+
+
+_MODELS: dict[str, Callable[..., EfficientDenseNet]] = {
+    "densenet121": EfficientDenseNet121,
+    "densenet161": EfficientDenseNet161,
+    "densenet169": EfficientDenseNet169,
+    "densenet201": EfficientDenseNet201,
+    "densenet264": EfficientDenseNet264,
+    "densenet-40-12": _cifar(40, 12, bottleneck=False, compression=1.0),
+    "densenet-100-12": _cifar(100, 12, bottleneck=False, compression=1.0),
+    "densenet-100-24": _cifar(100, 24, bottleneck=False, compression=1.0),
+    "densenet-b-100-12": _cifar(100, 12, bottleneck=True, compression=1.0),
+    "densenet-c-100-12": _cifar(100, 12, bottleneck=False, compression=0.5),
+    "densenet-bc-100-12": _cifar(100, 12, bottleneck=True, compression=0.5),
+    "densenet-bc-250-24": _cifar(250, 24, bottleneck=True, compression=0.5),
+    "densenet-bc-190-40": _cifar(190, 40, bottleneck=True, compression=0.5),
+}
+
+
+def model_names() -> list[str]:
+    """The names that `create_model` knows."""
+    return list(_MODELS)
+
+
+def create_model(name: str, **kwargs: Any) -> EfficientDenseNet:
+    """The network of this name; ``kwargs`` are further arguments of `EfficientDenseNet`.
+
+    Raises:
+        ValueError: there is no network of this name.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"unknown model {name!r}; expected one of {', '.join(_MODELS)}")
+    return _MODELS[name](**kwargs)

@@ -1,0 +1,409 @@
+"""The stage and the stem as functional operators: what autograd, torch.compile and export see.
+
+Tensors and plain values go in and out; the writes into slices of a storage happen inside. An operator's fake and its
+autograd formula stand beside it. Running statistics are updated outside, once per step, from the returned statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from .batch_norm import BatchNorm
+from .dense_block import (
+    NO_EXIT,
+    TRANSITION,
+    DenseLayer,
+    Stage,
+    StageOutput,
+    as_images,
+    backward_stage,
+    forward_stage,
+)
+from .kernels import accumulation_dtype
+from .stem import Stem, StemOutput, backward_stem, forward_stem, pooled_size
+
+NAMESPACE = "densenet_efficient"
+PARAMETERS_WITH_BOTTLENECK, PARAMETERS_WITHOUT = 6, 3
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Inside an operator the dtypes are settled: autocast must not cast once more."""
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = next(value for value in args if isinstance(value, Tensor))
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _norm(weight: Tensor, bias: Tensor, epsilons: list[float], uses_running: list[bool], running: list[Tensor]) -> BatchNorm:
+    """Takes the next norm off the front of the three lists."""
+    pair = (running.pop(0), running.pop(0)) if uses_running.pop(0) else None
+    return BatchNorm(weight, bias, epsilons.pop(0), pair)
+
+
+def _unflatten(
+    parameters: list[Tensor],
+    exit_parameters: list[Tensor],
+    running: list[Tensor],
+    masks: list[Tensor],
+    epsilons: list[float],
+    uses_running: list[bool],
+    bottleneck: bool,
+    stage_exit: str,
+    drop_rate: float,
+) -> Stage:
+    """The stage that the operator's flat arguments describe."""
+    lists = (list(epsilons), list(uses_running), list(running))
+    layers = []
+    for index, group in enumerate(_by_layer(parameters, bottleneck)):
+        norm1 = _norm(group[0], group[1], *lists)
+        norm2 = _norm(group[3], group[4], *lists) if bottleneck else None
+        layers.append(DenseLayer(norm1, group[2], norm2, group[5] if bottleneck else None, masks[index] if masks else None))
+    exit_norm = _norm(exit_parameters[0], exit_parameters[1], *lists) if exit_parameters else None
+    exit_conv = exit_parameters[2] if len(exit_parameters) > 2 else None
+    return Stage(layers, stage_exit, exit_norm, exit_conv, drop_rate)
+
+
+T = TypeVar("T")
+
+
+def _by_layer(values: list[T], bottleneck: bool) -> list[list[T]]:
+    size = PARAMETERS_WITH_BOTTLENECK if bottleneck else PARAMETERS_WITHOUT
+    return [list(values[start : start + size]) for start in range(0, len(values), size)]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::dense_stage", mutates_args=())
+def dense_stage(
+    x: Tensor,
+    parameters: list[Tensor],
+    exit_parameters: list[Tensor],
+    running: list[Tensor],
+    masks: list[Tensor],
+    epsilons: list[float],
+    uses_running: list[bool],
+    bottleneck: bool,
+    stage_exit: str,
+    drop_rate: float,
+    save_bottlenecks: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A dense block and its exit; the outputs are those of `dense_block.StageOutput`.
+
+    Args:
+        x: [N, C0, H, W], any layout.
+        parameters: per layer norm1.weight, norm1.bias, conv1.weight and, with a bottleneck, the same of norm2 and conv2.
+        exit_parameters: norm.weight, norm.bias of the exit, and the convolution's weight in a transition; or nothing.
+        running: mean and variance of each norm that uses its running statistics, in the order of the norms.
+        masks: per layer [N*H*W, k], bool, what the dropout keeps; or nothing.
+        epsilons, uses_running: one per norm: the layers' in order, then the exit's.
+        stage_exit: "transition", "head" or "none".
+        save_bottlenecks: whether the backward finds the bottleneck outputs saved, or recomputes them.
+    """
+    stage = _unflatten(
+        parameters, exit_parameters, running, masks, epsilons, uses_running, bottleneck, stage_exit, drop_rate
+    )
+    return _run_stage(x, stage, save_bottlenecks)
+
+
+@_without_autocast
+def _run_stage(x: Tensor, stage: Stage, save_bottlenecks: bool) -> StageOutput:
+    return forward_stage(stage, x, save_bottlenecks)
+
+
+@dense_stage.register_fake
+def _(
+    x: Tensor,
+    parameters: list[Tensor],
+    exit_parameters: list[Tensor],
+    running: list[Tensor],
+    masks: list[Tensor],
+    epsilons: list[float],
+    uses_running: list[bool],
+    bottleneck: bool,
+    stage_exit: str,
+    drop_rate: float,
+    save_bottlenecks: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    images, channels, height, width = x.shape
+    layers = _by_layer(parameters, bottleneck)
+    total = channels + sum(layer[-1].shape[0] for layer in layers)
+    rows = images * height * width
+    dtype = accumulation_dtype(x.dtype)
+    features = as_images(x.new_empty(rows, total), height, width)
+    if stage_exit == NO_EXIT:
+        out = x.new_empty(0)
+    elif stage_exit == TRANSITION:
+        pooled = (height // 2, width // 2)
+        out = as_images(x.new_empty(images * pooled[0] * pooled[1], exit_parameters[2].shape[0]), *pooled)
+    else:
+        out = x.new_empty(images, total)
+    count = len(layers) if bottleneck else 0
+    bottleneck_channels = layers[0][2].shape[0] if count else 0
+    saved = x.new_empty(count, rows, bottleneck_channels) if save_bottlenecks else x.new_empty(0)
+    statistics = x.new_empty(2, total, dtype=dtype)
+    return out, features, statistics, x.new_empty(count, 2, bottleneck_channels, dtype=dtype), saved
+
+
+@torch.library.custom_op(f"{NAMESPACE}::dense_stage_backward", mutates_args=())
+def dense_stage_backward(
+    out_grad: Tensor | None,
+    features_grad: Tensor | None,
+    features: Tensor,
+    statistics: Tensor,
+    bottleneck_statistics: Tensor,
+    bottlenecks: Tensor,
+    parameters: list[Tensor],
+    exit_parameters: list[Tensor],
+    running: list[Tensor],
+    masks: list[Tensor],
+    epsilons: list[float],
+    uses_running: list[bool],
+    bottleneck: bool,
+    stage_exit: str,
+    drop_rate: float,
+    needed: list[bool],
+) -> list[Tensor]:
+    """The gradients of (x, *parameters, *exit_parameters) for which ``needed`` is true, in this order."""
+    stage = _unflatten(
+        parameters, exit_parameters, running, masks, epsilons, uses_running, bottleneck, stage_exit, drop_rate
+    )
+    saved = StageOutput(features.new_empty(0), features, statistics, bottleneck_statistics, bottlenecks)
+    count = 1 + len(parameters)
+    gradients = _run_stage_backward(
+        features, stage, out_grad, features_grad, saved, needed[0], _by_layer(needed[1:count], bottleneck), needed[count:]
+    )
+    values = [gradients[0], *(grad for layer in gradients[1] for grad in layer), *gradients[2]]
+    parameters = [features, *parameters, *exit_parameters]
+    return [
+        _as_gradient(grad, parameter)
+        for grad, parameter, wanted in zip(values, parameters, needed, strict=True)
+        if wanted
+    ]
+
+
+@_without_autocast
+def _run_stage_backward(features: Tensor, stage: Stage, *args: Any) -> Any:
+    return backward_stage(stage, *args)
+
+
+def _as_gradient(grad: Tensor | None, parameter: Tensor) -> Tensor:
+    """``grad`` in its parameter's dtype; zeros for a parameter that no gradient reached."""
+    return torch.zeros_like(parameter) if grad is None else grad.to(parameter.dtype)
+
+
+@dense_stage_backward.register_fake
+def _(
+    out_grad: Tensor | None,
+    features_grad: Tensor | None,
+    features: Tensor,
+    statistics: Tensor,
+    bottleneck_statistics: Tensor,
+    bottlenecks: Tensor,
+    parameters: list[Tensor],
+    exit_parameters: list[Tensor],
+    running: list[Tensor],
+    masks: list[Tensor],
+    epsilons: list[float],
+    uses_running: list[bool],
+    bottleneck: bool,
+    stage_exit: str,
+    drop_rate: float,
+    needed: list[bool],
+) -> list[Tensor]:
+    images, total, height, width = features.shape
+    channels = total - sum(layer[-1].shape[0] for layer in _by_layer(parameters, bottleneck))
+    x = as_images(features.new_empty(images * height * width, channels), height, width)
+    shapes = [x, *map(torch.empty_like, parameters), *map(torch.empty_like, exit_parameters)]
+    return [shape for shape, wanted in zip(shapes, needed, strict=True) if wanted]
+
+
+def _save_stage(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, parameters, exit_parameters, running, masks, *values, _ = inputs
+    _, features, statistics, bottleneck_statistics, bottlenecks = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(statistics, bottleneck_statistics, bottlenecks)
+    ctx.lengths = [len(group) for group in (parameters, exit_parameters, running, masks)]
+    ctx.values = values
+    ctx.save_for_backward(
+        features, statistics, bottleneck_statistics, bottlenecks, *parameters, *exit_parameters, *running, *masks
+    )
+
+
+def _backward_stage(ctx: Any, out_grad: Tensor | None, features_grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    nothing = (None,) * (len(ctx.values) + 1)
+    lengths = ctx.lengths
+    if out_grad is None and features_grad is None:
+        return None, *([None] * length for length in lengths), *nothing
+    saved, groups = ctx.saved_tensors[:4], _split(ctx.saved_tensors[4:], lengths)
+    input_needed, parameters_needed, exit_needed, *_rest = ctx.needs_input_grad
+    needed = [input_needed, *parameters_needed, *exit_needed]
+    gradients = iter(dense_stage_backward(out_grad, features_grad, *saved, *groups, *ctx.values, needed))
+    spread = [next(gradients) if wanted else None for wanted in needed]
+    return (
+        spread[0],
+        spread[1 : 1 + lengths[0]],
+        spread[1 + lengths[0] :],
+        [None] * lengths[2],
+        [None] * lengths[3],
+        *nothing,
+    )
+
+
+def _split(values: Any, lengths: list[int]) -> list[list[Tensor]]:
+    remaining = iter(values)
+    return [[next(remaining) for _ in range(length)] for length in lengths]
+
+
+dense_stage.register_autograd(_backward_stage, setup_context=_save_stage)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::stem", mutates_args=())
+def stem(
+    x: Tensor,
+    conv: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: list[Tensor],
+    stride: list[int],
+    padding: list[int],
+    epsilon: float,
+    save_conv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolution, BN, ReLU and 3x3 maximum pooling; the outputs are those of `stem.StemOutput`.
+
+    ``running`` is (mean, variance) where the norm uses its running statistics, else empty.
+    """
+    return _run_stem(x, _describe_stem(conv, weight, bias, running, stride, padding, epsilon), save_conv)
+
+
+@_without_autocast
+def _run_stem(x: Tensor, description: Stem, save_conv: bool) -> StemOutput:
+    return forward_stem(description, x, save_conv)
+
+
+def _describe_stem(
+    conv: Tensor, weight: Tensor, bias: Tensor, running: list[Tensor], stride: list[int], padding: list[int], epsilon: float
+) -> Stem:
+    pair = (running[0], running[1]) if running else None
+    return Stem(conv, stride, padding, BatchNorm(weight, bias, epsilon, pair))
+
+
+@stem.register_fake
+def _(
+    x: Tensor,
+    conv: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: list[Tensor],
+    stride: list[int],
+    padding: list[int],
+    epsilon: float,
+    save_conv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    images, channels = x.shape[0], conv.shape[0]
+    height, width = (
+        (x.shape[2 + axis] + 2 * padding[axis] - conv.shape[2 + axis]) // stride[axis] + 1 for axis in (0, 1)
+    )
+    pooled = (pooled_size(height), pooled_size(width))
+    out = as_images(x.new_empty(images * pooled[0] * pooled[1], channels), *pooled)
+    statistics = x.new_empty(2, channels, dtype=accumulation_dtype(x.dtype))
+    conv_out = as_images(x.new_empty(images * height * width, channels), height, width) if save_conv else x.new_empty(0)
+    return out, statistics, conv_out
+
+
+@torch.library.custom_op(f"{NAMESPACE}::stem_backward", mutates_args=())
+def stem_backward(
+    out_grad: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    conv_out: Tensor,
+    conv: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: list[Tensor],
+    stride: list[int],
+    padding: list[int],
+    epsilon: float,
+    needed: list[bool],
+) -> list[Tensor]:
+    """The gradients of (x, conv, weight, bias) for which ``needed`` is true, in this order."""
+    description = _describe_stem(conv, weight, bias, running, stride, padding, epsilon)
+    gradients = _run_stem_backward(out_grad, x, description, StemOutput(out_grad, statistics, conv_out), needed)
+    wanted = [
+        _as_gradient(grad, parameter)
+        for grad, parameter, want in zip(gradients, (x, conv, weight, bias), needed, strict=True)
+        if want
+    ]
+    return wanted
+
+
+@_without_autocast
+def _run_stem_backward(
+    out_grad: Tensor, x: Tensor, description: Stem, saved: StemOutput, needed: list[bool]
+) -> list[Tensor | None]:
+    return backward_stem(description, out_grad, x, saved, needed)
+
+
+@stem_backward.register_fake
+def _(
+    out_grad: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    conv_out: Tensor,
+    conv: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: list[Tensor],
+    stride: list[int],
+    padding: list[int],
+    epsilon: float,
+    needed: list[bool],
+) -> list[Tensor]:
+    return [torch.empty_like(value) for value, want in zip((x, conv, weight, bias), needed, strict=True) if want]
+
+
+def _save_stem(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, conv, weight, bias, running, *values, _ = inputs
+    _, statistics, conv_out = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(statistics, conv_out)
+    ctx.values = values
+    ctx.save_for_backward(x, statistics, conv_out, conv, weight, bias, *running)
+
+
+def _backward_stem(ctx: Any, out_grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    x, statistics, conv_out, conv, weight, bias, *running = ctx.saved_tensors
+    nothing = ([None] * len(running), *(None,) * (len(ctx.values) + 1))
+    if out_grad is None:
+        return None, None, None, None, *nothing
+    needed = list(ctx.needs_input_grad[:4])
+    gradients = iter(
+        stem_backward(out_grad, x, statistics, conv_out, conv, weight, bias, running, *ctx.values, needed)
+    )
+    return *(next(gradients) if want else None for want in needed), *nothing
+
+
+stem.register_autograd(_backward_stem, setup_context=_save_stem)
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """A second derivative is refused, so nothing is kept for it."""
+
+
+def _refuse_double_backward(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(
+        "densenet_efficient has no second derivative (double backward); "
+        "for it, use densenet_efficient.reference.NaiveDenseNet with the same state_dict"
+    )
+
+
+dense_stage_backward.register_autograd(_refuse_double_backward, setup_context=_save_nothing)
+stem_backward.register_autograd(_refuse_double_backward, setup_context=_save_nothing)

@@ -1,0 +1,139 @@
+"""The naive DenseNet in plain torch operations: the oracle of the tests and the baseline of the benchmarks.
+
+Every layer concatenates, normalises and convolves with stock modules, and autograd keeps whatever it wants.
+With the same weights it equals torchvision's `DenseNet` bit for bit. Nothing is optimised; nothing should be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class NaiveDenseLayer(nn.Sequential):
+    """BN-ReLU-conv1x1-BN-ReLU-conv3x3, or BN-ReLU-conv3x3 without bottleneck; then dropout.
+
+    Maps the block's features so far, `[N, in_channels, H, W]`, to `[N, growth_rate, H, W]` new ones.
+    """
+
+    def __init__(
+        self, in_channels: int, growth_rate: int, bn_size: int, drop_rate: float, bottleneck: bool
+    ) -> None:
+        super().__init__()
+        self.drop_rate = drop_rate
+        width = bn_size * growth_rate
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.relu1 = nn.ReLU(inplace=True)
+        if bottleneck:
+            self.conv1 = nn.Conv2d(in_channels, width, kernel_size=1, bias=False)
+            self.norm2 = nn.BatchNorm2d(width)
+            self.relu2 = nn.ReLU(inplace=True)
+            self.conv2 = nn.Conv2d(width, growth_rate, kernel_size=3, padding=1, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(in_channels, growth_rate, kernel_size=3, padding=1, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        new_features = super().forward(features)
+        if self.drop_rate > 0:
+            new_features = F.dropout(new_features, p=self.drop_rate, training=self.training)
+        return new_features
+
+
+class NaiveDenseBlock(nn.ModuleDict):
+    """Dense layers, each fed the concatenation of the block's input and of all layers before it."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        in_channels: int,
+        growth_rate: int,
+        bn_size: int,
+        drop_rate: float,
+        bottleneck: bool,
+    ) -> None:
+        super().__init__()
+        for i in range(num_layers):
+            self[f"denselayer{i + 1}"] = NaiveDenseLayer(
+                in_channels + i * growth_rate, growth_rate, bn_size, drop_rate, bottleneck
+            )
+
+    def forward(self, features: Tensor) -> Tensor:
+        for layer in self.values():
+            features = torch.cat((features, layer(features)), dim=1)
+        return features
+
+
+class NaiveTransition(nn.Sequential):
+    """BN-ReLU-conv1x1-average pooling: `[N, in_channels, H, W]` to `[N, out_channels, H // 2, W // 2]`."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(in_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
+        self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
+
+
+class NaiveDenseNet(nn.Module):
+    """DenseNet (Huang et al., https://arxiv.org/abs/1608.06993) as anyone would write it.
+
+    The arguments, the names in the state_dict and the random stream of the initialisation are those of
+    `EfficientDenseNet` and of torchvision; `memory_efficient` and `checkpointing` are accepted and ignored.
+    Maps images `[N, in_channels, H, W]` to logits `[N, num_classes]`.
+    """
+
+    def __init__(
+        self,
+        growth_rate: int = 32,
+        block_config: Sequence[int] = (6, 12, 24, 16),
+        num_init_features: int = 64,
+        bn_size: int = 4,
+        drop_rate: float = 0.0,
+        num_classes: int = 1000,
+        memory_efficient: bool = True,
+        *,
+        in_channels: int = 3,
+        compression: float = 0.5,
+        bottleneck: bool = True,
+        small_inputs: bool = False,
+        checkpointing: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.features = nn.Sequential()
+        if small_inputs:
+            self.features.conv0 = nn.Conv2d(
+                in_channels, num_init_features, kernel_size=3, padding=1, bias=False
+            )
+        else:
+            self.features.conv0 = nn.Conv2d(
+                in_channels, num_init_features, kernel_size=7, stride=2, padding=3, bias=False
+            )
+            self.features.norm0 = nn.BatchNorm2d(num_init_features)
+            self.features.relu0 = nn.ReLU(inplace=True)
+            self.features.pool0 = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+
+        channels = num_init_features
+        for i, num_layers in enumerate(block_config, start=1):
+            block = NaiveDenseBlock(num_layers, channels, growth_rate, bn_size, drop_rate, bottleneck)
+            self.features.add_module(f"denseblock{i}", block)
+            channels += num_layers * growth_rate
+            if i < len(block_config):
+                compressed = int(channels * compression)
+                self.features.add_module(f"transition{i}", NaiveTransition(channels, compressed))
+                channels = compressed
+        self.features.norm5 = nn.BatchNorm2d(channels)
+        self.classifier = nn.Linear(channels, num_classes)
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+            elif isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = F.relu(self.features(images), inplace=True)
+        pooled = F.adaptive_avg_pool2d(features, (1, 1)).flatten(1)
+        return self.classifier(pooled)

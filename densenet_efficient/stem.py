@@ -1,0 +1,91 @@
+"""The stem: 7x7 convolution, batch norm, ReLU and 3x3 maximum pooling, with its recomputing backward.
+
+It keeps its input and, unless it recomputes, the convolution's output; never an arg-max (autograd's pooling keeps int64).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .batch_norm import BatchNorm, Projection
+from .dense_block import as_images, as_rows
+
+
+class Stem(NamedTuple):
+    """The stem's convolution and norm; the pooling is the 3x3, stride 2, padding 1 of the paper."""
+
+    conv: Tensor  # [C, in_channels, kh, kw]
+    stride: list[int]
+    padding: list[int]
+    norm: BatchNorm
+
+
+class StemOutput(NamedTuple):
+    """What a forward leaves; all but ``out`` is kept for the backward."""
+
+    out: Tensor  # [N, C, H', W']
+    statistics: Tensor  # [2, C]
+    conv_out: Tensor  # [N, C, H, W], empty where it is recomputed
+
+
+def pooled_size(size: int) -> int:
+    """The size after a 3x3 pooling of stride 2 and padding 1."""
+    return (size - 1) // 2 + 1
+
+
+def forward_stem(stem: Stem, x: Tensor, save_conv: bool) -> StemOutput:
+    """Runs the stem on ``x`` [N, in_channels, H, W]."""
+    backend = kernels.backend_for(x.device)
+    conv_out = _convolve(stem, x)
+    height, width = conv_out.shape[2:]
+    rows = as_rows(conv_out)
+    statistics = x.new_empty(2, rows.shape[1], dtype=kernels.accumulation_dtype(x.dtype))
+    if stem.norm.running is None:
+        backend.channel_stats(rows, *statistics)
+    affine = stem.norm.affine(*statistics)
+    pooled = x.new_empty(x.shape[0] * pooled_size(height) * pooled_size(width), rows.shape[1])
+    backend.bn_relu_max_pool(rows, affine.scale, affine.shift, height, width, pooled)
+    out = as_images(pooled, pooled_size(height), pooled_size(width))
+    return StemOutput(out, statistics, conv_out if save_conv else x.new_empty(0))
+
+
+def backward_stem(
+    stem: Stem, out_grad: Tensor, x: Tensor, saved: StemOutput, needed: list[bool]
+) -> list[Tensor | None]:
+    """The gradients of (input, convolution weight, norm weight, norm bias), None where not needed."""
+    backend = kernels.backend_for(x.device)
+    conv_out = saved.conv_out if saved.conv_out.numel() else _convolve(stem, x)
+    height, width = conv_out.shape[2:]
+    rows = as_rows(conv_out)
+    affine = stem.norm.affine(*saved.statistics)
+    grad = torch.empty_like(rows)
+    sum_grad, sum_grad_x = torch.empty_like(affine.mean), torch.empty_like(affine.mean)
+    backend.bn_relu_max_pool_backward(
+        as_rows(out_grad), rows, affine.mean, affine.scale, affine.shift, height, width, grad, sum_grad, sum_grad_x
+    )
+    projection = Projection(rows.shape[1], affine.mean)
+    projection.add(stem.norm, affine, sum_grad, sum_grad_x, rows.shape[0])
+    projection.apply(grad, rows, affine.mean, 0, rows.shape[1])
+    del rows, conv_out
+    input_grad, conv_grad = None, None
+    if needed[0] or needed[1]:
+        input_grad, conv_grad, _ = torch.ops.aten.convolution_backward(
+            as_images(grad, height, width), _channels_last(x), _channels_last(stem.conv.to(x.dtype)), None,
+            stem.stride, stem.padding, [1, 1], False, [0, 0], 1, [needed[0], needed[1], False],
+        )  # fmt: skip
+    return [input_grad, conv_grad, sum_grad_x * affine.rstd, sum_grad]
+
+
+def _convolve(stem: Stem, x: Tensor) -> Tensor:
+    """The convolution's output in channels-last, which is what the pooling reads as rows."""
+    weight = _channels_last(stem.conv.to(x.dtype))
+    out = torch.conv2d(_channels_last(x), weight, None, stem.stride, stem.padding)
+    return _channels_last(out)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,71 @@
+"""Checkpoints: a model with its class names and preprocessing, in tensors and JSON-like values only."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from densenet_efficient.models import EfficientDenseNet
+from densenet_efficient.training.data import Preprocessing
+from densenet_efficient.training.files import atomic_write
+
+FORMAT = "densenet-efficient 1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A classifier as it is stored."""
+
+    model: EfficientDenseNet
+    class_names: list[str]
+    preprocessing: Preprocessing
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` whole or not at all. An earlier file at `path` stands until the new one is complete."""
+    content = {
+        "format": FORMAT,
+        "config": checkpoint.model.config,
+        "state_dict": checkpoint.model.state_dict(),
+        "class_names": checkpoint.class_names,
+        "preprocessing": checkpoint.preprocessing.as_dict(),
+    }
+    with atomic_write(path) as file:
+        torch.save(content, file)
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU, without running any code that it may hold.
+
+    Raises OSError if there is no such file, pickle.UnpicklingError if it holds objects other than tensors and plain
+    values, and RuntimeError if it is damaged, was not written by `save_checkpoint` or does not fit its own model.
+    """
+    content = _read(Path(path))
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise RuntimeError(f"{path}: not a checkpoint of densenet-efficient; expected one written by its train command")
+    try:
+        model = EfficientDenseNet(**content["config"])
+        model.load_state_dict(content["state_dict"])
+        preprocessing = Preprocessing(**content["preprocessing"])
+        class_names = [str(name) for name in content["class_names"]]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(f"{path}: its weights are of another architecture than its config ({reason})") from error
+    return Checkpoint(model, class_names, preprocessing)
+
+
+def _read(path: Path) -> Any:
+    with open(path, "rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise pickle.UnpicklingError(
+                f"{path}: refused, because it is no checkpoint of tensors and plain values; expected one written by "
+                "the train command"
+            ) from error
+        except (RuntimeError, EOFError, ValueError, KeyError) as error:
+            raise RuntimeError(f"{path}: truncated or damaged; copy it again or train again") from error
