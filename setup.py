@@ -25,7 +25,7 @@ from torch.utils import cpp_extension
 
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 COMPILER_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast"]
-WARNING_FLAGS = ["-Wall", "-Wextra"]
+WARNING_FLAGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: GCC bug 105593
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]

@@ -31,8 +31,38 @@ py::dict build_info() {
 }  // namespace
 }  // namespace densenet_efficient
 
-// Schemas only: every operator registers its implementation beside it, in csrc/cpu and csrc/cuda.
-TORCH_LIBRARY(densenet_efficient, library) {}
+// Schemas only: every operator registers its implementation beside it, in csrc/cpu and csrc/cuda. What they compute
+// stands in densenet_efficient/kernels/reference.py.
+TORCH_LIBRARY(densenet_efficient, library) {
+  library.def("channel_stats(Tensor x, Tensor(a!) mean, Tensor(b!) variance) -> ()");
+  library.def(
+      "bn_relu_conv1x1(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) out, Tensor(b!)? mean, "
+      "Tensor(c!)? variance) -> ()");
+  library.def(
+      "bn_relu_conv1x1_backward(Tensor out_grad, Tensor out, Tensor out_mean, Tensor out_slope, Tensor out_offset, "
+      "Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor(a!)? grad, Tensor(b!)? grad_weight, "
+      "Tensor(c!)? sum_grad, Tensor(d!)? sum_grad_x) -> ()");
+  library.def(
+      "bn_relu_conv3x3(Tensor x, Tensor scale, Tensor shift, Tensor weight, int height, int width, Tensor(a!) out, "
+      "Tensor(b!)? mean, Tensor(c!)? variance) -> ()");
+  library.def(
+      "bn_relu_conv3x3_backward(Tensor out_grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
+      "int height, int width, Tensor(a!)? grad, bool accumulate, Tensor(b!)? grad_weight, Tensor(c!)? sum_grad, "
+      "Tensor(d!)? sum_grad_x) -> ()");
+  library.def("project_gradient(Tensor(a!) grad, Tensor x, Tensor mean, Tensor slope, Tensor offset) -> ()");
+  library.def(
+      "bn_relu_avg_pool(Tensor x, Tensor scale, Tensor shift, int height, int width, int window_height, "
+      "int window_width, Tensor(a!) out) -> ()");
+  library.def(
+      "bn_relu_avg_pool_backward(Tensor out_grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, int height, "
+      "int width, int window_height, int window_width, Tensor(a!)? grad, bool accumulate, Tensor(b!) sum_grad, "
+      "Tensor(c!) sum_grad_x) -> ()");
+  library.def(
+      "bn_relu_max_pool(Tensor x, Tensor scale, Tensor shift, int height, int width, Tensor(a!) out) -> ()");
+  library.def(
+      "bn_relu_max_pool_backward(Tensor out_grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, int height, "
+      "int width, Tensor(a!) grad, Tensor(b!) sum_grad, Tensor(c!) sum_grad_x) -> ()");
+}
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native operators of densenet_efficient, registered as torch.ops.densenet_efficient.";

@@ -4,7 +4,7 @@ from typing import TypedDict
 
 class BuildInfo(TypedDict):
     version: str  # of densenet_efficient
-    torch: str  # the version whose headers were compiled against: the running one must have the same minor version
+    torch: str  # the version compiled against; the running torch must be of the same minor version
     compiler: str
     cpu_capabilities: list[str]  # ascending: "default", and on x86-64 "avx2", "avx512", "avx512_bf16"
     cuda_architectures: str | None  # as in TORCH_CUDA_ARCH_LIST; None: built without CUDA

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 TASKS = ("train", "infer")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 MIB = 2**20
+Name = TypeVar("Name")
 
 
 def make_step(
@@ -94,8 +95,8 @@ def make_forward(
 
 
 def step_times(
-    steps: Mapping[str, Callable[[], object]], rounds: int = 5, warmup: int = 1
-) -> dict[str, float]:
+    steps: Mapping[Name, Callable[[], object]], rounds: int = 5, warmup: int = 1
+) -> dict[Name, float]:
     """Median milliseconds of each step, over `rounds` rounds that run all of them in turn: A B A B.
 
     `warmup` rounds come first and are not timed. CUDA work is waited for.
@@ -105,7 +106,7 @@ def step_times(
     for _ in range(warmup):
         for step in steps.values():
             step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[Name, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             times[name].append(_milliseconds(step))
@@ -143,9 +144,9 @@ def peak_memory(
     batch: int,
     **options: Any,
 ) -> int:
-    """Peak bytes of a fresh process over two steps of `make_step(..., **options)`, after a first one.
+    """Peak bytes of a fresh process during the second step of `make_step(..., **options)`.
 
-    The first step compiles and initialises, so it does not count. On the CPU this is the peak resident set
+    The first step compiles and initialises, so it is left out. On the CPU this is the peak resident set
     (Linux only), on CUDA the allocator's peak. Raises RuntimeError if the process fails.
     """
     return int(_run_in_fresh_process("peak", factory, arguments, input_shape, batch, options))
@@ -197,13 +198,12 @@ def _serve(request: Mapping[str, Any]) -> int:
     return _peak_bytes(step, on_cuda=next(model.parameters()).is_cuda)
 
 
-def _peak_bytes(step: Callable[[], object], on_cuda: bool, steps: int = 2) -> int:
+def _peak_bytes(step: Callable[[], object], on_cuda: bool) -> int:
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
-    for _ in range(steps):
-        step()
+    step()
     return torch.cuda.max_memory_allocated() if on_cuda else _peak_resident_bytes()
 
 

@@ -54,10 +54,10 @@ class EfficientDenseNet(nn.Module):
         checkpointing: str | None = None,
     ) -> None:
         super().__init__()
-        level = checkpointing or ("bottleneck" if memory_efficient else "none")
+        level = ("bottleneck" if memory_efficient else "none") if checkpointing is None else checkpointing
         self.config: dict[str, Any] = {
             "growth_rate": growth_rate,
-            "block_config": list(block_config),
+            "block_config": list(block_config) if isinstance(block_config, tuple) else block_config,
             "num_init_features": num_init_features,
             "bn_size": bn_size,
             "drop_rate": drop_rate,
@@ -78,6 +78,8 @@ class EfficientDenseNet(nn.Module):
             channels += num_layers * growth_rate
             if index < len(block_config):
                 compressed = int(channels * compression)
+                if compressed < 1:
+                    raise ValueError(f"compression {compression} leaves none of {channels} channels; give a larger one")
                 self.features.add_module(f"transition{index}", Transition(channels, compressed))
                 channels = compressed
         self.features.add_module("norm5", nn.BatchNorm2d(channels))
@@ -145,10 +147,15 @@ def _add_stem(features: nn.Sequential, in_channels: int, channels: int, small_in
 def _check_config(config: dict[str, Any]) -> None:
     for name in ("growth_rate", "num_init_features", "bn_size", "num_classes", "in_channels"):
         _check_positive(name, config[name])
+    if not isinstance(config["block_config"], Sequence) or isinstance(config["block_config"], str):
+        raise TypeError(f"block_config must be a sequence of ints, got {config['block_config']!r}")
     if not config["block_config"]:
         raise ValueError("block_config must name the layers of at least one block, got none")
     for num_layers in config["block_config"]:
         _check_positive("each entry of block_config", num_layers)
+    for name in ("drop_rate", "compression"):
+        if isinstance(config[name], bool) or not isinstance(config[name], (int, float)):
+            raise TypeError(f"{name} must be a float, got {config[name]!r}")
     if not 0 <= config["drop_rate"] < 1:
         raise ValueError(f"drop_rate must be in [0, 1), got {config['drop_rate']}")
     if not 0 < config["compression"] <= 1:

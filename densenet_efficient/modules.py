@@ -282,8 +282,10 @@ def _as_compute_dtype(x: Tensor, weight: Tensor) -> Tensor:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but the input is on {x.device} and the model on {weight.device}"
         )
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if casts and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
     if x.dtype != weight.dtype:
         raise RuntimeError(f"Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same")
     return x

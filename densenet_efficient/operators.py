@@ -37,8 +37,10 @@ def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Inside an operator the dtypes are settled: autocast must not cast once more."""
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        first = next(value for value in args if isinstance(value, Tensor))
-        with torch.autocast(first.device.type, enabled=False):
+        device = next(value for value in args if isinstance(value, Tensor)).device.type
+        if not torch.amp.is_autocast_available(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
 
     return run

@@ -46,7 +46,7 @@ from torch import nn
 
 from .models import create_model
 
-TABLE_WIDTH = 120  # columns, where rich sees no terminal and would assume 80
+TABLE_WIDTH = 120  # columns; in fewer, rich would cut digits and units off
 INDEX_BYTES = torch.int64.itemsize  # of the indices that torch's max pooling keeps
 
 Shape = tuple[int, ...]
@@ -152,8 +152,7 @@ def print_summary(
     rows = summarize(model, input_shape, dtype)
     title = f"{model_name}, input {_format_shape(input_shape)}, {str(dtype).removeprefix('torch.')}"
     console = console or Console()
-    if not console.is_terminal:
-        console.width = TABLE_WIDTH
+    console.width = max(console.width, TABLE_WIDTH)
     console.print(_table(title, rows, batch=input_shape[0]))
 
 
@@ -330,7 +329,7 @@ def _add_totals(table: Table, total: Costs, batch: int) -> None:
     per_image = [_format_bytes(value / batch) for value in saved]
     table.add_row("per image", *blanks, "", _format_count(total.multiply_adds / batch), *per_image)
     ratios = [f"{total.saved_naive / value:.1f}x" for value in saved]
-    table.add_row("less than naive", *blanks, "", "", *ratios)
+    table.add_row("naive / this", *blanks, "", "", *ratios)
 
 
 def _format_costs(costs: Costs) -> list[str]:
@@ -344,18 +343,18 @@ def _format_shape(shape: Sequence[int]) -> str:
 
 def _format_count(count: float) -> str:
     """1234567 as `1.23 M`."""
-    return _format_scaled(count, 1000, ("", "k", "M", "G", "T"), digits=2)
+    return _format_scaled(count, 1000, ("", "k", "M", "G", "T", "P"), digits=2)
 
 
 def _format_bytes(count: float) -> str:
     """1234567 as `1.2 MiB`."""
-    return _format_scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"), digits=1)
+    return _format_scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"), digits=1)
 
 
 def _format_scaled(value: float, base: int, units: Sequence[str], digits: int) -> str:
     if not value:
         return "0"
     exponent = 0
-    while value >= base and exponent + 1 < len(units):
+    while value >= 1000 and exponent + 1 < len(units):
         value, exponent = value / base, exponent + 1
     return f"{value:.{digits}f} {units[exponent]}".rstrip()

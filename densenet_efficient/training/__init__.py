@@ -1,1 +1,1 @@
-"""The main job: train a classifier on real images, measure it against the naive DenseNet, classify image files."""
+"""The main job: train a classifier, measure it against the naive DenseNet, classify image files."""

@@ -26,7 +26,7 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` whole or not at all. An earlier file at `path` stands until the new one is complete."""
+    """Write `checkpoint` whole or not at all: an earlier file stands until the new one is complete."""
     content = {
         "format": FORMAT,
         "config": checkpoint.model.config,
@@ -41,12 +41,14 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint onto the CPU, without running any code that it may hold.
 
-    Raises OSError if there is no such file, pickle.UnpicklingError if it holds objects other than tensors and plain
-    values, and RuntimeError if it is damaged, was not written by `save_checkpoint` or does not fit its own model.
+    Raises OSError if there is no such file, pickle.UnpicklingError if it holds anything but tensors and plain
+    values, and RuntimeError if it is damaged, of another program, or does not fit its own model.
     """
     content = _read(Path(path))
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise RuntimeError(f"{path}: not a checkpoint of densenet-efficient; expected one written by its train command")
+        raise RuntimeError(
+            f"{path}: not a checkpoint of densenet-efficient; expected one written by its train command"
+        )
     try:
         model = EfficientDenseNet(**content["config"])
         model.load_state_dict(content["state_dict"])
@@ -54,7 +56,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         class_names = [str(name) for name in content["class_names"]]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise RuntimeError(f"{path}: its weights are of another architecture than its config ({reason})") from error
+        raise RuntimeError(
+            f"{path}: its weights are of another architecture than its config ({reason})"
+        ) from error
     return Checkpoint(model, class_names, preprocessing)
 
 
@@ -64,8 +68,8 @@ def _read(path: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise pickle.UnpicklingError(
-                f"{path}: refused, because it is no checkpoint of tensors and plain values; expected one written by "
-                "the train command"
+                f"{path}: refused, since it holds more than tensors and plain values; "
+                "expected a checkpoint written by the train command"
             ) from error
-        except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
             raise RuntimeError(f"{path}: truncated or damaged; copy it again or train again") from error

@@ -1,4 +1,4 @@
-"""Labelled images to train on: scikit-learn's handwritten digits, or a folder of images with one subfolder a class."""
+"""Labelled images to train on: scikit-learn's handwritten digits, or a folder with one subfolder a class."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ Transform = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What happens to an image before the model sees it; stored in a checkpoint, so that `predict` does the same."""
+    """What happens to an image before the model sees it. A checkpoint holds it, for `predict`."""
 
     mode: str  # "L" for one channel, "RGB" for three
-    sizes: tuple[int, ...]  # pixels of the shorter side; the image is resized to each in turn, then cropped square
+    sizes: tuple[
+        int, ...
+    ]  # pixels of the shorter side; the image is resized to each in turn, then cropped square
     mean: tuple[float, ...]  # one value per channel, of images in [0, 1]
     std: tuple[float, ...]
 
@@ -37,7 +39,7 @@ class Preprocessing:
         return asdict(self)
 
     def transform(self, *augmentation: Transform) -> Transform:
-        """From a PIL image to a float32 tensor [C, H, W]. `augmentation` takes the place of the resizing, if given."""
+        """From a PIL image to a float32 tensor [C, H, W]. An augmentation takes the place of the resizing."""
         resize = [v2.Resize(size) for size in self.sizes]
         return v2.Compose(
             [
@@ -49,9 +51,11 @@ class Preprocessing:
         )
 
 
-# The digits were recorded at 8x8; a larger photograph goes through 8x8 too, and so looks like what was trained on.
+# The digits were recorded at 8x8. A larger image goes through 8x8 too, to look like what was trained on.
 DIGITS = Preprocessing(mode="L", sizes=(8, 16), mean=(0.305,), std=(0.376,))
-DIGIT_SHIFTS = v2.Compose([v2.Resize(16), v2.RandomAffine(degrees=10, translate=(0.0625, 0.0625), scale=(0.9, 1.1))])
+DIGIT_SHIFTS = v2.Compose(
+    [v2.Resize(16), v2.RandomAffine(degrees=10, translate=(0.0625, 0.0625), scale=(0.9, 1.1))]
+)
 
 
 def photographs(image_size: int) -> Preprocessing:
@@ -62,7 +66,7 @@ def photographs(image_size: int) -> Preprocessing:
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):
-    """Pairs of a transformed image and its class index. `read` makes a PIL image of a source, such as a path."""
+    """Transformed images and class indices. `read` makes a PIL image of a source, such as a path."""
 
     def __init__(
         self, sources: Sequence[Any], labels: Sequence[int], read: Transform, transform: Transform
@@ -87,7 +91,7 @@ class ImageData:
 
 
 def load_data(data: str, image_size: int, seed: int) -> ImageData:
-    """"digits", or the path of a folder (see `load_folder`). `seed` draws the held-out images where it must."""
+    """The digits, or a folder (see `load_folder`). `seed` draws the held-out images."""
     return load_digits(seed) if data == "digits" else load_folder(Path(data), image_size, seed)
 
 
@@ -105,11 +109,13 @@ def load_digits(seed: int) -> ImageData:
 def load_folder(folder: Path, image_size: int, seed: int) -> ImageData:
     """One subfolder of images per class, either directly in `folder` or in its subfolders `train` and `val`.
 
-    Without `train` and `val`, a fifth of each class is held out. Raises FileNotFoundError for a folder without
-    images, and ValueError where `train` and `val` have different classes.
+    Without `train` and `val`, a fifth of each class is held out. Raises FileNotFoundError for a folder
+    without images, and ValueError where `train` and `val` have different classes.
     """
     preprocessing = photographs(image_size)
-    augmentation = v2.Compose([v2.RandomResizedCrop(image_size, scale=(0.35, 1.0)), v2.RandomHorizontalFlip()])
+    augmentation = v2.Compose(
+        [v2.RandomResizedCrop(image_size, scale=(0.35, 1.0)), v2.RandomHorizontalFlip()]
+    )
 
     def read(path: str) -> Image.Image:
         return read_image(path, preprocessing.mode)
@@ -121,7 +127,9 @@ def load_folder(folder: Path, image_size: int, seed: int) -> ImageData:
     held_out_names, held_out_paths, held_out_labels = _list_folder(folder / "val")
     if names != held_out_names:
         unpaired = ", ".join(sorted(set(names) ^ set(held_out_names)))
-        raise ValueError(f"{folder}: expected the same classes in train and val, but only one of them has {unpaired}")
+        raise ValueError(
+            f"{folder}: expected the same classes in train and val, but only one of them has {unpaired}"
+        )
     return ImageData(
         train=LabelledImages(paths, labels, read, preprocessing.transform(augmentation)),
         held_out=LabelledImages(held_out_paths, held_out_labels, read, preprocessing.transform()),
@@ -131,13 +139,15 @@ def load_folder(folder: Path, image_size: int, seed: int) -> ImageData:
 
 
 def read_image(path: str | Path, mode: str) -> Image.Image:
-    """The image file `path` in PIL's `mode`. Raises OSError if there is no such file, ValueError if it is damaged."""
+    """The image file `path` in PIL's `mode`. Raises OSError if it is missing, ValueError if it is damaged."""
     with open(path, "rb") as file:
         try:
             image = Image.open(file)
             image.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: expected an image file such as PNG or JPEG, undamaged ({error})") from error
+            raise ValueError(
+                f"{path}: expected an image file such as PNG or JPEG, undamaged ({error})"
+            ) from error
     if image.mode[0] in "IF":
         raise ValueError(f"{path}: expected 8 bits per channel, got PIL mode {image.mode}; convert it first")
     return image.convert(mode)
@@ -146,7 +156,9 @@ def read_image(path: str | Path, mode: str) -> Image.Image:
 def _list_folder(folder: Path) -> tuple[list[str], list[str], list[int]]:
     """Class names, paths and labels."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected digits, or a folder with one subfolder a class")
+        raise FileNotFoundError(
+            f"{folder}: no such folder; expected digits, or a folder with one subfolder a class"
+        )
     found = ImageFolder(folder)
     return found.classes, [path for path, _ in found.samples], found.targets
 

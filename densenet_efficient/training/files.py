@@ -12,8 +12,9 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Yield a binary file that takes the place of `path` when the block ends, and leaves no trace if it raises."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # beside it: a rename is atomic on one file system
+    """Yield a binary file that becomes `path` when the block ends, and leaves no trace if it raises."""
+    # Beside it, since a rename is atomic only within a file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             yield file

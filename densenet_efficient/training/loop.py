@@ -25,7 +25,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # images [N, C, H, W], labels [N]
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """Mean loss and accuracy (0 to 1) of one epoch: of the augmented images in training, then of the held-out ones."""
+    """Mean loss and accuracy (0 to 1) of an epoch, of the augmented training images and the held-out ones."""
 
     epoch: int
     train_loss: float
@@ -65,7 +65,7 @@ def fit(
     after_step: Callable[[], None],
     after_epoch: Callable[[EpochRecord], None],
 ) -> list[EpochRecord]:
-    """Train `model` where it is. `after_step` and `after_epoch` may raise, to end the training between two steps."""
+    """Train `model` where it is. `after_step` and `after_epoch` may raise, which ends the training."""
     torch.manual_seed(seed)
     batches = train_batches(data, batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)

@@ -1,0 +1,1 @@
+"""Time and memory of the DenseNets that people can choose from."""

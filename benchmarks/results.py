@@ -1,0 +1,111 @@
+"""The results file of a machine: a header and one row per measurement, always whole on the disk."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+import densenet_efficient
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+KEY = ("task", "model", "implementation", "dtype", "batch", "size", "layout")
+MEASURED = ("step_ms", "forward_ms", "images_per_second", "mib_per_image")
+
+
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
+    """The header: machine, cores, device, driver, versions, commit, date. No host names."""
+    cuda = torch.device(device).type == "cuda"
+    cpu, cores = _cpu_name(), len(os.sched_getaffinity(0))
+    name = torch.cuda.get_device_name(device) if cuda else f"{cpu} {cores} cores"
+    return {
+        "machine": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
+        "cpu": cpu,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": cores,
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if cuda
+        else None,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "densenet_efficient": densenet_efficient.__version__,
+        },
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def load(path: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """The results in `path` under the new header; none if there is no file.
+
+    Raises ValueError if they were measured on another machine or with other versions: they do not compare.
+    """
+    if not path.exists():
+        return {"header": header, "first_step": [], "rows": []}
+    results = json.loads(path.read_text())
+    for name in ("machine", "device", "versions"):
+        if results["header"][name] != header[name]:
+            raise ValueError(
+                f"{path} holds results of {name} {results['header'][name]}, this is {header[name]}; "
+                "remove the file or give another --output"
+            )
+    return results | {"header": header}
+
+
+def record(results: dict[str, Any], key: dict[str, Any], **measured: float) -> None:
+    """Set what was measured in the row of `key`; its other figures and the other rows stay as they are."""
+    for row in results["rows"]:
+        if all(row[name] == key[name] for name in KEY):
+            break
+    else:
+        row = {name: key[name] for name in KEY} | dict.fromkeys(MEASURED)
+        results["rows"].append(row)
+    row.update(measured)
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    """Replace `path` in one go, so that an interrupted run leaves the previous file."""
+    lines = ",\n    ".join(json.dumps(row) for row in results["rows"])
+    text = json.dumps(results | {"rows": []}, indent=2).replace('"rows": []', f'"rows": [\n    {lines}\n  ]')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit measured, with "+" if the sources differ from it; None outside a git checkout."""
+    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    changed = _output("git", "status", "--porcelain", "--", "csrc", "densenet_efficient", "benchmarks/*.py")
+    return commit and commit + ("+" if changed else "")
+
+
+def _output(*command: str) -> str | None:
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    except FileNotFoundError:
+        return None
+    return process.stdout.strip() if process.returncode == 0 else None

@@ -1,0 +1,87 @@
+#include "cpu/kernels/bn_relu_avg_pool.h"
+
+#include <torch/library.h>
+
+#include "checks.h"
+
+namespace densenet_efficient {
+namespace {
+
+using at::Tensor;
+
+void check_window(int64_t height, int64_t width, int64_t window_height, int64_t window_width) {
+  TORCH_CHECK(1 <= window_height && window_height <= height && 1 <= window_width && window_width <= width,
+              "Expected a window that fits the images of ", height, "x", width, ", got ", window_height, "x",
+              window_width);
+}
+
+void avg_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t height, int64_t width,
+              int64_t window_height, int64_t window_width, const Tensor& out) {
+  const int64_t channels = x.size(1), images = check_images(x, "x", height, width);
+  check_window(height, width, window_height, window_width);
+  check_matrix(x, "x", x.size(0), channels, x);
+  check_matrix(out, "out", images * (height / window_height) * (width / window_width), channels, x);
+  check_vector(scale, "scale", channels, x);
+  check_vector(shift, "shift", channels, x);
+  AvgPoolForward arguments{};
+  arguments.dtype = x.scalar_type();
+  arguments.x = x.const_data_ptr();
+  arguments.x_stride = x.stride(0);
+  arguments.images = images;
+  arguments.height = height;
+  arguments.width = width;
+  arguments.channels = channels;
+  arguments.window_height = window_height;
+  arguments.window_width = window_width;
+  arguments.scale = scale.const_data_ptr();
+  arguments.shift = shift.const_data_ptr();
+  arguments.out = out.data_ptr();
+  arguments.out_stride = out.stride(0);
+  DISPATCH_CAPABILITY(bn_relu_avg_pool)(arguments);
+}
+
+void avg_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mean, const Tensor& scale,
+                       const Tensor& shift, int64_t height, int64_t width, int64_t window_height,
+                       int64_t window_width, const std::optional<Tensor>& grad, bool accumulate,
+                       const Tensor& sum_grad, const Tensor& sum_grad_x) {
+  const int64_t rows = x.size(0), channels = x.size(1), images = check_images(x, "x", height, width);
+  check_window(height, width, window_height, window_width);
+  check_matrix(x, "x", rows, channels, x);
+  check_matrix(out_grad, "out_grad", images * (height / window_height) * (width / window_width), channels, x);
+  if (grad) check_matrix(*grad, "grad", rows, channels, x);
+  check_vector(mean, "mean", channels, x);
+  check_vector(scale, "scale", channels, x);
+  check_vector(shift, "shift", channels, x);
+  check_vector(sum_grad, "sum_grad", channels, x);
+  check_vector(sum_grad_x, "sum_grad_x", channels, x);
+  AvgPoolBackward arguments{};
+  arguments.dtype = x.scalar_type();
+  arguments.out_grad = out_grad.const_data_ptr();
+  arguments.out_grad_stride = out_grad.stride(0);
+  arguments.x = x.const_data_ptr();
+  arguments.x_stride = x.stride(0);
+  arguments.images = images;
+  arguments.height = height;
+  arguments.width = width;
+  arguments.channels = channels;
+  arguments.window_height = window_height;
+  arguments.window_width = window_width;
+  arguments.mean = mean.const_data_ptr();
+  arguments.scale = scale.const_data_ptr();
+  arguments.shift = shift.const_data_ptr();
+  arguments.grad = grad ? grad->data_ptr() : nullptr;
+  arguments.grad_stride = grad ? grad->stride(0) : 0;
+  arguments.accumulate = accumulate;
+  arguments.sum_grad = sum_grad.data_ptr();
+  arguments.sum_grad_x = sum_grad_x.data_ptr();
+  DISPATCH_CAPABILITY(bn_relu_avg_pool_backward)(arguments);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) {
+  library.impl("bn_relu_avg_pool", &avg_pool);
+  library.impl("bn_relu_avg_pool_backward", &avg_pool_backward);
+}
+
+}  // namespace densenet_efficient

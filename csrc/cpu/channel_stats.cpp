@@ -1,0 +1,32 @@
+#include "cpu/kernels/channel_stats.h"
+
+#include <torch/library.h>
+
+#include "checks.h"
+
+namespace densenet_efficient {
+namespace {
+
+using at::Tensor;
+
+void stats(const Tensor& x, const Tensor& mean, const Tensor& variance) {
+  const int64_t rows = x.size(0), channels = x.size(1);
+  check_matrix(x, "x", rows, channels, x);
+  check_vector(mean, "mean", channels, x);
+  check_vector(variance, "variance", channels, x);
+  ChannelStats arguments{};
+  arguments.dtype = x.scalar_type();
+  arguments.x = x.const_data_ptr();
+  arguments.x_stride = x.stride(0);
+  arguments.rows = rows;
+  arguments.channels = channels;
+  arguments.mean = mean.data_ptr();
+  arguments.variance = variance.data_ptr();
+  DISPATCH_CAPABILITY(channel_stats)(arguments);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("channel_stats", &stats); }
+
+}  // namespace densenet_efficient

@@ -1,0 +1,85 @@
+#include "cpu/gemm.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+
+#include "cpu/capability.h"
+
+namespace densenet_efficient {
+namespace {
+
+namespace blas = at::native::cpublas;
+
+// torch tells only by an exception whether oneDNN has micro-kernels for T on this CPU.
+template <typename T>
+bool probe_brgemm() {
+  if (cpu_capability() == Capability::DEFAULT) return false;
+  try {
+    alignas(64) T ones[16 * 16];
+    alignas(64) float product[16 * 16];
+    for (T& one : ones) one = T(1);
+    blas::brgemm(16, 16, 16, 16, 16, 16, false, ones, ones, product, kPairedRows<T>);
+    blas::brgemm_release(kPairedRows<T>);
+    return product[0] == 16 && product[255] == 16;
+  } catch (const c10::Error&) {
+    return false;
+  }
+}
+
+template <typename T>
+bool has_brgemm() {
+  static const bool answer = probe_brgemm<T>();
+  return answer;
+}
+
+template <typename T>
+at::Tensor as_matrix(const T* data, int64_t rows, int64_t columns, int64_t stride) {
+  return at::from_blob(const_cast<T*>(data), {rows, columns}, {stride, 1}, c10::CppTypeToScalarType<T>::value);
+}
+
+}  // namespace
+
+bool multiplies_bfloat16() { return has_brgemm<c10::BFloat16>(); }
+bool multiplies_half() { return has_brgemm<c10::Half>(); }
+
+template <typename T, typename A>
+void gemm(int64_t rows, int64_t columns, int64_t depth, const T* matrix_a, int64_t a, const T* matrix_b, int64_t b,
+          A* matrix_c, int64_t c, bool accumulate) {
+  if constexpr (std::is_same_v<A, float>) {
+    if (has_brgemm<T>()) {
+      const int64_t padded = kPairedRows<T> ? (depth + 1) / 2 * 2 : depth;
+      return blas::brgemm(rows, columns, padded, a, b, c, accumulate, matrix_a, matrix_b, matrix_c, kPairedRows<T>);
+    }
+  }
+  if constexpr (std::is_same_v<T, A>) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const at::Tensor left = as_matrix(matrix_a, rows, depth, a), right = as_matrix(matrix_b, depth, columns, b);
+    at::Tensor product = as_matrix(matrix_c, rows, columns, c);
+    if (accumulate) {
+      at::addmm_out(product, product, left, right);
+    } else {
+      at::mm_out(product, left, right);
+    }
+  }
+}
+
+template <typename T>
+void release_gemm() {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (has_brgemm<T>()) blas::brgemm_release(kPairedRows<T>);
+  }
+}
+
+#define INSTANTIATE(T, A)                                                                                            \
+  template void gemm<T, A>(int64_t, int64_t, int64_t, const T*, int64_t, const T*, int64_t, A*, int64_t, bool); \
+  template void release_gemm<T>();
+INSTANTIATE(float, float)
+INSTANTIATE(double, double)
+INSTANTIATE(c10::BFloat16, float)
+INSTANTIATE(c10::Half, float)
+#undef INSTANTIATE
+
+}  // namespace densenet_efficient

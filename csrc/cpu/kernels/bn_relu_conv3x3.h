@@ -1,0 +1,43 @@
+// BN-ReLU-conv3x3: what the host hands to the kernel. Strides in elements, matrices row-major.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+
+#include "cpu/capability.h"
+
+namespace densenet_efficient {
+
+struct Conv3x3Forward {
+  c10::ScalarType dtype;  // of x and out
+  const void* x;          // [images * height * width, channels]
+  int64_t x_stride;
+  int64_t images, height, width, channels, outputs;
+  const void *scale, *shift;  // [channels], accumulation type, as all below
+  const void* weight;         // [outputs, channels, 3, 3], contiguous
+  void* out;                  // [images * height * width, outputs]
+  int64_t out_stride;
+  void *mean, *variance;  // [outputs], or null
+};
+
+struct Conv3x3Backward {
+  c10::ScalarType dtype;  // of the matrices
+  const void* out_grad;   // [images * height * width, outputs]
+  int64_t out_grad_stride;
+  const void* x;  // [images * height * width, channels]
+  int64_t x_stride;
+  int64_t images, height, width, channels, outputs;
+  const void *mean, *scale, *shift;  // [channels]
+  const void* weight;                // [outputs, channels, 3, 3], contiguous
+  void* grad;                        // as x, or null
+  int64_t grad_stride;
+  bool accumulate;
+  void* grad_weight;            // as weight, or null
+  void *sum_grad, *sum_grad_x;  // [channels], or null where no gradient of x is needed
+};
+
+DECLARE_KERNEL(void bn_relu_conv3x3(const Conv3x3Forward& arguments);)
+DECLARE_KERNEL(void bn_relu_conv3x3_backward(const Conv3x3Backward& arguments);)
+
+}  // namespace densenet_efficient

@@ -1,0 +1,107 @@
+// A 3x3 convolution's weight, packed as the right operands of its products.
+#pragma once
+
+#include "cpu/kernels/tile.h"
+
+namespace densenet_efficient::CPU_CAPABILITY {
+
+// Channels of x that are taken at a time; ``padded`` is even where operands come in pairs.
+struct ChannelChunk {
+  int64_t first, channels, padded;
+};
+
+template <typename T>
+class ChannelChunks {
+ public:
+  explicit ChannelChunks(int64_t channels) : channels_(channels) {}
+
+  int64_t chunks() const { return ceil_div(channels_, kWidest); }
+  ChannelChunk chunk(int64_t index) const {
+    const int64_t first = index * kWidest, count = std::min(kWidest, channels_ - first);
+    return {first, count, even(count)};
+  }
+  static int64_t even(int64_t count) { return kPairedRows<T> ? round_up(count, 2) : count; }
+
+ private:
+  static constexpr int64_t kWidest = 192;
+  int64_t channels_;
+};
+
+// [outputs, channels * 9] turned to [channels * 9, outputs].
+template <typename A>
+Scratch<A> transposed_weight(const A* weight, int64_t outputs, int64_t channels) {
+  Scratch<A> transposed(channels * 9 * outputs);
+  transpose(weight, channels * 9, outputs, channels * 9, transposed.get(), outputs);
+  return transposed;
+}
+
+// For the forward: per chunk and vertical tap, rows (horizontal tap, channel) of [outputs].
+template <typename T>
+class ForwardWeight : public ChannelChunks<T> {
+ public:
+  template <typename A>
+  ForwardWeight(const A* weight, int64_t outputs, int64_t channels)
+      : ChannelChunks<T>(channels), outputs_(outputs), packed_(9 * (channels + this->chunks()) * outputs) {
+    const Scratch<A> transposed = transposed_weight(weight, outputs, channels);
+    const Scratch<A> zeros(outputs);
+    std::fill_n(zeros.get(), outputs, A(0));
+    for (int64_t index = 0; index < this->chunks(); index++) {
+      const ChannelChunk chunk = this->chunk(index);
+      for (int64_t ky = 0; ky < 3; ky++) {
+        pack_gathered(3 * chunk.padded, outputs, taps(index, ky), [&](int64_t row) -> const A* {
+          const int64_t kx = row / chunk.padded, channel = row % chunk.padded;
+          return channel < chunk.channels ? transposed.get() + ((chunk.first + channel) * 9 + ky * 3 + kx) * outputs
+                                          : zeros.get();
+        });
+      }
+    }
+  }
+
+  T* taps(int64_t index, int64_t ky) const {
+    const ChannelChunk chunk = this->chunk(index);
+    return packed_.get() + (9 * (chunk.first + index) + 3 * ky * chunk.padded) * outputs_;
+  }
+
+ private:
+  int64_t outputs_;
+  Scratch<T> packed_;
+};
+
+// For the gradient of the input: per chunk and vertical tap, rows (horizontal tap, output) of [channels of the chunk],
+// the taps flipped.
+template <typename T>
+class BackwardWeight : public ChannelChunks<T> {
+ public:
+  template <typename A>
+  BackwardWeight(const A* weight, int64_t outputs, int64_t channels)
+      : ChannelChunks<T>(channels), outputs_(this->even(outputs)), packed_(9 * outputs_ * channels) {
+    Scratch<A> taps_first(9 * outputs * channels);  // [9, outputs, channels]
+    for (int64_t output = 0; output < outputs; output++) {
+      transpose(weight + output * channels * 9, 9, channels, 9, taps_first.get() + output * channels, outputs * channels);
+    }
+    const Scratch<A> zeros(channels);
+    std::fill_n(zeros.get(), channels, A(0));
+    for (int64_t index = 0; index < this->chunks(); index++) {
+      const ChannelChunk chunk = this->chunk(index);
+      for (int64_t vertical = 0; vertical < 3; vertical++) {
+        pack_gathered(3 * outputs_, chunk.channels, taps(index, vertical), [&](int64_t row) -> const A* {
+          const int64_t horizontal = row / outputs_, output = row % outputs_;
+          const int64_t tap = (2 - vertical) * 3 + 2 - horizontal;
+          return output < outputs ? taps_first.get() + (tap * outputs + output) * channels + chunk.first : zeros.get();
+        });
+      }
+    }
+  }
+
+  int64_t padded_outputs() const { return outputs_; }
+  T* taps(int64_t index, int64_t vertical) const {
+    const ChannelChunk chunk = this->chunk(index);
+    return packed_.get() + (9 * chunk.first + 3 * vertical * chunk.channels) * outputs_;
+  }
+
+ private:
+  int64_t outputs_;
+  Scratch<T> packed_;
+};
+
+}  // namespace densenet_efficient::CPU_CAPABILITY

@@ -1,0 +1,79 @@
+// How images are cut into tiles for a 3x3 convolution, and how a tile lies in its padded scratch.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/kernels/tile.h"
+
+namespace densenet_efficient::CPU_CAPABILITY {
+
+// A tile is a few rows of one image, or a few whole small images with a zero row between two of them. In the scratch its
+// rows have a pitch of width + 1: one zero pixel at the end of a row pads it and the next one. A tile of R rows takes
+// (R + 2) * pitch + 2 pixels there: the halo row above comes first, after one more zero pixel.
+//
+// The cut depends on the shape alone, so that sums have one order for any number of threads.
+class ImageTiles {
+ public:
+  ImageTiles(int64_t images, int64_t height, int64_t width)
+      : images_(images), height_(height), width_(width), pitch_(width + 1) {
+    constexpr int64_t wanted_pixels = 400;
+    const int64_t whole = (height + 1) * pitch_;
+    if (whole <= wanted_pixels) {
+      tiles_ = ceil_div(images, std::max<int64_t>(1, wanted_pixels / whole));
+      if (tiles_ % 2 == 1 && tiles_ < images) tiles_++;
+      images_per_tile_ = ceil_div(images, tiles_);
+      tiles_ = ceil_div(images, images_per_tile_);
+    } else {
+      tiles_per_image_ = std::min(height, ceil_div(whole, wanted_pixels));
+      rows_per_tile_ = ceil_div(height, tiles_per_image_);
+      tiles_per_image_ = ceil_div(height, rows_per_tile_);
+      tiles_ = images * tiles_per_image_;
+    }
+  }
+
+  int64_t tiles() const { return tiles_; }
+  int64_t width() const { return width_; }
+  int64_t pitch() const { return pitch_; }
+
+  // The most rows that any tile has, zero rows between images included.
+  int64_t most_rows() const { return stacked() ? images_per_tile_ * (height_ + 1) - 1 : rows_per_tile_; }
+
+  int64_t rows(int64_t tile) const {
+    if (stacked()) return std::min(images_per_tile_, images_ - tile * images_per_tile_) * (height_ + 1) - 1;
+    return std::min(rows_per_tile_, height_ - tile % tiles_per_image_ * rows_per_tile_);
+  }
+
+  // The number of a tile's pixels that belong to images.
+  int64_t pixels(int64_t tile) const {
+    if (stacked()) return std::min(images_per_tile_, images_ - tile * images_per_tile_) * height_ * width_;
+    return rows(tile) * width_;
+  }
+
+  // The first pixel (row of the matrix) of row ``row`` of a tile, -1 <= row <= rows(tile); -1 for a row of zeros.
+  int64_t first_pixel(int64_t tile, int64_t row) const {
+    if (stacked()) {
+      const int64_t image = tile * images_per_tile_ + (row < 0 ? 0 : row / (height_ + 1));
+      const int64_t y = row < 0 ? -1 : row % (height_ + 1);
+      return y < 0 || y == height_ || image >= images_ ? -1 : (image * height_ + y) * width_;
+    }
+    const int64_t y = tile % tiles_per_image_ * rows_per_tile_ + row;
+    return y < 0 || y >= height_ ? -1 : (tile / tiles_per_image_ * height_ + y) * width_;
+  }
+
+  // Pixels of the scratch that holds any tile with its halo.
+  int64_t padded_pixels() const { return (most_rows() + 2) * pitch_ + 2; }
+
+  // Where pixel 0 of row ``row`` (-1 is the halo above) lies in the scratch.
+  int64_t padded_pixel(int64_t row) const { return (row + 1) * pitch_ + 1; }
+
+ private:
+  bool stacked() const { return images_per_tile_ > 0; }
+
+  int64_t images_, height_, width_, pitch_;
+  int64_t tiles_ = 0;
+  int64_t images_per_tile_ = 0;                      // of stacked images, else 0
+  int64_t tiles_per_image_ = 1, rows_per_tile_ = 0;  // of tiles within an image
+};
+
+}  // namespace densenet_efficient::CPU_CAPABILITY

@@ -1,0 +1,74 @@
+// Mean and variance of columns, in two stages: per tile of rows, then merged in the order of the tiles (Chan et al.
+// 1979). Never E[x^2] - E[x]^2, which loses everything where the mean is large.
+#pragma once
+
+#include <vector>
+
+#include "cpu/vector.h"
+
+namespace densenet_efficient::CPU_CAPABILITY {
+
+// Mean and sum of squared deviations of each column of ``tile`` [rows, columns].
+template <typename A, typename T>
+void tile_statistics(const T* tile, int64_t stride, int64_t rows, int64_t columns, A* mean, A* m2) {
+  constexpr int64_t lanes = kLanes<A>;
+  const A inverse = A(1) / static_cast<A>(rows);
+  for (int64_t c = 0; c < columns; c += lanes) {
+    const int64_t count = columns - c;
+    Vector<A> sum{}, squares{};
+    for (int64_t r = 0; r < rows; r++) sum += load<A>(tile + r * stride + c, count);
+    const Vector<A> tile_mean = sum * inverse;
+    for (int64_t r = 0; r < rows; r++) {
+      const Vector<A> deviation = load<A>(tile + r * stride + c, count) - tile_mean;
+      squares += deviation * deviation;
+    }
+    store(mean + c, tile_mean, count);
+    store(m2 + c, squares, count);
+  }
+}
+
+// The statistics of tiles that together make M rows of C columns.
+template <typename A>
+class TileStatistics {
+ public:
+  TileStatistics(int64_t tiles, int64_t columns) : columns_(columns), counts_(tiles), moments_(2 * tiles * columns) {}
+
+  // Takes the statistics of the tile of this index, [rows, columns].
+  template <typename T>
+  void take(int64_t index, const T* tile, int64_t stride, int64_t rows) {
+    tile_statistics(tile, stride, rows, columns_, mean(index), mean(index) + columns_);
+    counts_[index] = static_cast<double>(rows);
+  }
+
+  A* mean(int64_t index) { return moments_.data() + 2 * index * columns_; }
+  void set_count(int64_t index, int64_t rows) { counts_[index] = static_cast<double>(rows); }
+
+  // Writes the mean and the biased variance [C].
+  void merge(A* mean_out, A* variance_out) {
+    std::vector<double> mean_sum(columns_, 0.0), m2_sum(columns_, 0.0);
+    double count = 0;
+    for (size_t index = 0; index < counts_.size(); index++) {
+      const double total = count + counts_[index];
+      const double share = counts_[index] / total, between = count * share;
+      const A* tile_mean = mean(index);
+      const A* tile_m2 = tile_mean + columns_;
+      for (int64_t c = 0; c < columns_; c++) {
+        const double difference = tile_mean[c] - mean_sum[c];
+        mean_sum[c] += difference * share;
+        m2_sum[c] += tile_m2[c] + difference * difference * between;
+      }
+      count = total;
+    }
+    for (int64_t c = 0; c < columns_; c++) {
+      mean_out[c] = static_cast<A>(mean_sum[c]);
+      variance_out[c] = static_cast<A>(m2_sum[c] / count);
+    }
+  }
+
+ private:
+  int64_t columns_;
+  std::vector<double> counts_;
+  std::vector<A> moments_;  // per tile: means [C], then sums of squared deviations [C]
+};
+
+}  // namespace densenet_efficient::CPU_CAPABILITY

@@ -1,0 +1,191 @@
+// Tiles in cache: BN-ReLU on load, transposition, and the scratch that holds them.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "cpu/gemm.h"
+#include "cpu/vector.h"
+
+namespace densenet_efficient::CPU_CAPABILITY {
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+// Uninitialised memory on cache lines of its own.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size) : data_(static_cast<T*>(std::aligned_alloc(64, round_up(size * sizeof(T) + 64, 64)))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { std::free(data); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+// relu(x * scale + shift) of one vector.
+template <typename V>
+ALWAYS_INLINE V activate(V x, V scale, V shift) {
+  return relu(x * scale + shift);
+}
+
+// Interleaves two rows of lanes into the paired layout of gemm.h: to[2 * i + parity].
+template <typename T>
+ALWAYS_INLINE void store_pair(T* to, Vector<float> even, Vector<float> odd) {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const auto low = __builtin_convertvector(to_bfloat16(even), detail::DoubleWords);
+    const auto high = __builtin_convertvector(to_bfloat16(odd), detail::DoubleWords);
+    const detail::DoubleWords both = low | (high << 16);
+    std::memcpy(to, &both, sizeof(both));
+    return;
+  }
+#endif
+  alignas(64) T rows[2][16];
+  store(rows[0], even);
+  store(rows[1], odd);
+  for (int i = 0; i < 16; i++) {
+    to[2 * i] = rows[0][i];
+    to[2 * i + 1] = rows[1][i];
+  }
+}
+
+// tile [rows, columns] = relu(x * scale + shift), row stride ``stride``; columns up to ``padded`` are zeroed.
+template <typename S, typename T, typename A>
+void activate_rows(const S* x, int64_t x_stride, const A* scale, const A* shift, int64_t rows, int64_t columns,
+                   T* tile, int64_t stride, int64_t padded) {
+  constexpr int64_t lanes = kLanes<A>;
+  constexpr int64_t block = 4;  // rows that share one load of scale and shift
+  for (int64_t row = 0; row < rows; row += block) {
+    const int64_t height = std::min(block, rows - row);
+    const S* from = x + row * x_stride;
+    T* to = tile + row * stride;
+    int64_t c = 0;
+    for (; c + lanes <= columns; c += lanes) {
+      const Vector<A> a = load<A>(scale + c), b = load<A>(shift + c);
+      if (height == block) {
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < block; r++) store(to + r * stride + c, activate(load<A>(from + r * x_stride + c), a, b));
+      } else {
+        for (int64_t r = 0; r < height; r++) store(to + r * stride + c, activate(load<A>(from + r * x_stride + c), a, b));
+      }
+    }
+    if (c < columns) {
+      const int64_t count = columns - c;
+      const Vector<A> a = load<A>(scale + c, count), b = load<A>(shift + c, count);
+      for (int64_t r = 0; r < height; r++) {
+        store(to + r * stride + c, activate(load<A>(from + r * x_stride + c, count), a, b), count);
+      }
+    }
+    for (int64_t r = 0; r < height; r++) {
+      for (int64_t zero = columns; zero < padded; zero++) to[r * stride + zero] = T(0);
+    }
+  }
+}
+
+// to [rows, columns] = from, in the storage's type.
+template <typename A, typename S>
+void store_rows(const A* from, int64_t from_stride, int64_t rows, int64_t columns, S* to, int64_t to_stride) {
+  for (int64_t row = 0; row < rows; row++) {
+    for (int64_t c = 0; c < columns; c += kLanes<A>) {
+      const int64_t count = columns - c;
+      store(to + row * to_stride + c, load<A>(from + row * from_stride + c, count), count);
+    }
+  }
+}
+
+// to [rows, columns] = from, in the accumulation type.
+template <typename S, typename A>
+void load_rows(const S* from, int64_t from_stride, int64_t rows, int64_t columns, A* to, int64_t to_stride) {
+  for (int64_t row = 0; row < rows; row++) {
+    for (int64_t c = 0; c < columns; c += kLanes<A>) {
+      const int64_t count = columns - c;
+      store(to + row * to_stride + c, load<A>(from + row * from_stride + c, count), count);
+    }
+  }
+}
+
+// The transpose of a 16x16 block held in registers, by four rounds of interleaving.
+ALWAYS_INLINE void transpose_registers(Vector<float>* rows) {
+  using V = Vector<float>;
+  V other[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; i++) {
+    other[2 * i] = __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    other[2 * i + 1] =
+        __builtin_shufflevector(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; i++) {
+    rows[2 * i] = __builtin_shufflevector(other[i], other[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    rows[2 * i + 1] =
+        __builtin_shufflevector(other[i], other[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; i++) {
+    other[2 * i] = __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    other[2 * i + 1] =
+        __builtin_shufflevector(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; i++) {
+    rows[2 * i] = __builtin_shufflevector(other[i], other[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    rows[2 * i + 1] =
+        __builtin_shufflevector(other[i], other[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+}
+
+// to [columns, rows] = the transpose of from [rows, columns].
+template <typename F, typename T>
+void transpose(const F* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
+  int64_t row = 0;
+  if constexpr (std::is_same_v<Accumulate<F>, float> && std::is_same_v<Accumulate<T>, float>) {
+    for (; row + 16 <= rows; row += 16) {
+      int64_t column = 0;
+      for (; column + 16 <= columns; column += 16) {
+        Vector<float> block[16];
+        for (int i = 0; i < 16; i++) block[i] = load<float>(from + (row + i) * from_stride + column);
+        transpose_registers(block);
+        for (int i = 0; i < 16; i++) store(to + (column + i) * to_stride + row, block[i]);
+      }
+      for (; column < columns; column++) {
+        for (int i = 0; i < 16; i++) to[column * to_stride + row + i] = static_cast<T>(from[(row + i) * from_stride + column]);
+      }
+    }
+  }
+  for (; row < rows; row++) {
+    for (int64_t column = 0; column < columns; column++) {
+      to[column * to_stride + row] = static_cast<T>(from[row * from_stride + column]);
+    }
+  }
+}
+
+// Packs a gemm's right operand [depth, columns] whose row k stands at row_of(k): in pairs where T asks for them.
+template <typename T, typename RowOf>
+void pack_gathered(int64_t depth, int64_t columns, T* to, RowOf row_of) {
+  if constexpr (!kPairedRows<T>) {
+    for (int64_t k = 0; k < depth; k++) std::memcpy(to + k * columns, row_of(k), columns * sizeof(T));
+  } else {
+    for (int64_t k = 0; k < depth; k += 2) {
+      const auto *even = row_of(k), *odd = k + 1 < depth ? row_of(k + 1) : nullptr;
+      T* pair = to + k * columns;
+      int64_t n = 0;
+      for (; n + 16 <= columns; n += 16) {
+        store_pair(pair + 2 * n, load<float>(even + n), odd ? load<float>(odd + n) : Vector<float>{});
+      }
+      for (; n < columns; n++) {
+        pair[2 * n] = static_cast<T>(even[n]);
+        pair[2 * n + 1] = odd ? static_cast<T>(odd[n]) : T(0);
+      }
+    }
+  }
+}
+
+}  // namespace densenet_efficient::CPU_CAPABILITY

@@ -1,0 +1,176 @@
+"""The command line: densenet-efficient train, predict and summary.
+
+What is heavy to import is imported by the command that needs it, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+FAILED, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, or 2 after an error of one line, or 130 after Ctrl-C."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except KeyboardInterrupt as interrupt:
+        print(f"Interrupted; {interrupt}" if interrupt.args else "Interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; pip install 'densenet-efficient[train]' brings it", file=sys.stderr)
+        return FAILED
+    except (OSError, ValueError, RuntimeError, ArithmeticError, pickle.UnpicklingError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="densenet-efficient", description="Train, use and examine memory-efficient DenseNets."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_train(commands)
+    add_predict(commands)
+    add_summary(commands)
+    return parser
+
+
+def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a classifier and compare it with the naive implementation",
+        description="Train a classifier on images, then measure it, naive and efficient.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--data",
+        default="digits",
+        help="digits, or a folder with one subfolder of images per class (or train/, val/)",
+    )
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where the checkpoint, metrics and pictures go",
+    )
+    add("--model", default="densenet-bc-40-12", help="name of the network")
+    add("--epochs", type=positive_int, default=12, help="passes over the training images")
+    add("--batch-size", type=batch_size, default=64, help="images per step")
+    add("--learning-rate", type=positive_float, default=3e-3, help="peak of the one-cycle schedule")
+    add("--image-size", type=positive_int, default=224, metavar="PIXELS", help="side of a folder's images")
+    add(
+        "--checkpointing",
+        choices=("none", "bottleneck"),
+        default="bottleneck",
+        help="what the backward recomputes",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the weights, the held-out images, the order and the augmentation",
+    )
+    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch decides)")
+    add(
+        "--memory-depths",
+        type=positive_int,
+        nargs="+",
+        default=[22, 46, 70, 100],
+        metavar="DEPTH",
+        help="depths of the memory picture",
+    )
+    parser.set_defaults(command=run_train)
+
+
+def add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("predict", help="classify image files", description="Classify image files.")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="written by train")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG, ...")
+    parser.set_defaults(command=run_predict)
+
+
+def add_summary(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "summary",
+        help="print the layers of a network",
+        description="Print the stages and layers of a network.",
+    )
+    parser.add_argument("model", help="name of the network, such as densenet201")
+    parser.add_argument(
+        "--input", type=input_shape, required=True, metavar="NxCxHxW", help="such as 4x3x224x224"
+    )
+    parser.set_defaults(command=run_summary)
+
+
+def run_train(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from densenet_efficient.training.job import TrainingOptions, train
+
+    given = {name: value for name, value in vars(options).items() if name != "command"}
+    train(TrainingOptions(**given), Console())
+
+
+def run_predict(options: argparse.Namespace) -> None:
+    from densenet_efficient.training.checkpoint import load_checkpoint
+    from densenet_efficient.training.predict import classify
+
+    for path, ranking in classify(load_checkpoint(options.checkpoint), options.images):
+        (best, probability), *_ = ranking
+        top = ", ".join(f"{name} {value:.1%}" for name, value in ranking)
+        print(f"{path}: {best} ({probability:.1%}); top {len(ranking)}: {top}")
+
+
+def run_summary(options: argparse.Namespace) -> None:
+    from densenet_efficient.summary import print_summary
+
+    print_summary(options.model, options.input)
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return value
+
+
+def batch_size(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"expected at least 2, so that a batch has a variance, got {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def input_shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", text):
+        raise argparse.ArgumentTypeError(f"expected NxCxHxW, such as 4x3x224x224, got {text}")
+    return tuple(int(size) for size in text.split("x"))
+
+
+def one_line(error: Exception) -> str:
+    """The first line of the message; of an OSError without a message of its own, the file and the reason."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

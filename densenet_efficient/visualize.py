@@ -1,0 +1,93 @@
+"""The pictures of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from densenet_efficient.training.files import atomic_write
+from densenet_efficient.training.loop import EpochRecord
+
+# Two colours of Okabe and Ito's palette, which colour-blind readers tell apart.
+BLUE, ORANGE = "#0072B2", "#D55E00"
+GREY = "#595959"
+
+
+def draw_curves(history: Sequence[EpochRecord], path: Path) -> None:
+    """Loss and accuracy per epoch, of the training and the held-out images, as a PNG at `path`."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+    epochs = [record.epoch for record in history]
+    for axes, title, train, held_out in (
+        (losses, "Cross-entropy", "train_loss", "held_out_loss"),
+        (accuracies, "Accuracy (%)", "train_accuracy", "held_out_accuracy"),
+    ):
+        scale = 100 if axes is accuracies else 1
+        axes.plot(
+            epochs,
+            [scale * getattr(record, train) for record in history],
+            color=ORANGE,
+            marker="o",
+            ms=4,
+            ls="--",
+            label="training (augmented)",
+        )
+        axes.plot(
+            epochs,
+            [scale * getattr(record, held_out) for record in history],
+            color=BLUE,
+            marker="o",
+            ms=4,
+            label="held out",
+        )
+        _finish(axes, title, "epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    losses.legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_memory(mib_per_image: Mapping[int, Mapping[str, float]], checkpointing: str, path: Path) -> None:
+    """Peak memory per image against depth, naive and efficient, as a PNG at `path`."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    depths = sorted(mib_per_image)
+    for name, color in (("naive", ORANGE), ("efficient", BLUE)):
+        values = [mib_per_image[depth][name] for depth in depths]
+        axes.plot(depths, values, color=color, marker="o", ms=5, lw=2)
+        axes.annotate(
+            f"{name}\n{values[-1]:.1f} MiB",
+            (depths[-1], values[-1]),
+            (8, 0),
+            textcoords="offset points",
+            color=color,
+            va="center",
+        )
+    _finish(axes, "Peak training memory per image (MiB)", "depth (layers)")
+    axes.set_xticks(depths)
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.15)
+    axes.text(
+        0,
+        -0.2,
+        f"DenseNet-BC, growth rate 12, 32x32 images, checkpointing {checkpointing}",
+        transform=axes.transAxes,
+        color=GREY,
+        size=8,
+    )
+    _save(figure, path)
+
+
+def _finish(axes: Axes, title: str, x_label: str) -> None:
+    axes.set_title(title, loc="left", size=11)
+    axes.set_xlabel(x_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)

@@ -1,0 +1,136 @@
+"""The cases of the exactness suite: pairs of models with the same weights, images, training steps, and how errors are judged."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from densenet_efficient import EfficientDenseNet
+from densenet_efficient.reference import NaiveDenseNet
+
+LEVELS = ["none", "bottleneck"]
+VARIANTS = {
+    "bc": {"bottleneck": True, "compression": 0.5},
+    "b": {"bottleneck": True, "compression": 1.0},
+    "c": {"bottleneck": False, "compression": 0.5},
+    "plain": {"bottleneck": False, "compression": 1.0},
+}
+SMALL = {"growth_rate": 4, "block_config": (3, 2), "num_init_features": 6, "bn_size": 3, "num_classes": 5}
+MODES = ["train", "eval", "frozen"]
+FLOAT64_TOLERANCE = 1e-9
+
+
+def randomise(model, seed=0):
+    """Affine parameters of both signs and running statistics unlike fresh ones, in the model's own dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    for norm in norms_of(model):
+        size = norm.num_features
+        with torch.no_grad():
+            if norm.affine:
+                norm.weight.copy_(torch.randn(size, generator=generator) + 0.5)
+                norm.bias.copy_(torch.randn(size, generator=generator) * 0.3)
+            if norm.running_mean is not None:
+                norm.running_mean.copy_(torch.randn(size, generator=generator))
+                norm.running_var.copy_(torch.rand(size, generator=generator) * 3 + 0.2)
+                norm.num_batches_tracked.fill_(7)
+
+
+def norms_of(model):
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def make_pair(seed=0, dtype=torch.float64, mode="train", **arguments):
+    """(naive, efficient) with equal random weights and buffers."""
+    arguments = SMALL | arguments
+    torch.manual_seed(seed)
+    naive = NaiveDenseNet(**arguments)
+    randomise(naive, seed)
+    efficient = EfficientDenseNet(**arguments)
+    efficient.load_state_dict(naive.state_dict())
+    return tuple(set_mode(model.to(dtype), mode) for model in (naive, efficient))
+
+
+def set_mode(model, mode):
+    """ "train", "eval", "frozen" (training with every norm in eval) or "mixed" (every second norm in eval)."""
+    model.train(mode != "eval")
+    step = {"frozen": 1, "mixed": 2}.get(mode)
+    for norm in norms_of(model)[::step] if step else []:
+        norm.eval()
+    return model
+
+
+def make_images(*shape, seed=0, dtype=torch.float64, mean=0.0):
+    """Random images [N, C, H, W] of standard deviation 1."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) + mean).to(dtype)
+
+
+def step(model, images, seed=None):
+    """One forward and backward of a loss that weighs every logit; everything a training step leaves, by name."""
+    if images.is_floating_point() and not images.requires_grad:
+        images = images.detach().requires_grad_()
+    if seed is not None:
+        torch.manual_seed(seed)  # of the dropout
+    logits = model(images)
+    loss_of(logits).backward()
+    return {"logits": logits, "images.grad": images.grad, **state_of(model)}
+
+
+def loss_of(outputs):
+    """A scalar with another gradient for each element of ``outputs``."""
+    generator = torch.Generator().manual_seed(99)
+    weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
+    return (outputs * weights).sum()
+
+
+def state_of(model):
+    """Every parameter, its gradient, and every buffer, by name."""
+    gradients = {f"{name}.grad": parameter.grad for name, parameter in model.named_parameters()}
+    return {**gradients, **dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def relative_error(actual, expected):
+    """The norm of the difference, relative to that of ``expected``; the absolute one where that is zero."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    assert actual.shape == expected.shape
+    size = expected.norm().item()
+    return (actual - expected).norm().item() / (size if size > 0 else 1)
+
+
+def assert_close(actual, expected, tolerance=FLOAT64_TOLERANCE):
+    """Tensors by name: the same names, None where None, and every one within ``tolerance`` of its own norm."""
+    assert list(actual) == list(expected)
+    wrong = {}
+    for name, value in expected.items():
+        assert (actual[name] is None) == (value is None), name
+        if value is not None:
+            error = relative_error(actual[name], value)
+            wrong |= {} if error <= tolerance else {name: error}
+    assert not wrong
+
+
+def gathered(results, suffix):
+    """One vector of all results whose names end so."""
+    return torch.cat([value.detach().double().flatten() for name, value in results.items() if name.endswith(suffix)])
+
+
+GROUPS = {"logits": "logits", "gradients": ".grad", "means": "running_mean", "variances": "running_var"}
+
+
+def group_errors(results, truth):
+    """The relative error of the logits, of all gradients together, and of the running statistics together."""
+    return {
+        group: relative_error(gathered(results, suffix), gathered(truth, suffix))
+        for group, suffix in GROUPS.items()
+        if any(name.endswith(suffix) for name in truth)
+    }
+
+
+def copies(model, number):
+    return [copy.deepcopy(model) for _ in range(number)]
+
+
+def global_average(features):
+    """What stands between the features and the classifier."""
+    return F.adaptive_avg_pool2d(F.relu(features), (1, 1)).flatten(1)

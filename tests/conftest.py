@@ -1,0 +1,52 @@
+"""Fixtures of the exactness suite; what they build comes from `cases`."""
+
+import pytest
+import torch
+
+from densenet_efficient import kernels
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "large: reserves gigabytes of address space, of which it touches little")
+
+
+@pytest.fixture
+def one_thread():
+    """On tensors this small, threads wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def nan_memory():
+    """Fills what torch.empty allocates with NaN, so that an element that nobody wrote shows."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+
+
+NATIVE = pytest.param(
+    "cpu",
+    marks=pytest.mark.skipif(
+        not kernels.cpu.is_available(), reason=f"no native backend: {kernels.cpu.unavailable_reason()}"
+    ),
+)
+
+
+@pytest.fixture(params=["reference", NATIVE])
+def backend(request, monkeypatch):
+    """Runs the test on each backend of this machine."""
+    monkeypatch.setenv(kernels.BACKEND_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture
+def native_backend(monkeypatch):
+    """Runs the test on the native CPU backend alone."""
+    if not kernels.cpu.is_available():
+        pytest.skip(f"no native backend: {kernels.cpu.unavailable_reason()}")
+    monkeypatch.setenv(kernels.BACKEND_VARIABLE, "cpu")

@@ -1,0 +1,297 @@
+"""The benchmarks compare equal networks, keep what they measured, and the README shows exactly that."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._functorch import config as functorch_config
+
+from benchmarks import cells, implementations, report, run
+from benchmarks import results as results_file
+from benchmarks.cells import Cell, Variant, measure_memory, measure_times, variants_of
+from benchmarks.implementations import IMPLEMENTATIONS, build
+
+EAGER = [name for name in IMPLEMENTATIONS if name not in cells.COMPILED]
+KEY = {
+    "task": "train",
+    "model": "tiny",
+    "implementation": "ours-none",
+    "dtype": "float32",
+    "batch": 8,
+    "size": 32,
+    "layout": "channels-last",
+}
+HEADER = {
+    "machine": "some-cpu-2-cores",
+    "cpu": "Some CPU",
+    "instructions": "AVX512",
+    "cores": 2,
+    "device": "cpu",
+    "driver": None,
+    "versions": {"torch": "2.14.1"},
+    "commit": "0123456789ab",
+    "date": "2026-01-31",
+}
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_all_implementations_are_the_same_network(name: str) -> None:
+    torch.manual_seed(0)
+    reference, network = build("torchvision", "tiny").double(), build(name, "tiny").double()
+    network.load_state_dict(reference.state_dict())
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(network(images), reference(images))
+
+
+def test_an_unknown_implementation_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="unknown implementation 'fastest'; expected one of naive, torchvision"
+    ):
+        build("fastest", "tiny")
+
+
+def test_torchvision_is_not_compared_on_networks_it_lacks() -> None:
+    with pytest.raises(ValueError, match="torchvision has only DenseNet-BC"):
+        build("torchvision", "densenet-40-12")
+
+
+def test_the_budget_holds_while_its_backend_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import compile_fx
+
+    default = functorch_config.activation_memory_budget
+    budget = lambda graph, inputs: functorch_config.activation_memory_budget  # noqa: E731
+    monkeypatch.setattr(compile_fx, "compile_fx", budget)
+    assert implementations._half_the_activation_memory(None, []) == 0.5  # type: ignore[arg-type]
+    assert functorch_config.activation_memory_budget == default == 1.0
+
+
+def test_torchvision_is_timed_in_both_layouts_and_inference_has_no_checkpointing() -> None:
+    assert variants_of(["torchvision", "ours-none", "ours-bottleneck"], "infer") == [
+        Variant("torchvision", "channels-last"),
+        Variant("torchvision", "contiguous"),
+        Variant("ours-none", "channels-last"),
+    ]
+    assert Variant("ours-bottleneck", "channels-last") in variants_of(list(IMPLEMENTATIONS), "train")
+
+
+@pytest.mark.parametrize("task", ["train", "infer"])
+def test_a_cell_times_all_its_variants_in_turn(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def step_times(steps: dict[Any, Any], rounds: int) -> dict[Any, float]:
+        calls.append((list(steps), rounds))
+        return {name: 100.0 if name[1] == "step_ms" else 40.0 for name in steps}
+
+    monkeypatch.setattr(cells, "step_times", step_times)
+    variants = variants_of(["torchvision", "ours-none"], task)
+    times = measure_times(Cell(task, "tiny", "float32", 4, 32), variants, rounds=3)
+    step_ms = 100.0 if task == "train" else 40.0
+    expected = {"step_ms": step_ms, "forward_ms": 40.0, "images_per_second": 4e3 / step_ms}
+    assert times == dict.fromkeys(variants, expected)
+    names = ["forward_ms", "step_ms"] if task == "train" else ["forward_ms"]
+    assert calls == [([(variant, name) for variant in variants for name in names], 3)]
+
+
+def test_memory_is_measured_on_the_network_and_layout_that_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def peak_memory_per_image(
+        factory: str, arguments: dict[str, Any], shape: Any, batches: Any, **options: Any
+    ) -> float:
+        asked.update(options, factory=factory, arguments=arguments, shape=shape, batches=batches)
+        return 10.1234
+
+    monkeypatch.setattr(cells, "peak_memory_per_image", peak_memory_per_image)
+    cell, variant = Cell("train", "tiny", "bfloat16", 4, 32), Variant("torchvision", "contiguous")
+    assert measure_memory(cell, variant, batches=(2, 6)) == 10.12
+    assert asked == {
+        "factory": "benchmarks.implementations:build",
+        "arguments": {"implementation": "torchvision", "model": "tiny"},
+        "shape": (3, 32, 32),
+        "batches": (2, 6),
+        "dtype": "bfloat16",
+        "task": "train",
+        "device": "cpu",
+        "channels_last": False,
+    }
+
+
+def measure_tiny(path: Path, *options: str) -> dict[str, Any]:
+    workload = ["--models=tiny", "--dtypes=float32", "--batches=2", "--size=32", "--rounds=1"]
+    run.main(["--measure=times", *workload, f"--output={path}", *options])
+    return json.loads(path.read_text())
+
+
+def test_a_run_writes_a_header_and_one_row_per_measurement(tmp_path: Path) -> None:
+    results = measure_tiny(tmp_path / "machine.json", "--implementations", "torchvision", "ours-bottleneck")
+    assert results["header"].keys() == HEADER.keys()
+    assert results["header"]["versions"]["torch"] == torch.__version__
+    assert socket.gethostname() not in json.dumps(results)
+    assert [(row["task"], row["implementation"], row["layout"]) for row in results["rows"]] == [
+        ("train", "torchvision", "channels-last"),
+        ("train", "torchvision", "contiguous"),
+        ("train", "ours-bottleneck", "channels-last"),
+        ("infer", "torchvision", "channels-last"),
+        ("infer", "torchvision", "contiguous"),
+    ]
+    for row in results["rows"]:
+        assert set(row) == {*results_file.KEY, *results_file.MEASURED}
+        assert row["images_per_second"] == pytest.approx(2e3 / row["step_ms"], rel=0.05)
+        assert row["mib_per_image"] is None
+
+
+def test_running_a_cell_again_replaces_only_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    first = measure_tiny(path, "--implementations", "naive", "ours-none")
+    first["rows"][0] |= {"step_ms": -1.0, "mib_per_image": 12.0}
+    first["rows"][1]["step_ms"] = -1.0
+    results_file.save(path, first)
+    second = measure_tiny(path, "--tasks=train", "--implementations=naive")
+    assert second["rows"][0]["step_ms"] > 0
+    assert second["rows"][0]["mib_per_image"] == 12.0
+    assert second["rows"][1:] == first["rows"][1:]
+
+
+def test_an_interrupted_run_keeps_the_cells_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(cell: Cell, *arguments: Any) -> Any:
+        if cell.task == "infer":
+            raise KeyboardInterrupt
+        return measure_times(cell, *arguments)
+
+    monkeypatch.setattr(run, "measure_times", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure_tiny(tmp_path / "machine.json", "--implementations=ours-none")
+    (row,) = json.loads((tmp_path / "machine.json").read_text())["rows"]
+    assert (row["task"], row["implementation"]) == ("train", "ours-none")
+
+
+def test_a_failed_write_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "machine.json"
+    results = results_file.load(path, HEADER)
+    results_file.record(results, KEY, step_ms=5.0)
+    results_file.save(path, results)
+    before = path.read_text()
+
+    def fail(self: Path, text: str) -> None:
+        with self.open("w") as file:
+            file.write(text[:10])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    results_file.record(results, KEY, step_ms=6.0)
+    with pytest.raises(OSError, match="no space left"):
+        results_file.save(path, results)
+    assert path.read_text() == before
+
+
+def test_results_of_other_versions_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    results_file.save(path, results_file.load(path, HEADER))
+    with pytest.raises(ValueError, match=r"holds results of versions .*2\.14\.1.*remove the file"):
+        results_file.load(path, HEADER | {"versions": {"torch": "3.0"}})
+
+
+def test_quick_does_not_touch_the_real_results() -> None:
+    with pytest.raises(SystemExit):
+        run.parse(["--quick"])
+    options = run.parse(["--quick", "--output=quick.json", "--rounds=3"])
+    assert (options.models, options.rounds, options.output) == (["tiny"], 3, Path("quick.json"))
+
+
+def test_pytest_benchmarks_run() -> None:
+    options = ["--models=tiny", "--size=32", "--batch=2", "--rounds=1", "--no-memory"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", *options]
+    process = subprocess.run(
+        [*command, "--implementations", "torchvision", "ours-bottleneck"],
+        cwd=results_file.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout
+    assert "8 passed" in process.stdout  # torchvision's two layouts and ours: step and forward; 2 inferences
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> tuple[Path, list[str]]:
+    """A README with empty sections, and the arguments of the report for it and for a machine's results."""
+    folder = tmp_path / "results"
+    results = results_file.load(folder / "machine.json", HEADER)
+    results["first_step"] = [{"model": "tiny", "implementation": "ours-none", "seconds": 3.21}]
+    figures = {
+        ("torchvision", "channels-last"): (100.0, 200.0),
+        ("torchvision", "contiguous"): (125.0, 210.0),
+        ("torchvision-checkpoint", "channels-last"): (150.0, 100.0),
+        ("ours-none", "channels-last"): (62.0, 25.0),
+        ("ours-bottleneck", "channels-last"): (72.0, None),
+    }
+    for (implementation, layout), (step_ms, mib_per_image) in figures.items():
+        key = KEY | {"implementation": implementation, "layout": layout}
+        measured = {"step_ms": step_ms, "forward_ms": step_ms / 4, "images_per_second": 8e3 / step_ms}
+        results_file.record(results, key, **measured)
+        if mib_per_image is not None:
+            results_file.record(results, key, mib_per_image=mib_per_image)
+    results_file.save(folder / "machine.json", results)
+    readme = tmp_path / "README.md"
+    sections = [
+        f"<!-- benchmarks:begin {name} -->\nold\n<!-- benchmarks:end -->\n" for name in report.SECTIONS
+    ]
+    readme.write_text("before\n" + "between\n".join(sections) + "after\n")
+    return readme, [f"--readme={readme}", f"--results={folder}"]
+
+
+def test_the_report_fills_the_sections_and_then_checks(published: tuple[Path, list[str]]) -> None:
+    readme, arguments = published
+    with pytest.raises(SystemExit, match="does not match the results files"):
+        report.main(["--check", *arguments])
+    report.main(arguments)
+    report.main(["--check", *arguments])
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert text.count("between\n") == 3
+    assert "old" not in text
+    readme.write_text(text.replace("62 ms", "61 ms"))
+    with pytest.raises(SystemExit, match="does not match the results files"):
+        report.main(["--check", *arguments])
+
+
+def test_the_tables_compare_with_the_best_of_torchvision(published: tuple[Path, list[str]]) -> None:
+    readme, arguments = published
+    report.main(arguments)
+    lines = readme.read_text().splitlines()
+    assert "| torchvision | contiguous | 125 ms | 1.25 | 31 ms | 64.0 | 210.0 | 1.0x |" in lines
+    assert "| torchvision-checkpoint | channels-last | 150 ms | 1.50 | 38 ms | 53.3 | 100.0 | 2.0x |" in lines
+    assert "| ours-none | channels-last | 62 ms | 0.62 | 16 ms | 129.0 | 25.0 | 8.0x |" in lines
+    assert "| ours-bottleneck | channels-last | 72 ms | 0.72 | 18 ms | 111.1 |  |  |" in lines
+    figures = next(line for line in lines if line.startswith("Some CPU"))
+    for fact in ("2 cores", "AVX512", "torch 2.14.1", "0123456789ab", "2026-01-31", "ours-none 3.2 s"):
+        assert fact in figures
+    assert lines.count("Not measured yet on a GPU.") == 2
+    assert lines.count("Not measured yet on a CPU.") == 1  # the fixture has no inference
+
+
+def test_the_report_draws_the_picture_it_shows(published: tuple[Path, list[str]]) -> None:
+    readme, arguments = published
+    report.main(arguments)
+    picture = readme.parent / "results" / "some-cpu-2-cores.png"
+    assert f"](benchmarks/results/{picture.name})" in readme.read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- benchmarks:begin speed -->\n<!-- benchmarks:end -->", "unknown benchmarks section 'speed'"),
+        ("<!-- benchmarks:begin training-cpu -->\n", "lacks its name or its"),
+    ],
+)
+def test_a_broken_readme_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        report.fill(text, [])

@@ -1,0 +1,542 @@
+"""Every operation of the contract on the native CPU backend, against the formulas in plain torch.
+
+In float64 they agree; in float32, bfloat16 and float16 the native error against float64 is at most twice that of
+plain torch in the same dtype, plus a floor of `FLOORS`. Matrices lie as they do in a dense block: slots of a wide storage.
+"""
+
+import os
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from densenet_efficient import kernels
+from densenet_efficient.kernels import CONTRACT, accumulation_dtype, cpu, reference
+
+needs_native = pytest.mark.skipif(
+    not cpu.is_available(), reason=f"no native backend: {cpu.unavailable_reason()}"
+)
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# What storing a result costs in 16 bits; in float32, what another order of summation costs where terms cancel.
+FLOORS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# images, height, width, input channels, output channels
+GEOMETRIES = [
+    (1, 1, 1, 1, 1),
+    (1, 1, 2, 3, 3),
+    (2, 2, 1, 12, 17),
+    (1, 3, 3, 17, 12),
+    (2, 5, 4, 32, 48),
+    (3, 7, 6, 48, 32),
+    (2, 9, 8, 150, 12),
+    (1, 8, 9, 513, 48),
+    (1, 4, 9, 33, 150),
+    (4, 7, 7, 128, 32),
+    (1, 33, 47, 64, 128),
+    (2, 1, 300, 24, 16),
+    (2, 2, 3, 1, 513),
+]
+BOUNDARY = 3.0  # stands around every slot, and must stand there afterwards
+
+
+class Case(NamedTuple):
+    """One call: its arguments by name, matrices [M, C] and vectors in float64."""
+
+    operation: str
+    arguments: dict[str, Any]
+    written: dict[str, bool]  # what the operation writes: whether it adds to what is there
+
+    def without(self, *names: str) -> "Case":
+        """The same with these results not asked for."""
+        return self._replace(
+            arguments=self.arguments | dict.fromkeys(names),
+            written={name: adds for name, adds in self.written.items() if name not in names},
+        )
+
+
+class Factory:
+    """Random arguments of one geometry. Pre-activations keep away from zero, so that no ReLU flips in any dtype."""
+
+    def __init__(self, images, height, width, channels, out_channels, mean=0.0):
+        self.generator = torch.Generator().manual_seed(height * 100 + width * 10 + channels)
+        self.size = {"height": height, "width": width}
+        self.rows, self.channels, self.out_channels = images * height * width, channels, out_channels
+        self.images, self.mean = images, mean
+
+    def normal(self, *shape):
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def uniform(self, low, high, *shape):
+        return low + (high - low) * torch.rand(shape, generator=self.generator, dtype=torch.float64)
+
+    def matrix(self, channels, rows=None):
+        return self.normal(rows or self.rows, channels)
+
+    def weight(self, kernel):
+        fan_in = self.channels * kernel * kernel
+        return self.normal(self.out_channels, self.channels, kernel, kernel) / fan_in**0.5
+
+    def input(self, with_mean=False):
+        """x and its affine map, some channels with a negative scale; the mean too where a backward wants it."""
+        scale = self.uniform(0.5, 1.5, self.channels) * self.normal(self.channels).sign()
+        shift = self.normal(self.channels) - self.mean * scale
+        activation = self.matrix(self.channels)
+        x = (activation + 0.3 * activation.sign() - shift) / scale
+        return {"x": x, **({"mean": x.mean(0)} if with_mean else {}), "scale": scale, "shift": shift}
+
+    def channel_stats(self):
+        x = self.normal(self.rows, self.channels) * self.uniform(0.1, 5, self.channels) + self.normal(self.channels)
+        return self.case("channel_stats", {"x": x + self.mean, **self.vectors("mean", "variance")})
+
+    def bn_relu_conv1x1(self):
+        return self.forward("bn_relu_conv1x1", self.weight(1), {})
+
+    def bn_relu_conv3x3(self):
+        return self.forward("bn_relu_conv3x3", self.weight(3), self.size)
+
+    def forward(self, operation, weight, size):
+        statistics = self.vectors("mean", "variance", channels=self.out_channels)
+        out = self.matrix(self.out_channels)
+        return self.case(operation, {**self.input(), "weight": weight, **size, "out": out, **statistics})
+
+    def bn_relu_conv1x1_backward(self):
+        out = self.matrix(self.out_channels)
+        finish = {"out_slope": self.normal(self.out_channels) * 0.3, "out_offset": self.normal(self.out_channels) * 0.3}
+        weight = self.weight(1)
+        return self.case(
+            "bn_relu_conv1x1_backward",
+            {
+                "out_grad": self.matrix(self.out_channels), "out": out, "out_mean": out.mean(0), **finish,
+                **self.input(with_mean=True), "weight": weight, "grad": self.matrix(self.channels),
+                "grad_weight": weight, **self.vectors("sum_grad", "sum_grad_x"),
+            },
+            accumulate=True,
+        )  # fmt: skip
+
+    def bn_relu_conv3x3_backward(self, accumulate=True):
+        weight = self.weight(3)
+        return self.case(
+            "bn_relu_conv3x3_backward",
+            {
+                "out_grad": self.matrix(self.out_channels), **self.input(with_mean=True), "weight": weight,
+                **self.size, "grad": self.matrix(self.channels), "accumulate": accumulate, "grad_weight": weight,
+                **self.vectors("sum_grad", "sum_grad_x"),
+            },
+            accumulate=accumulate,
+        )  # fmt: skip
+
+    def project_gradient(self):
+        x = self.matrix(self.channels) + self.mean
+        vectors = {"mean": x.mean(0), "slope": self.normal(self.channels), "offset": self.normal(self.channels)}
+        return self.case("project_gradient", {"grad": self.matrix(self.channels), "x": x, **vectors}, accumulate=True)
+
+    def bn_relu_avg_pool(self, window=None):
+        windows, size = self.windows(window)
+        return self.case(
+            "bn_relu_avg_pool", {**self.input(), **self.size, **size, "out": self.matrix(self.channels, windows)}
+        )
+
+    def bn_relu_avg_pool_backward(self, window=None, accumulate=True):
+        windows, size = self.windows(window)
+        return self.case(
+            "bn_relu_avg_pool_backward",
+            {
+                "out_grad": self.matrix(self.channels, windows), **self.input(with_mean=True), **self.size, **size,
+                "grad": self.matrix(self.channels), "accumulate": accumulate, **self.vectors("sum_grad", "sum_grad_x"),
+            },
+            accumulate=accumulate,
+        )  # fmt: skip
+
+    def windows(self, window):
+        """The number of windows in all images, and the window's size; without one, the transition's or else all."""
+        height, width = self.size.values()
+        window = window or ((2, 2) if min(height, width) >= 2 else (height, width))
+        number = self.images * (height // window[0]) * (width // window[1])
+        return number, {"window_height": window[0], "window_width": window[1]}
+
+    def pooled_rows(self):
+        height, width = self.size.values()
+        return self.images * ((height - 1) // 2 + 1) * ((width - 1) // 2 + 1)
+
+    def bn_relu_max_pool(self):
+        out = self.matrix(self.channels, self.pooled_rows())
+        return self.case("bn_relu_max_pool", {**self.input(), **self.size, "out": out})
+
+    def bn_relu_max_pool_backward(self):
+        return self.case(
+            "bn_relu_max_pool_backward",
+            {
+                "out_grad": self.matrix(self.channels, self.pooled_rows()), **self.input(with_mean=True), **self.size,
+                "grad": self.matrix(self.channels), **self.vectors("sum_grad", "sum_grad_x"),
+            },
+        )  # fmt: skip
+
+    def vectors(self, *names, channels=None):
+        return {name: torch.empty(channels or self.channels, dtype=torch.float64) for name in names}
+
+    @staticmethod
+    def case(operation, arguments, accumulate=False):
+        schema = getattr(torch.ops.densenet_efficient, operation).default._schema
+        assert list(arguments) == [argument.name for argument in schema.arguments]
+        written = [argument.name for argument in schema.arguments if argument.alias_info is not None]
+        return Case(operation, arguments, {name: accumulate and name == "grad" for name in written})
+
+
+def in_slot(matrix):
+    """The same [M, C] as a slot of a wider storage."""
+    rows, channels = matrix.shape
+    storage = matrix.new_full((rows, channels + 11), BOUNDARY)
+    slot = storage[:, 5 : 5 + channels]
+    slot.copy_(matrix)
+    return slot
+
+
+def cast(case, dtype):
+    """The case's arguments rounded to ``dtype``; what is only written starts as NaN."""
+    arguments = dict(case.arguments)
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        is_vector_or_sum = value.dim() == 1 or name == "grad_weight"
+        value = value.to(accumulation_dtype(dtype) if is_vector_or_sum else dtype)
+        arguments[name] = torch.full_like(value, torch.nan) if case.written.get(name) is False else value
+    return arguments
+
+
+def run(backend, case, arguments, place=in_slot):
+    """Carries the case out on ``arguments``; what it has written, by name."""
+    placed = {
+        name: place(value) if isinstance(value, torch.Tensor) and value.dim() == 2 else copied(value)
+        for name, value in arguments.items()
+    }
+    getattr(backend, case.operation)(**placed)
+    for name, value in placed.items():
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and place is in_slot:
+            assert_boundary(name, value)
+        if isinstance(value, torch.Tensor) and name not in case.written:
+            assert torch.equal(value, arguments[name]), f"{name} is an input, and was modified"
+    return {name: placed[name] for name in case.written}
+
+
+def copied(value):
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def assert_boundary(name, slot):
+    storage = slot._base
+    outside = torch.cat([storage[:, :5], storage[:, 5 + slot.shape[1] :]], 1)
+    assert (outside == BOUNDARY).all(), f"{name} was written outside its slot"
+
+
+def upcast(arguments):
+    return {
+        name: value.double() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()
+    }
+
+
+def errors(actual, expected):
+    """The error of a result in the Euclidean and in the maximum norm, relative to the expected."""
+    difference, expected = actual.double() - expected, expected
+    return [
+        float(difference.norm(p=norm) / expected.norm(p=norm).clamp_min(1e-30)) for norm in (2, torch.inf)
+    ]
+
+
+def assert_exact(case, dtype, place=in_slot):
+    """The native backend against float64 on the same rounded arguments."""
+    arguments = cast(case, dtype)
+    truth = run(reference, case, upcast(arguments))
+    native = run(cpu, case, arguments, place)
+    plain = run(reference, case, arguments)
+    for name, expected in truth.items():
+        assert native[name].isfinite().all(), f"{name} has elements that nobody wrote"
+        bounds = [2 * error + FLOORS[dtype] for error in errors(plain[name], expected)]
+        found = errors(native[name], expected)
+        assert all(error <= bound for error, bound in zip(found, bounds, strict=True)), (name, found, bounds)
+
+
+def test_native_backend_was_built():
+    """Everything below is about it, so its absence is a failure and no reason to skip."""
+    assert cpu.is_available(), cpu.unavailable_reason()
+
+
+def test_every_operation_has_a_case():
+    assert all(hasattr(Factory, operation) for operation in CONTRACT)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda geometry: "x".join(map(str, geometry)))
+@pytest.mark.parametrize("operation", CONTRACT)
+def test_operation_is_exact(operation, geometry, dtype):
+    assert_exact(getattr(Factory(*geometry), operation)(), dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("operation", CONTRACT)
+def test_packed_matrices(operation):
+    for dtype in DTYPES:
+        assert_exact(getattr(Factory(2, 7, 5, 24, 16), operation)(), dtype, place=torch.Tensor.clone)
+
+
+@needs_native
+@pytest.mark.parametrize("height", range(1, 10))
+@pytest.mark.parametrize("operation", [name for name in CONTRACT if "3x3" in name or "pool" in name])
+def test_small_images(operation, height):
+    for width in range(1, 10):
+        case = getattr(Factory(2, height, width, 12, 5), operation)()
+        assert_exact(case, torch.float64)
+        assert_exact(case, torch.bfloat16)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [(1, 1), (2, 2), (3, 2), (7, 9), (1, 9)])
+def test_windows_of_the_average_pooling(window, dtype):
+    factory = Factory(2, 7, 9, 17, 1)
+    assert_exact(factory.bn_relu_avg_pool(window), dtype)
+    assert_exact(factory.bn_relu_avg_pool_backward(window, accumulate=False), dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operation", ["bn_relu_conv3x3_backward", "bn_relu_avg_pool_backward"])
+def test_gradient_is_assigned_where_it_does_not_accumulate(operation, dtype):
+    for geometry in GEOMETRIES[3:7]:
+        assert_exact(getattr(Factory(*geometry), operation)(accumulate=False), dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("operation", "unneeded"),
+    [
+        ("bn_relu_conv1x1", ["mean", "variance"]),
+        ("bn_relu_conv3x3", ["mean", "variance"]),
+        *(
+            (operation, unneeded)
+            for operation in ("bn_relu_conv1x1_backward", "bn_relu_conv3x3_backward")
+            for unneeded in (["grad"], ["grad_weight"], ["grad", "grad_weight"], ["grad", "sum_grad", "sum_grad_x"])
+        ),
+        ("bn_relu_avg_pool_backward", ["grad"]),
+    ],
+    ids=str,
+)
+def test_results_that_nobody_needs(operation, unneeded, dtype):
+    for geometry in GEOMETRIES[3:8]:
+        assert_exact(getattr(Factory(*geometry), operation)().without(*unneeded), dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("operation", CONTRACT)
+def test_means_far_from_zero(operation, dtype):
+    assert_exact(getattr(Factory(2, 9, 8, 33, 12, mean=1e3), operation)(), dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operation", ["bn_relu_conv1x1", "bn_relu_conv3x3"])
+def test_statistics_are_those_of_the_stored_values(operation, dtype):
+    """To the accuracy of their own dtype, also where rounding has moved the values."""
+    for geometry in GEOMETRIES[2:]:
+        case = getattr(Factory(*geometry), operation)()
+        results = run(cpu, case, cast(case, dtype))
+        variance, mean = torch.var_mean(results["out"].double(), 0, correction=0)
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+        spread = variance.sqrt() + mean.abs()
+        assert ((results["mean"] - mean).abs() <= tolerance * spread).all()
+        assert ((results["variance"] - variance).abs() <= 2 * tolerance * variance + 1e-30).all()
+
+
+@needs_native
+def test_statistics_far_from_zero():
+    """Mean 1e3, standard deviation 1: what the difference of two sums of squares would get wrong by 5 %."""
+    case = Factory(2, 33, 47, 17, 1, mean=1e3).channel_stats()
+    arguments = cast(case, torch.float32)
+    results = run(cpu, case, arguments)
+    variance, mean = torch.var_mean(arguments["x"].double(), 0, correction=0)
+    torch.testing.assert_close(results["mean"].double(), mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(results["variance"].double(), variance, rtol=2e-5, atol=0)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("operation", [name for name in CONTRACT if "conv" in name])
+def test_float32_weights_beside_low_precision_activations(operation, dtype):
+    """As autocast keeps them."""
+    case = getattr(Factory(2, 7, 6, 48, 32), operation)()
+    arguments = cast(case, dtype)
+    expected = run(cpu, case, arguments)
+    results = run(cpu, case, arguments | {"weight": arguments["weight"].float()})
+    for name, value in expected.items():
+        torch.testing.assert_close(results[name], value)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("operation", CONTRACT)
+def test_non_finite_values_come_out(operation, value, dtype):
+    """Where plain torch has them and nowhere else: neither hidden by a mask nor spread by padding."""
+    case = getattr(Factory(2, 7, 5, 19, 13), operation)()
+    for name in ("x", "out_grad"):
+        if name not in case.arguments:
+            continue
+        arguments = cast(case, dtype)
+        arguments[name] = arguments[name].clone()
+        arguments[name][1, 2] = value
+        expected = run(reference, case, arguments)
+        results = run_allowing_nan(case, arguments)
+        for result in case.written:
+            assert torch.equal(results[result].isfinite(), expected[result].isfinite()), (name, result)
+            assert torch.equal(results[result].isnan(), expected[result].isnan()) or value != value, (name, result)
+
+
+def run_allowing_nan(case, arguments):
+    """`run`, whose comparison of the inputs knows no NaN."""
+    placed = {
+        name: in_slot(value) if isinstance(value, torch.Tensor) and value.dim() == 2 else copied(value)
+        for name, value in arguments.items()
+    }
+    getattr(cpu, case.operation)(**placed)
+    return {name: placed[name] for name in case.written}
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operation", CONTRACT)
+def test_the_same_bits_in_every_run_and_with_any_number_of_threads(operation, dtype):
+    threads = torch.get_num_threads()
+    for geometry in [(3, 33, 47, 40, 24), (4, 7, 7, 513, 48)]:
+        case = getattr(Factory(*geometry), operation)()
+        arguments = cast(case, dtype)
+        results = []
+        for number in (1, 1, 2, 2, 3):
+            torch.set_num_threads(number)
+            results.append(run(cpu, case, arguments))
+        torch.set_num_threads(threads)
+        for other in results[1:]:
+            assert all(torch.equal(other[name], value) for name, value in results[0].items())
+
+
+# A row stride of 2^25 elements puts the last of 70 rows beyond 2^31; of each row a page is touched.
+@pytest.mark.large
+@needs_native
+@pytest.mark.parametrize("operation", CONTRACT)
+def test_more_than_2_to_the_31_elements_in_one_storage(operation):
+    rows, stride = 70, 2**25
+    storages = {}
+
+    def place(matrix):
+        name = len(storages)
+        storages[name] = torch.empty(rows * stride, dtype=torch.bfloat16)
+        view = storages[name].as_strided((matrix.shape[0], matrix.shape[1]), (stride, 1))
+        return view.copy_(matrix)
+
+    case = getattr(Factory(1, 7, 10, 24, 8), operation)()
+    assert (rows - 1) * stride > 2**31
+    arguments = cast(case, torch.bfloat16)
+    expected = run(cpu, case, arguments)
+    results = run(cpu, case, arguments, place)
+    assert all(torch.equal(results[name], value) for name, value in expected.items())
+
+
+def spoiled(arguments):
+    """(name, arguments) with one argument wrong each, in shape, dtype, stride or device."""
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        yield name, "shape", value.new_zeros([size + 1 for size in value.shape])
+        yield name, "rank", value.unsqueeze(0)
+        yield name, "device", value.to("meta")
+        if name != "weight":  # which comes in any floating dtype
+            yield name, "dtype", value.to(torch.float64 if value.dtype != torch.float64 else torch.float32)
+        if value.dim() == 2 and name != "grad_weight":
+            yield name, "stride", value.t().contiguous().t()
+            yield name, "overlap", value[:1].expand(value.shape)
+
+
+@needs_native
+@pytest.mark.parametrize("operation", CONTRACT)
+def test_impossible_arguments(operation):
+    case = getattr(Factory(2, 4, 6, 5, 3), operation)()
+    arguments = cast(case, torch.float32)
+    accepted = []
+    for name, wrong, value in spoiled(arguments):
+        try:
+            getattr(cpu, operation)(**arguments | {name: value})
+        except (RuntimeError, ValueError) as error:
+            assert "\n" not in str(error).split("\nException raised from")[0], (name, wrong)
+        else:
+            accepted.append((name, wrong))
+    assert not accepted
+
+
+@needs_native
+@pytest.mark.parametrize("operation", [name for name in CONTRACT if "3x3" in name or "pool" in name])
+@pytest.mark.parametrize("size", [{"height": 5}, {"height": 0}, {"width": -6, "height": -4}])
+def test_rows_that_are_no_images(operation, size):
+    case = getattr(Factory(2, 4, 6, 5, 3), operation)()
+    with pytest.raises((RuntimeError, ValueError), match=r"height|width|rows"):
+        getattr(cpu, operation)(**cast(case, torch.float32) | size)
+
+
+CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16"]
+
+
+@needs_native
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_compiled_cpu_capability(capability):
+    """The choice is made once per process, so the exactness tests above run again in a new one."""
+    from densenet_efficient import _C
+
+    if capability not in _C.build_info()["cpu_capabilities"]:
+        pytest.skip(f"{capability} is not compiled for this architecture")
+    if capability == _C.cpu_capability():
+        pytest.skip(f"{capability} is what the tests above ran on")
+    environment = os.environ | {"DENSENET_EFFICIENT_CPU_CAPABILITY": capability}
+    used = run_python(["-c", "from densenet_efficient import _C; print(_C.cpu_capability())"], environment)
+    if "not supported by this CPU" in used.stderr:
+        pytest.skip(f"this CPU does not support {capability}")
+    assert used.stdout.split() == [capability], used.stderr
+    selection = "exact or packed or needs or threads or finite"
+    tests = run_python(["-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", selection], environment)
+    assert tests.returncode == 0, tests.stdout
+
+
+def run_python(arguments, environment):
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_unknown_cpu_capability():
+    result = run_python(
+        ["-c", "from densenet_efficient import _C; _C.cpu_capability()"],
+        os.environ | {"DENSENET_EFFICIENT_CPU_CAPABILITY": "avx1024"},
+    )
+    assert result.returncode != 0
+    assert "avx1024" in result.stderr
+
+
+def test_a_requested_backend_works_or_raises(monkeypatch):
+    monkeypatch.setenv(kernels.BACKEND_VARIABLE, "reference")
+    assert kernels.backend_name("cpu") == "reference"
+    monkeypatch.setenv(kernels.BACKEND_VARIABLE, "fastest")
+    with pytest.raises(ValueError, match=r"fastest.*cpu.*reference"):
+        kernels.backend_name("cpu")
+    monkeypatch.setenv(kernels.BACKEND_VARIABLE, "cpu")
+    with pytest.raises(RuntimeError, match="meta"):
+        kernels.backend_name("meta")
+    monkeypatch.setattr(cpu, "_unavailable_reason", "it was not built")
+    with pytest.raises(RuntimeError, match="it was not built"):
+        kernels.backend_name("cpu")
+
+
+def test_a_missing_native_backend_is_announced_once(monkeypatch):
+    monkeypatch.delenv(kernels.BACKEND_VARIABLE, raising=False)
+    monkeypatch.setattr(cpu, "_unavailable_reason", "it was not built for this test")
+    with pytest.warns(RuntimeWarning, match=r"it was not built for this test.*Remedy") as warnings:
+        assert [kernels.backend_name("cpu") for _ in range(3)] == ["reference"] * 3
+    assert len(warnings) == 1

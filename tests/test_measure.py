@@ -1,0 +1,128 @@
+"""Times are taken in turn, memory is the slope of a fresh process's peak."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from densenet_efficient import measure
+from densenet_efficient.measure import make_step, peak_memory, peak_memory_per_image, step_times
+
+SHAPE = (3, 8, 8)
+
+
+class KnownMemory(nn.Module):
+    """A linear classifier that also fills `mib` MiB for each image while it runs."""
+
+    def __init__(self, mib: int) -> None:
+        super().__init__()
+        self.mib = mib
+        self.linear = nn.Linear(192, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        filled = torch.ones(len(images), self.mib * 2**18)
+        return self.linear(images.flatten(1)) + filled[:, :2]
+
+
+class Recorder(nn.Module):
+    """A classifier that remembers how it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.images = images
+        self.logits = self.convolution(images).mean((2, 3))
+        return self.logits
+
+
+def test_steps_run_in_turn() -> None:
+    order: list[str] = []
+    times = step_times({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warmup=1)
+    assert order == ["a", "b"] * 3
+    assert list(times) == ["a", "b"]
+
+
+def test_times_are_medians_in_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+
+    def step(seconds: list[float]) -> None:
+        nonlocal clock
+        clock += seconds.pop(0)
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock)
+    a, b = [9.0, 1.0, 5.0, 2.0], [9.0, 0.25, 0.5, 8.0]
+    assert step_times({"a": lambda: step(a), "b": lambda: step(b)}, rounds=3) == {"a": 2000.0, "b": 500.0}
+
+
+@pytest.mark.parametrize(("rounds", "warmup"), [(0, 1), (1, -1)])
+def test_step_times_needs_rounds(rounds: int, warmup: int) -> None:
+    with pytest.raises(ValueError, match=f"got rounds={rounds}, warmup={warmup}"):
+        step_times({}, rounds, warmup)
+
+
+def test_memory_is_what_an_image_adds() -> None:
+    slope = peak_memory_per_image("test_measure:KnownMemory", {"mib": 8}, SHAPE, batches=(2, 12))
+    assert slope == pytest.approx(8, rel=0.05)
+
+
+def test_memory_is_not_inherited_from_this_process() -> None:
+    ballast = torch.ones(2**28)  # 1 GiB
+    assert peak_memory("test_measure:KnownMemory", {"mib": 1}, SHAPE, 1) < ballast.nbytes
+
+
+def test_a_failing_process_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"torch\.nn:Missing with batch 2 .* no attribute 'Missing'"):
+        peak_memory("torch.nn:Missing", {}, SHAPE, 2)
+
+
+@pytest.mark.parametrize("batches", [(0, 4), (4, 4), (8, 4)])
+def test_memory_needs_two_rising_batches(batches: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="0 < smaller < larger"):
+        peak_memory_per_image("torch.nn:Identity", {}, SHAPE, batches)
+
+
+def test_a_training_step_trains() -> None:
+    model = Recorder().eval()
+    before = model.convolution.weight.clone()
+    loss = make_step(model, SHAPE, 2)()
+    assert model.training
+    assert loss.shape == ()
+    assert not loss.requires_grad
+    assert not torch.equal(model.convolution.weight, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.images.shape == (2, *SHAPE)
+    assert model.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_inference_step_only_infers() -> None:
+    model = Recorder()
+    before = model.convolution.weight.clone()
+    outputs = make_step(model, SHAPE, 2, task="infer", channels_last=False)()
+    assert not model.training
+    assert outputs.is_inference()
+    assert torch.equal(model.convolution.weight, before)
+    assert model.images.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "computed"),
+    [
+        ("float32", torch.float32, torch.float32),
+        ("float64", torch.float64, torch.float64),
+        ("bfloat16", torch.float32, torch.bfloat16),
+    ],
+)
+def test_low_precision_is_autocast(dtype: str, stored: torch.dtype, computed: torch.dtype) -> None:
+    model = Recorder()
+    make_step(model, SHAPE, 2, dtype=dtype)()
+    assert model.convolution.weight.dtype is stored
+    assert model.logits.dtype is computed
+
+
+@pytest.mark.parametrize(("option", "value"), [("task", "test"), ("dtype", "int8")])
+def test_unknown_names_are_refused(option: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown {option} '{value}'; expected one of"):
+        make_step(nn.Identity(), SHAPE, 1, **{option: value})  # type: ignore[arg-type]
