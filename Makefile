@@ -15,7 +15,7 @@ demo: venv
 	$(BIN)/densenet-efficient train --data digits --output runs/demo
 
 test: venv
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto
 
 lint: venv
 	$(BIN)/ruff check .

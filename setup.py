@@ -24,7 +24,7 @@ from setuptools import Extension, setup
 from torch.utils import cpp_extension
 
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
-COMPILER_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast"]
+COMPILER_FLAGS = ["-std=c++20", "-O3", "-g0", "-DNDEBUG", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast"]
 WARNING_FLAGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: GCC bug 105593
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"]
@@ -57,10 +57,7 @@ def with_cuda() -> bool:
     """Decided by what can be compiled, never by the presence of a GPU."""
     wanted = os.environ.get("DENSENET_EFFICIENT_CUDA") != "0"
     return (
-        wanted
-        and bool(sources("cuda/*.cu"))
-        and torch.version.cuda is not None
-        and cpp_extension.CUDA_HOME is not None
+        wanted and bool(sources("cuda/*.cu")) and torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
     )
 
 

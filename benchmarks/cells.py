@@ -92,9 +92,7 @@ def measure_times(
     return times
 
 
-def measure_memory(
-    cell: Cell, variant: Variant, device: str = "cpu", batches: tuple[int, int] = (8, 24)
-) -> float:
+def measure_memory(cell: Cell, variant: Variant, device: str = "cpu", batches: tuple[int, int] = (8, 24)) -> float:
     """MiB per image of this variant at the cell's peak; the cell's own batch plays no part."""
     mib_per_image = peak_memory_per_image(
         "benchmarks.implementations:build",

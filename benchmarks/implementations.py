@@ -43,9 +43,7 @@ def configuration(model: str) -> dict[str, Any]:
 
 def _torchvision(config: dict[str, Any], memory_efficient: bool = False) -> nn.Module:
     if config["small_inputs"] or not config["bottleneck"] or config["compression"] != 0.5:
-        raise ValueError(
-            "torchvision has only DenseNet-BC with the ImageNet stem; leave its implementations out"
-        )
+        raise ValueError("torchvision has only DenseNet-BC with the ImageNet stem; leave its implementations out")
     arguments = {name: config[name] for name in TORCHVISION_ARGUMENTS}
     return torchvision.models.DenseNet(**arguments, memory_efficient=memory_efficient)
 

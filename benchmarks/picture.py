@@ -39,9 +39,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes = list(figure.subplots(lines, columns, sharex=True, squeeze=False).flat)
     for panel, ((model, dtype, batch, size), rows) in zip(axes, sorted(panels.items()), strict=False):
         _draw_panel(panel, f"{model}, {dtype}, batch {batch}, {size}x{size}", rows)
-    marks = {
-        label: mark for panel in axes for mark, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
+    marks = {label: mark for panel in axes for mark, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=4, frameon=False)
     temporary = path.with_suffix(".part")
     figure.savefig(temporary, dpi=120, format="png")

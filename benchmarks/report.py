@@ -35,9 +35,7 @@ Results = dict[str, Any]
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; fail if the README is out of date"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is out of date")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results files")
     options = parser.parse_args(arguments)
@@ -91,9 +89,7 @@ def figures_line(results: Results) -> str:
     line = f"{machine}; {versions}; commit {header['commit']}, {header['date']}."
     if first_steps:
         seconds = ", ".join(f"{row['implementation']} {row['seconds']:.1f} s" for row in first_steps)
-        line += (
-            f" From starting Python to the end of {first_steps[0]['model']}'s first training step: {seconds}."
-        )
+        line += f" From starting Python to the end of {first_steps[0]['model']}'s first training step: {seconds}."
     return line
 
 

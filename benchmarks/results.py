@@ -33,9 +33,7 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": cores,
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if cuda
-        else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

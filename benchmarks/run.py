@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def plan(options: argparse.Namespace) -> list[Cell]:
-    """The cells to measure: every model in every dtype in training, and in float32 in inference."""
+    """The cells to measure: every model in every dtype in training, and in the first dtype in inference."""
     batches = {"train": options.batches or [8], "infer": options.batches or [1, 8]}
     return [
         Cell(task, model, dtype, batch, options.size)
@@ -82,9 +82,7 @@ def measure_first_step(options: argparse.Namespace, batch: int = 2) -> list[dict
             )
             for _ in range(min(options.rounds, 3))
         ]
-        rows.append(
-            asdict(cell) | {"implementation": implementation, "seconds": round(statistics.median(seconds), 2)}
-        )
+        rows.append(asdict(cell) | {"implementation": implementation, "seconds": round(statistics.median(seconds), 2)})
     return rows
 
 
@@ -93,9 +91,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--measure", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--models", nargs="+", default=["densenet121", "densenet201"])
-    parser.add_argument(
-        "--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS)
-    )
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--batches", nargs="+", type=int, help="default: 8 in training, 1 and 8 in inference")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")

@@ -8,9 +8,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from .cells import Cell, Variant, make_timed
 
 
-def test_inference(
-    benchmark: BenchmarkFixture, cell: Cell, variant: Variant, pytestconfig: pytest.Config
-) -> None:
+def test_inference(benchmark: BenchmarkFixture, cell: Cell, variant: Variant, pytestconfig: pytest.Config) -> None:
     option = pytestconfig.getoption
     benchmark.group = str(cell)
     step = make_timed(cell, variant, option("device"))["forward_ms"]

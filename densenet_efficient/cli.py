@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 FAILED, INTERRUPTED = 2, 130
 
@@ -48,48 +49,26 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "train",
         help="train a classifier and compare it with the naive implementation",
         description="Train a classifier on images, then measure it, naive and efficient.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    add(
-        "--data",
-        default="digits",
-        help="digits, or a folder with one subfolder of images per class (or train/, val/)",
-    )
-    add(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="where the checkpoint, metrics and pictures go",
-    )
-    add("--model", default="densenet-bc-40-12", help="name of the network")
-    add("--epochs", type=positive_int, default=12, help="passes over the training images")
-    add("--batch-size", type=batch_size, default=64, help="images per step")
-    add("--learning-rate", type=positive_float, default=3e-3, help="peak of the one-cycle schedule")
-    add("--image-size", type=positive_int, default=224, metavar="PIXELS", help="side of a folder's images")
-    add(
-        "--checkpointing",
-        choices=("none", "bottleneck"),
-        default="bottleneck",
-        help="what the backward recomputes",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the weights, the held-out images, the order and the augmentation",
-    )
-    add("--device", default="cpu", help="cpu, cuda or cuda:N")
-    add("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch decides)")
-    add(
-        "--memory-depths",
-        type=positive_int,
-        nargs="+",
-        default=[22, 46, 70, 100],
-        metavar="DEPTH",
-        help="depths of the memory picture",
-    )
+
+    def add(name: str, text: str, **settings: Any) -> None:
+        default = " (default: %(default)s)" if "default" in settings else ""
+        parser.add_argument(name, help=text + default, **settings)
+
+    add("--data", "digits, or a folder with one subfolder per class, or with train/ and val/", default="digits")
+    add("--output", "where the checkpoint, metrics and pictures go", type=Path, required=True, metavar="DIR")
+    add("--model", "a name that summary knows too, or the small default", default="densenet-bc-40-12")
+    add("--epochs", "passes over the training images", type=positive_int, default=12)
+    add("--batch-size", "images per step", type=batch_size, default=64)
+    add("--learning-rate", "peak of the one-cycle schedule", type=positive_float, default=3e-3)
+    add("--image-size", "pixels per side, of a folder's images", type=positive_int, default=224)
+    levels = ("none", "bottleneck")
+    add("--checkpointing", "what the backward recomputes", choices=levels, default="bottleneck")
+    add("--seed", "of the weights, the held-out images, order and augmentation", type=int, default=0)
+    add("--device", "cpu, cuda or cuda:N", default="cpu")
+    add("--threads", "CPU threads; torch decides if not given", type=positive_int)
+    depths = [22, 46, 70, 100]
+    add("--memory-depths", "depths of the memory picture", type=positive_int, nargs="+", default=depths)
     parser.set_defaults(command=run_train)
 
 
@@ -107,9 +86,7 @@ def add_summary(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description="Print the stages and layers of a network.",
     )
     parser.add_argument("model", help="name of the network, such as densenet201")
-    parser.add_argument(
-        "--input", type=input_shape, required=True, metavar="NxCxHxW", help="such as 4x3x224x224"
-    )
+    parser.add_argument("--input", type=input_shape, required=True, metavar="NxCxHxW", help="such as 4x3x224x224")
     parser.set_defaults(command=run_summary)
 
 

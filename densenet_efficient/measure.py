@@ -83,9 +83,7 @@ def make_forward(
     model.to(device=device, dtype=model_dtype, memory_format=memory_format)  # type: ignore[call-overload]
     model.train(training)
     images = torch.rand(batch, *input_shape, dtype=model_dtype, device=device).to(memory_format=memory_format)
-    precision = functools.partial(
-        torch.autocast, torch.device(device).type, dtype=step_dtype, enabled=autocast
-    )
+    precision = functools.partial(torch.autocast, torch.device(device).type, dtype=step_dtype, enabled=autocast)
 
     def forward() -> Tensor:
         with torch.inference_mode(not training), precision():
@@ -94,9 +92,7 @@ def make_forward(
     return forward
 
 
-def step_times(
-    steps: Mapping[Name, Callable[[], object]], rounds: int = 5, warmup: int = 1
-) -> dict[Name, float]:
+def step_times(steps: Mapping[Name, Callable[[], object]], rounds: int = 5, warmup: int = 1) -> dict[Name, float]:
     """Median milliseconds of each step, over `rounds` rounds that run all of them in turn: A B A B.
 
     `warmup` rounds come first and are not timed. CUDA work is waited for.
@@ -175,9 +171,7 @@ def _run_in_fresh_process(
 ) -> str:
     """The last line that this file prints as a program; the process imports from where this one does."""
     step = {"input_shape": input_shape, "batch": batch, **options}
-    request = json.dumps(
-        {"measurement": measurement, "factory": factory, "arguments": dict(arguments), "step": step}
-    )
+    request = json.dumps({"measurement": measurement, "factory": factory, "arguments": dict(arguments), "step": step})
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "densenet_efficient.measure", request]
     process = subprocess.run(command, capture_output=True, text=True, env=environment)

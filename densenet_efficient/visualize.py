@@ -7,44 +7,32 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from densenet_efficient.training.files import atomic_write
 from densenet_efficient.training.loop import EpochRecord
 
 # Two colours of Okabe and Ito's palette, which colour-blind readers tell apart.
 BLUE, ORANGE = "#0072B2", "#D55E00"
-GREY = "#595959"
 
 
 def draw_curves(history: Sequence[EpochRecord], path: Path) -> None:
     """Loss and accuracy per epoch, of the training and the held-out images, as a PNG at `path`."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
-    epochs = [record.epoch for record in history]
-    for axes, title, train, held_out in (
-        (losses, "Cross-entropy", "train_loss", "held_out_loss"),
-        (accuracies, "Accuracy (%)", "train_accuracy", "held_out_accuracy"),
+    for prefix, style in (
+        ("train", {"color": ORANGE, "linestyle": "--", "label": "training (augmented, smoothed labels)"}),
+        ("held_out", {"color": BLUE, "label": "held out"}),
     ):
-        scale = 100 if axes is accuracies else 1
-        axes.plot(
-            epochs,
-            [scale * getattr(record, train) for record in history],
-            color=ORANGE,
-            marker="o",
-            ms=4,
-            ls="--",
-            label="training (augmented)",
-        )
-        axes.plot(
-            epochs,
-            [scale * getattr(record, held_out) for record in history],
-            color=BLUE,
-            marker="o",
-            ms=4,
-            label="held out",
-        )
-        _finish(axes, title, "epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        epochs = [record.epoch for record in history]
+        loss = [getattr(record, f"{prefix}_loss") for record in history]
+        percent = [100 * getattr(record, f"{prefix}_accuracy") for record in history]
+        losses.plot(epochs, loss, marker="o", markersize=4, **style)
+        accuracies.plot(epochs, percent, marker="o", markersize=4, **style)
+    _finish(losses, "Cross-entropy", "epoch")
+    _finish(accuracies, "Accuracy (%)", "epoch")
+    for axes in (losses, accuracies):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     losses.legend(frameon=False)
     _save(figure, path)
 
@@ -56,27 +44,15 @@ def draw_memory(mib_per_image: Mapping[int, Mapping[str, float]], checkpointing:
     depths = sorted(mib_per_image)
     for name, color in (("naive", ORANGE), ("efficient", BLUE)):
         values = [mib_per_image[depth][name] for depth in depths]
-        axes.plot(depths, values, color=color, marker="o", ms=5, lw=2)
-        axes.annotate(
-            f"{name}\n{values[-1]:.1f} MiB",
-            (depths[-1], values[-1]),
-            (8, 0),
-            textcoords="offset points",
-            color=color,
-            va="center",
-        )
-    _finish(axes, "Peak training memory per image (MiB)", "depth (layers)")
+        axes.plot(depths, values, color=color, marker="o", linewidth=2)
+        end = (depths[-1], values[-1])
+        text = f"{name}\n{values[-1]:.1f} MiB"
+        axes.annotate(text, end, (8, 0), textcoords="offset points", color=color, verticalalignment="center")
+    network = f"DenseNet-BC, growth rate 12, 32x32 images, checkpointing {checkpointing}"
+    _finish(axes, "Peak training memory per image (MiB)", f"depth\n{network}")
     axes.set_xticks(depths)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.15)
-    axes.text(
-        0,
-        -0.2,
-        f"DenseNet-BC, growth rate 12, 32x32 images, checkpointing {checkpointing}",
-        transform=axes.transAxes,
-        color=GREY,
-        size=8,
-    )
     _save(figure, path)
 
 

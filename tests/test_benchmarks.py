@@ -51,9 +51,7 @@ def test_all_implementations_are_the_same_network(name: str) -> None:
 
 
 def test_an_unknown_implementation_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match="unknown implementation 'fastest'; expected one of naive, torchvision"
-    ):
+    with pytest.raises(ValueError, match="unknown implementation 'fastest'; expected one of naive, torchvision"):
         build("fastest", "tiny")
 
 
@@ -239,9 +237,7 @@ def published(tmp_path: Path) -> tuple[Path, list[str]]:
             results_file.record(results, key, mib_per_image=mib_per_image)
     results_file.save(folder / "machine.json", results)
     readme = tmp_path / "README.md"
-    sections = [
-        f"<!-- benchmarks:begin {name} -->\nold\n<!-- benchmarks:end -->\n" for name in report.SECTIONS
-    ]
+    sections = [f"<!-- benchmarks:begin {name} -->\nold\n<!-- benchmarks:end -->\n" for name in report.SECTIONS]
     readme.write_text("before\n" + "between\n".join(sections) + "after\n")
     return readme, [f"--readme={readme}", f"--results={folder}"]
 

@@ -272,6 +272,21 @@ def test_features_and_logits_of_one_forward(backend):
     assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("stop", [1, 4, 5, 6, 8, None])
+def test_gradients_without_memory_of_their_own(backend, stop):
+    """The gradient of a sum is one number expanded, with strides of zero."""
+    results = []
+    for model in make_pair():
+        images = make_images(2, 3, 33, 47).requires_grad_()
+        if stop is None:
+            model.classifier = nn.Identity()
+        outputs = (model if stop is None else model.features[:stop])(images)
+        outputs.sum().backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results.append({"outputs": outputs, "images": images.grad, **gradients})
+    assert_close(results[1], results[0], tolerance=1e-7)  # a norm's sum is constant, so its gradient is rounding
+
+
 # Medians over these seeds are compared; the floors are what the median itself varies by.
 SEEDS = range(5)
 LOW_PRECISION = {

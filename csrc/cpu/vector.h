@@ -47,6 +47,14 @@ ALWAYS_INLINE To bit_cast(From from) {
   std::memcpy(&to, &from, sizeof(To));
   return to;
 }
+
+ALWAYS_INLINE DoubleWords widen(Words words) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return bit_cast<DoubleWords>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(words)));
+#else
+  return __builtin_convertvector(words, DoubleWords);
+#endif
+}
 }  // namespace detail
 
 template <typename A>
@@ -68,7 +76,7 @@ template <>
 ALWAYS_INLINE Vector<float> load<float, BFloat16>(const BFloat16* from) {
   detail::Words words;
   std::memcpy(&words, from, sizeof(words));
-  return detail::bit_cast<Vector<float>>(__builtin_convertvector(words, detail::DoubleWords) << 16);
+  return detail::bit_cast<Vector<float>>(detail::widen(words) << 16);
 }
 
 template <>
@@ -125,11 +133,44 @@ ALWAYS_INLINE void store(Half* to, Vector<float> value) {
 
 // ---- the first ``count`` lanes; the rest is zero, and neither read nor written
 
+#if defined(CPU_CAPABILITY_AVX512)
+namespace detail {
+// By masks: a memcpy whose size is known only at run time is a call.
+template <typename T>
+ALWAYS_INLINE auto load_lanes(const T* from, uint32_t mask) {
+  if constexpr (sizeof(T) == 8) {
+    return _mm512_maskz_loadu_epi64(static_cast<__mmask8>(mask), from);
+  } else if constexpr (sizeof(T) == 4) {
+    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>(mask), from);
+  } else {
+    return _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from);
+  }
+}
+
+template <typename T>
+ALWAYS_INLINE void store_lanes(T* to, uint32_t mask, const T* lanes) {
+  if constexpr (sizeof(T) == 8) {
+    _mm512_mask_storeu_epi64(to, static_cast<__mmask8>(mask), _mm512_loadu_si512(lanes));
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_epi32(to, static_cast<__mmask16>(mask), _mm512_loadu_si512(lanes));
+  } else {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes));
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(mask), words);
+  }
+}
+}  // namespace detail
+#endif
+
 template <typename A, typename T>
 ALWAYS_INLINE Vector<A> load(const T* from, int64_t count) {
   if (count >= kLanes<A>) return load<A>(from);
   alignas(64) T padded[kLanes<A>] = {};
+#if defined(CPU_CAPABILITY_AVX512)
+  const auto lanes = detail::load_lanes(from, (1u << count) - 1);
+  std::memcpy(padded, &lanes, sizeof(lanes));
+#else
   std::memcpy(padded, from, count * sizeof(T));
+#endif
   return load<A>(static_cast<const T*>(padded));
 }
 
@@ -139,7 +180,11 @@ ALWAYS_INLINE void store(T* to, V value, int64_t count) {
   if (count >= lanes) return store(to, value);
   alignas(64) T padded[lanes];
   store(static_cast<T*>(padded), value);
+#if defined(CPU_CAPABILITY_AVX512)
+  detail::store_lanes(to, (1u << count) - 1, padded);
+#else
   std::memcpy(to, padded, count * sizeof(T));
+#endif
 }
 
 // ---- arithmetic

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from densenet_efficient.training.data import Preprocessing
 from densenet_efficient.training.files import atomic_write
 
 FORMAT = "densenet-efficient 1"
+REMEDY = "expected a file written by densenet-efficient train"
 
 
 @dataclass(frozen=True)
@@ -46,30 +48,29 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     content = _read(Path(path))
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise RuntimeError(
-            f"{path}: not a checkpoint of densenet-efficient; expected one written by its train command"
-        )
+        raise RuntimeError(f"{path}: not a checkpoint of densenet-efficient; {REMEDY}")
     try:
         model = EfficientDenseNet(**content["config"])
         model.load_state_dict(content["state_dict"])
-        preprocessing = Preprocessing(**content["preprocessing"])
-        class_names = [str(name) for name in content["class_names"]]
+        checkpoint = Checkpoint(model, list(content["class_names"]), Preprocessing(**content["preprocessing"]))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())
         raise RuntimeError(
-            f"{path}: its weights are of another architecture than its config ({reason})"
+            f"{path}: its weights are of another architecture than it says ({reason:.200}); {REMEDY}"
         ) from error
-    return Checkpoint(model, class_names, preprocessing)
+    return checkpoint
 
 
 def _read(path: Path) -> Any:
     with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):  # its index stands at its end, so a truncated file has none
+            raise RuntimeError(f"{path}: truncated, or not a checkpoint at all; {REMEDY}")
+        file.seek(0)
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise pickle.UnpicklingError(
-                f"{path}: refused, since it holds more than tensors and plain values; "
-                "expected a checkpoint written by the train command"
+                f"{path}: refused, since it holds more than tensors and plain values; {REMEDY}"
             ) from error
         except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-            raise RuntimeError(f"{path}: truncated or damaged; copy it again or train again") from error
+            raise RuntimeError(f"{path}: damaged; {REMEDY}") from error

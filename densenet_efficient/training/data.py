@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
@@ -24,9 +24,7 @@ class Preprocessing:
     """What happens to an image before the model sees it. A checkpoint holds it, for `predict`."""
 
     mode: str  # "L" for one channel, "RGB" for three
-    sizes: tuple[
-        int, ...
-    ]  # pixels of the shorter side; the image is resized to each in turn, then cropped square
+    sizes: tuple[int, ...]  # pixels of the shorter side; the image is resized to each in turn, then cropped square
     mean: tuple[float, ...]  # one value per channel, of images in [0, 1]
     std: tuple[float, ...]
 
@@ -53,24 +51,25 @@ class Preprocessing:
 
 # The digits were recorded at 8x8. A larger image goes through 8x8 too, to look like what was trained on.
 DIGITS = Preprocessing(mode="L", sizes=(8, 16), mean=(0.305,), std=(0.376,))
-DIGIT_SHIFTS = v2.Compose(
-    [v2.Resize(16), v2.RandomAffine(degrees=10, translate=(0.0625, 0.0625), scale=(0.9, 1.1))]
+# Inverted too, so that ink on paper is recognised as well as the white on black of the data.
+DIGITS_AUGMENTATION = v2.Compose(
+    [
+        v2.Resize(16),
+        v2.RandomAffine(degrees=10, translate=(1 / 16, 1 / 16), scale=(0.9, 1.1)),
+        v2.RandomInvert(),
+    ]
 )
 
 
 def photographs(image_size: int) -> Preprocessing:
     """The preprocessing of colour images of any size, with ImageNet's mean and standard deviation."""
-    return Preprocessing(
-        mode="RGB", sizes=(image_size,), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
-    )
+    return Preprocessing(mode="RGB", sizes=(image_size,), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):
     """Transformed images and class indices. `read` makes a PIL image of a source, such as a path."""
 
-    def __init__(
-        self, sources: Sequence[Any], labels: Sequence[int], read: Transform, transform: Transform
-    ) -> None:
+    def __init__(self, sources: Sequence[Any], labels: Sequence[int], read: Transform, transform: Transform) -> None:
         self.sources, self.labels, self.read, self.transform = sources, labels, read, transform
 
     def __len__(self) -> int:
@@ -103,7 +102,7 @@ def load_digits(seed: int) -> ImageData:
     images = [Image.fromarray(pixels) for pixels in (digits.images * (255 / 16)).astype("uint8")]
     labels = [int(label) for label in digits.target]
     names = [str(name) for name in digits.target_names]
-    return _hold_out(images, labels, names, DIGITS, lambda image: image, DIGIT_SHIFTS, seed)
+    return _hold_out(images, labels, names, DIGITS, lambda image: image, DIGITS_AUGMENTATION, seed)
 
 
 def load_folder(folder: Path, image_size: int, seed: int) -> ImageData:
@@ -113,9 +112,7 @@ def load_folder(folder: Path, image_size: int, seed: int) -> ImageData:
     without images, and ValueError where `train` and `val` have different classes.
     """
     preprocessing = photographs(image_size)
-    augmentation = v2.Compose(
-        [v2.RandomResizedCrop(image_size, scale=(0.35, 1.0)), v2.RandomHorizontalFlip()]
-    )
+    augmentation = v2.Compose([v2.RandomResizedCrop(image_size, scale=(0.35, 1.0)), v2.RandomHorizontalFlip()])
 
     def read(path: str) -> Image.Image:
         return read_image(path, preprocessing.mode)
@@ -127,9 +124,7 @@ def load_folder(folder: Path, image_size: int, seed: int) -> ImageData:
     held_out_names, held_out_paths, held_out_labels = _list_folder(folder / "val")
     if names != held_out_names:
         unpaired = ", ".join(sorted(set(names) ^ set(held_out_names)))
-        raise ValueError(
-            f"{folder}: expected the same classes in train and val, but only one of them has {unpaired}"
-        )
+        raise ValueError(f"{folder}: expected the same classes in train and val, but only one of them has {unpaired}")
     return ImageData(
         train=LabelledImages(paths, labels, read, preprocessing.transform(augmentation)),
         held_out=LabelledImages(held_out_paths, held_out_labels, read, preprocessing.transform()),
@@ -145,20 +140,16 @@ def read_image(path: str | Path, mode: str) -> Image.Image:
             image = Image.open(file)
             image.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"{path}: expected an image file such as PNG or JPEG, undamaged ({error})"
-            ) from error
+            raise ValueError(f"{path}: expected an image file such as PNG or JPEG, undamaged ({error})") from error
     if image.mode[0] in "IF":
         raise ValueError(f"{path}: expected 8 bits per channel, got PIL mode {image.mode}; convert it first")
-    return image.convert(mode)
+    return ImageOps.exif_transpose(image).convert(mode)
 
 
 def _list_folder(folder: Path) -> tuple[list[str], list[str], list[int]]:
     """Class names, paths and labels."""
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no such folder; expected digits, or a folder with one subfolder a class"
-        )
+        raise FileNotFoundError(f"{folder}: no such folder; expected digits, or a folder with one subfolder a class")
     found = ImageFolder(folder)
     return found.classes, [path for path, _ in found.samples], found.targets
 

@@ -65,7 +65,10 @@ def fit(
     after_step: Callable[[], None],
     after_epoch: Callable[[EpochRecord], None],
 ) -> list[EpochRecord]:
-    """Train `model` where it is. `after_step` and `after_epoch` may raise, which ends the training."""
+    """Train `model` where it is. `after_step` and `after_epoch` may raise, which ends the training.
+
+    Raises FloatingPointError at the first loss that is not finite.
+    """
     torch.manual_seed(seed)
     batches = train_batches(data, batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
@@ -74,6 +77,7 @@ def fit(
     for epoch in range(1, epochs + 1):
         train = train_epoch(model, batches, optimizer, schedule, after_step)
         held_out = evaluate(model, DataLoader(data.held_out, batch_size))
+        check_finite(held_out[0], "held-out")
         records.append(EpochRecord(epoch, *train, *held_out))
         after_epoch(records[-1])
     return records
@@ -96,15 +100,14 @@ def train_epoch(
     schedule: LRScheduler,
     after_step: Callable[[], None],
 ) -> tuple[float, float]:
-    """Loss and accuracy over one pass. Raises FloatingPointError at the first loss that is not finite."""
+    """Loss and accuracy over one pass."""
     model.train()
     tally = Tally()
     for images, labels in batches:
         images, labels = to_device_of(model, images, labels)
         logits = model(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the training loss became {loss.item()}; lower --learning-rate")
+        check_finite(loss.item(), "training")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -129,6 +132,11 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
 def to_device_of(model: nn.Module, *tensors: Tensor) -> list[Tensor]:
     device = next(model.parameters()).device
     return [tensor.to(device) for tensor in tensors]
+
+
+def check_finite(loss: float, what: str) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the {what} loss became {loss}; lower --learning-rate")
 
 
 class Tally:

@@ -8,23 +8,42 @@
 
 namespace densenet_efficient::CPU_CAPABILITY {
 
+// Mean and sum of squared deviations of the first ``count`` lanes of some vectors of columns. The second
+// pass corrects the first by the mean of the deviations (Chan, Golub and LeVeque 1983).
+template <int vectors, typename A, typename T>
+ALWAYS_INLINE void column_statistics(const T* tile, int64_t stride, int64_t rows, int64_t count, A* mean, A* m2) {
+  constexpr int64_t lanes = kLanes<A>;
+  const A inverse = A(1) / static_cast<A>(rows);
+  Vector<A> mean_of[vectors]{}, deviations[vectors]{}, squares[vectors]{};
+  for (int64_t r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++) mean_of[v] += load<A>(tile + r * stride + v * lanes, count);
+  }
+  for (int v = 0; v < vectors; v++) mean_of[v] *= inverse;
+  for (int64_t r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++) {
+      const Vector<A> deviation = load<A>(tile + r * stride + v * lanes, count) - mean_of[v];
+      deviations[v] += deviation;
+      squares[v] += deviation * deviation;
+    }
+  }
+  for (int v = 0; v < vectors; v++) {
+    const Vector<A> correction = deviations[v] * inverse;
+    store(mean + v * lanes, mean_of[v] + correction, count);
+    store(m2 + v * lanes, squares[v] - deviations[v] * correction, count);
+  }
+}
+
 // Mean and sum of squared deviations of each column of ``tile`` [rows, columns].
 template <typename A, typename T>
 void tile_statistics(const T* tile, int64_t stride, int64_t rows, int64_t columns, A* mean, A* m2) {
   constexpr int64_t lanes = kLanes<A>;
-  const A inverse = A(1) / static_cast<A>(rows);
-  for (int64_t c = 0; c < columns; c += lanes) {
-    const int64_t count = columns - c;
-    Vector<A> sum{}, squares{};
-    for (int64_t r = 0; r < rows; r++) sum += load<A>(tile + r * stride + c, count);
-    const Vector<A> tile_mean = sum * inverse;
-    for (int64_t r = 0; r < rows; r++) {
-      const Vector<A> deviation = load<A>(tile + r * stride + c, count) - tile_mean;
-      squares += deviation * deviation;
-    }
-    store(mean + c, tile_mean, count);
-    store(m2 + c, squares, count);
+  int64_t c = 0;
+  for (; c + 4 * lanes <= columns; c += 4 * lanes) {
+    column_statistics<4>(tile + c, stride, rows, lanes, mean + c, m2 + c);
   }
+  for (; c < columns; c += lanes) column_statistics<1>(tile + c, stride, rows, columns - c, mean + c, m2 + c);
 }
 
 // The statistics of tiles that together make M rows of C columns.

@@ -41,8 +41,8 @@ template <typename T>
 ALWAYS_INLINE void store_pair(T* to, Vector<float> even, Vector<float> odd) {
 #if defined(CPU_CAPABILITY_AVX512_BF16)
   if constexpr (std::is_same_v<T, BFloat16>) {
-    const auto low = __builtin_convertvector(to_bfloat16(even), detail::DoubleWords);
-    const auto high = __builtin_convertvector(to_bfloat16(odd), detail::DoubleWords);
+    const auto low = detail::widen(to_bfloat16(even));
+    const auto high = detail::widen(to_bfloat16(odd));
     const detail::DoubleWords both = low | (high << 16);
     std::memcpy(to, &both, sizeof(both));
     return;

@@ -1,0 +1,566 @@
+"""A drop-in for torchvision's DenseNets, also where their user observes, replaces, freezes or takes them apart."""
+
+import copy
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchvision
+from cases import (
+    LEVELS,
+    MODES,
+    assert_close,
+    gathered,
+    loss_of,
+    make_images,
+    make_pair,
+    norms_of,
+    randomise,
+    relative_error,
+    set_mode,
+    step,
+)
+from torch import nn
+from torch.nn.modules import module as module_hooks
+from torch.nn.utils import parametrize, prune
+
+from densenet_efficient import kernels
+from densenet_efficient.models import create_model
+from densenet_efficient.modules import DenseLayer
+
+pytestmark = pytest.mark.usefixtures("one_thread", "nan_memory")
+
+TORCHVISION = ["densenet121", "densenet161", "densenet169", "densenet201"]
+IMAGES = (3, 3, 33, 47)
+
+
+def torchvision_pair(name, **arguments):
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, name)(num_classes=5)
+    randomise(theirs)
+    ours = create_model(name, num_classes=5, **arguments)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, ours
+
+
+def trained(model, images, steps=3):
+    """The state after ``steps`` of SGD; parameters as their change, which is what training made of them."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(model(images)).backward()
+        optimizer.step()
+    changes = {name: parameter - before[name] for name, parameter in model.named_parameters()}
+    return changes | dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_trains_like_torchvision(native_backend, name):
+    """The weights, their running statistics and num_batches_tracked after three steps, in float64."""
+    theirs, ours = torchvision_pair(name)
+    images = make_images(3, 3, 65, 70)
+    assert_close(trained(ours.double(), images), trained(theirs.double(), images))
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    assert {int(norm.num_batches_tracked) for norm in norms_of(theirs)} == {10}  # three more than `randomise` sets
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_trains_like_torchvision_in_float32(backend, level):
+    theirs, ours = torchvision_pair("densenet121", checkpointing=level)
+    images = make_images(3, 3, 65, 70, dtype=torch.float32)
+    truth = trained(copy.deepcopy(theirs).double(), images.double())
+    naive, efficient = trained(theirs, images), trained(ours, images)
+    for suffix in ("weight", "bias", "running_mean", "running_var"):
+        expected = gathered(truth, suffix)
+        bound = 2 * relative_error(gathered(naive, suffix), expected) + 1e-5
+        assert relative_error(gathered(efficient, suffix), expected) <= bound, suffix
+
+
+def test_evaluates_like_torchvision(backend):
+    theirs, ours = torchvision_pair("densenet121")
+    images = make_images(2, 3, 40, 56)
+    with torch.no_grad():
+        assert_close({"": ours.double().eval()(images)}, {"": theirs.double().eval()(images)})
+
+
+# Observers: each registers something on a module and returns what it saw.
+
+
+def forward_hook(module, seen):
+    module.register_forward_hook(lambda *_: seen.append("forward"))
+
+
+def forward_pre_hook(module, seen):
+    module.register_forward_pre_hook(lambda *_: seen.append("forward_pre"))
+
+
+def full_backward_hook(module, seen):
+    module.register_full_backward_hook(lambda *_: seen.append("backward"))
+
+
+def full_backward_pre_hook(module, seen):
+    module.register_full_backward_pre_hook(lambda *_: seen.append("backward_pre"))
+
+
+def own_forward(module, seen):
+    original = module.forward
+    module.forward = lambda *args: seen.append("own forward") or original(*args)
+
+
+OBSERVERS = [forward_hook, forward_pre_hook, full_backward_hook, full_backward_pre_hook, own_forward]
+LAYER = "features.denseblock1.denselayer2"
+OUTSIDE_LAYERS = [
+    "features",
+    *(f"features.{name}" for name in ("conv0", "norm0", "relu0", "pool0", "denseblock1", "transition1", "norm5")),
+    *(f"features.transition1.{name}" for name in ("norm", "relu", "conv", "pool")),
+    "classifier",
+]
+INSIDE_LAYERS = [LAYER, *(f"{LAYER}.{name}" for name in ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2"))]
+
+
+def is_backward_on_inplace(observe, path):
+    """PyTorch refuses backward hooks around a ReLU that works in place, in the naive model too."""
+    return observe in (full_backward_hook, full_backward_pre_hook)
+
+
+def without_inplace(model):
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:a dense block runs layer by layer")
+@pytest.mark.parametrize("observe", OBSERVERS)
+@pytest.mark.parametrize("path", OUTSIDE_LAYERS + INSIDE_LAYERS)
+def test_observers_see_every_call(backend, path, observe):
+    naive, efficient = map(without_inplace, make_pair())
+    seen = {model: [] for model in (naive, efficient)}
+    for model in seen:
+        observe(model.get_submodule(path), seen[model])
+    images = make_images(*IMAGES)
+    if observe is own_forward and path == "features.denseblock1":
+        naive = make_pair()[0]
+    assert_close(step(efficient, images), step(naive, images))
+    assert len(seen[efficient]) == 1
+
+
+def test_a_block_that_is_observed_says_so_once(backend):
+    _, efficient = make_pair()
+    efficient.get_submodule(LAYER).register_forward_hook(lambda *_: None)
+    images = make_images(*IMAGES)
+    with pytest.warns(UserWarning, match=r"layer by layer.*denselayer2 has a hook") as found:
+        for _ in range(3):
+            efficient(images)
+    assert len(found) == 1
+
+
+def test_a_block_that_is_not_observed_says_nothing(backend):
+    _, efficient = make_pair()
+    efficient.features.denseblock1.register_forward_hook(lambda *_: None)
+    efficient.features.transition1.conv.register_forward_hook(lambda *_: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        efficient(make_images(*IMAGES))
+
+
+def test_a_hook_that_is_removed_leaves_the_fused_block(backend, monkeypatch):
+    _, efficient = make_pair()
+    calls = count_calls(backend, monkeypatch)
+    handle = efficient.get_submodule(LAYER).register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="layer by layer"):
+        efficient(make_images(*IMAGES))
+    assert calls["bn_relu_conv1x1"] == 2  # those of the second block
+    handle.remove()
+    calls.clear()
+    efficient(make_images(*IMAGES))
+    assert calls["bn_relu_conv1x1"] == 5
+
+
+GLOBAL_HOOKS = [
+    module_hooks.register_module_forward_hook,
+    module_hooks.register_module_forward_pre_hook,
+    module_hooks.register_module_full_backward_hook,
+    module_hooks.register_module_full_backward_pre_hook,
+]
+
+
+@pytest.mark.filterwarnings("ignore:a dense block runs layer by layer")
+@pytest.mark.parametrize("register", GLOBAL_HOOKS)
+def test_hooks_of_all_modules_see_every_module(backend, register):
+    naive, efficient = map(without_inplace, make_pair())
+    names = {module: name for model in (naive, efficient) for name, module in model.named_modules()}
+    seen, results = [], []
+    for model in (naive, efficient):
+        seen.append(Counter())
+        handle = register(lambda module, *_: seen[-1].update([names[module]]))
+        results.append(step(model, make_images(*IMAGES)))
+        handle.remove()
+    assert_close(results[1], results[0])
+    assert seen[1] == seen[0]
+
+
+def test_hooks_that_change_the_output(backend):
+    results = []
+    for model in make_pair():
+        model.get_submodule(f"{LAYER}.norm1").register_forward_hook(lambda _, inputs, output: output * 2 + 1)
+        model.features.transition1.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 3,))
+        model.features.norm0.register_forward_hook(lambda _, inputs, output: output - 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            results.append(step(model, make_images(*IMAGES)))
+    assert_close(results[1], results[0])
+
+
+class OwnBatchNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
+class OwnConvolution(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Centred(nn.Module):
+    def forward(self, weight):
+        return weight - weight.mean()
+
+
+def replace(path, make):
+    def change(model):
+        parent, _, name = path.rpartition(".")
+        old = model.get_submodule(path)
+        new = make(old)
+        if isinstance(new, nn.Module):
+            new.load_state_dict(old.state_dict(), strict=False)
+            setattr(model.get_submodule(parent), name, new.double().train(old.training))
+
+    return change
+
+
+def seeded_convolution(old, kind=nn.Conv2d, **options):
+    torch.manual_seed(0)
+    settings = {"padding": old.padding, "stride": old.stride, "bias": False} | options
+    return kind(old.in_channels, old.out_channels, old.kernel_size, **settings)
+
+
+def parametrized(path):
+    return lambda model: parametrize.register_parametrization(model.get_submodule(path), "weight", Centred())
+
+
+def pruned(path):
+    return lambda model: prune.l1_unstructured(model.get_submodule(path), "weight", 0.5)
+
+
+def reduced_kernel(old):
+    return nn.Conv2d(old.in_channels, old.out_channels, 1, padding=0, bias=False)
+
+
+REPLACEMENTS = {
+    "relu1 -> LeakyReLU": replace(f"{LAYER}.relu1", lambda old: nn.LeakyReLU(0.1)),
+    "relu2 -> GELU": replace(f"{LAYER}.relu2", lambda old: nn.GELU()),
+    "norm1 -> subclass": replace(f"{LAYER}.norm1", lambda old: OwnBatchNorm(old.num_features)),
+    "norm2 -> GroupNorm": replace(f"{LAYER}.norm2", lambda old: nn.GroupNorm(3, old.num_features)),
+    "norm2 -> Identity": replace(f"{LAYER}.norm2", lambda old: nn.Identity()),
+    "norm1 -> not affine": replace(f"{LAYER}.norm1", lambda old: nn.BatchNorm2d(old.num_features, affine=False)),
+    "conv1 -> subclass": replace(f"{LAYER}.conv1", lambda old: seeded_convolution(old, OwnConvolution)),
+    "conv1 -> bias": replace(f"{LAYER}.conv1", lambda old: seeded_convolution(old, bias=True)),
+    "conv2 -> groups": replace(f"{LAYER}.conv2", lambda old: seeded_convolution(old, groups=2)),
+    "conv2 -> reflect": replace(f"{LAYER}.conv2", lambda old: seeded_convolution(old, padding_mode="reflect")),
+    "conv2 -> dilation": replace(
+        f"{LAYER}.conv2", lambda old: seeded_convolution(old, dilation=2, padding=2)
+    ),
+    "conv2 -> same": replace(f"{LAYER}.conv2", lambda old: seeded_convolution(old, padding="same")),
+    "conv2 -> 1x1": replace(f"{LAYER}.conv2", reduced_kernel),
+    "conv1 -> parametrized": parametrized(f"{LAYER}.conv1"),
+    "conv2 -> pruned": pruned(f"{LAYER}.conv2"),
+    "norm1 -> pruned": pruned(f"{LAYER}.norm1"),
+    "transition norm -> subclass": replace(
+        "features.transition1.norm", lambda old: OwnBatchNorm(old.num_features)
+    ),
+    "transition relu -> ELU": replace("features.transition1.relu", lambda old: nn.ELU()),
+    "transition conv -> bias": replace(
+        "features.transition1.conv", lambda old: seeded_convolution(old, bias=True)
+    ),
+    "transition conv -> parametrized": parametrized("features.transition1.conv"),
+    "transition pool -> maximum": replace("features.transition1.pool", lambda old: nn.MaxPool2d(2)),
+    "transition pool -> ceil": replace("features.transition1.pool", lambda old: nn.AvgPool2d(2, ceil_mode=True)),
+    "transition -> Identity": replace(
+        "features.transition1.pool", lambda old: nn.Identity()
+    ),
+    "conv0 -> stride 1": replace("features.conv0", lambda old: seeded_convolution(old, stride=1)),
+    "conv0 -> bias": replace("features.conv0", lambda old: seeded_convolution(old, bias=True)),
+    "conv0 -> same": replace("features.conv0", lambda old: seeded_convolution(old, stride=1, padding="same")),
+    "conv0 -> parametrized": parametrized("features.conv0"),
+    "norm0 -> Identity": replace("features.norm0", lambda old: nn.Identity()),
+    "pool0 -> Identity": replace("features.pool0", lambda old: nn.Identity()),
+    "pool0 -> 2x2": replace("features.pool0", lambda old: nn.MaxPool2d(2)),
+    "norm5 -> subclass": replace("features.norm5", lambda old: OwnBatchNorm(old.num_features)),
+    "norm5 -> Identity": replace("features.norm5", lambda old: nn.Identity()),
+    "classifier -> Identity": replace("classifier", lambda old: nn.Identity()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:a dense block runs layer by layer")
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("change", REPLACEMENTS.values(), ids=REPLACEMENTS)
+def test_replaced_modules(backend, change, level):
+    pair = make_pair(checkpointing=level)
+    for model in pair:
+        change(model)
+    images = make_images(*IMAGES)
+    naive, efficient = pair
+    assert_close(step(efficient, images), step(naive, images))
+
+
+class LoudLayer(DenseLayer):
+    """A user's own layer."""
+
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_a_subclassed_layer(backend):
+    naive, efficient = make_pair()
+    old = efficient.get_submodule(LAYER)
+    efficient.features.denseblock1["denselayer2"] = LoudLayer(10, 4, 3, 0.0).double()
+    efficient.get_submodule(LAYER).load_state_dict(old.state_dict())
+    naive.get_submodule(LAYER).register_forward_hook(lambda _, inputs, output: output * 2)
+    images = make_images(*IMAGES)
+    with pytest.warns(UserWarning, match=r"layer by layer.*LoudLayer"):
+        result = step(efficient, images)
+    assert_close(result, step(naive, images))
+
+
+def test_a_module_appended_to_the_features(backend):
+    pair = make_pair()
+    for model in pair:
+        model.features.add_module("extra", nn.Tanh())
+    images = make_images(*IMAGES)
+    assert_close(*(step(model, images) for model in reversed(pair)))
+
+
+def test_synchronised_norms(backend):
+    """Outside a process group they are ordinary ones."""
+    naive, efficient = make_pair()
+    efficient = nn.SyncBatchNorm.convert_sync_batchnorm(efficient)
+    images = make_images(*IMAGES)
+    with pytest.warns(UserWarning, match="layer by layer"):
+        result = step(efficient, images)
+    assert_close(result, step(naive, images))
+
+
+def test_features_returned_are_never_modified(backend):
+    """Neither by what follows in the forward, nor by the backward, nor by another step."""
+    _, efficient = make_pair()
+    kept = []
+    for name in ("pool0", "denseblock1", "transition1", "denseblock2", "norm5"):
+        module = efficient.features.get_submodule(name)
+        module.register_forward_hook(lambda _, inputs, output: kept.append((output, output.detach().clone())))
+    for seed in range(2):
+        step(efficient, make_images(*IMAGES, seed=seed))
+    assert len(kept) == 10
+    assert all(torch.equal(output, copied) for output, copied in kept)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stop", range(9))
+def test_parts_of_the_features(backend, stop, mode):
+    """model.features, and any slice of it from the start."""
+    results = []
+    for model in make_pair(mode=mode):
+        images = make_images(*IMAGES).requires_grad_()
+        features = model.features[:stop](images) if stop < 8 else model.features(images)
+        loss_of(features).backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results.append({"": features, "images": images.grad, **gradients, **dict(model.named_buffers())})
+    assert_close(results[1], results[0])
+
+
+def test_features_of_a_block_may_be_used_in_place(backend):
+    """As `F.relu(features, inplace=True)` does: the same gradients, or an error; never others."""
+    naive, efficient = make_pair()
+    x = make_images(2, 6, 7, 5).requires_grad_()
+    features = efficient.features.denseblock1(x).relu_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss_of(features).backward()
+    results = []
+    for model in (naive, efficient):
+        images = make_images(*IMAGES).requires_grad_()
+        loss_of(model.features(images).relu_()).backward()
+        results.append({"images": images.grad})
+    assert_close(results[1], results[0])
+
+
+# Which parameters train, by a function of their index and name.
+TRAINED = {
+    "nothing": lambda index, name: False,
+    "classifier": lambda index, name: name.startswith("classifier"),
+    "norm5": lambda index, name: "norm5" in name,
+    "transition conv": lambda index, name: "transition1.conv" in name,
+    "transition norm": lambda index, name: "transition1.norm" in name,
+    "last block": lambda index, name: "denseblock2" in name,
+    "last layer": lambda index, name: "denseblock2.denselayer2" in name,
+    "first block": lambda index, name: "denseblock1" in name,
+    "stem": lambda index, name: "conv0" in name or "norm0" in name,
+    "stem's norm": lambda index, name: "norm0" in name,
+    "weights of norms": lambda index, name: "norm" in name and name.endswith("weight"),
+    "biases": lambda index, name: name.endswith("bias"),
+    "convolutions": lambda index, name: "conv" in name,
+    "conv1": lambda index, name: "conv1" in name,
+    "conv2": lambda index, name: "conv2" in name,
+    "norm2": lambda index, name: "norm2" in name,
+    "one bias": lambda index, name: name.endswith("denselayer2.norm1.bias"),
+    "every third": lambda index, name: index % 3 == 0,
+    "every fifth": lambda index, name: index % 5 == 2,
+}
+
+
+@pytest.mark.parametrize("bottleneck", [True, False])
+@pytest.mark.parametrize("with_input", [True, False])
+@pytest.mark.parametrize("mode", ["train", "frozen"])
+@pytest.mark.parametrize("trained", TRAINED.values(), ids=TRAINED)
+def test_frozen_parameters(backend, trained, mode, with_input, bottleneck):
+    """The gradients asked for, and None for all others."""
+    results = []
+    for model in make_pair(mode=mode, bottleneck=bottleneck):
+        for index, (name, parameter) in enumerate(model.named_parameters()):
+            parameter.requires_grad_(trained(index, name))
+        images = make_images(*IMAGES).requires_grad_(with_input)
+        logits = model(images)
+        if logits.requires_grad:
+            loss_of(logits).backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results.append({"logits": logits, "images": images.grad, **gradients, **dict(model.named_buffers())})
+    assert_close(results[1], results[0])
+
+
+def count_calls(backend, monkeypatch):
+    """Counts the backend's operations, and the results they are asked for, from now on."""
+    calls = Counter()
+    module = kernels.BACKENDS[backend]
+
+    class Counting:
+        def __getattr__(self, name):
+            def call(*arguments):
+                calls[name] += 1
+                return getattr(module, name)(*arguments)
+
+            return call
+
+    monkeypatch.setitem(kernels.BACKENDS, backend, Counting())
+    return calls
+
+
+def backward_calls(calls):
+    return {name: number for name, number in calls.items() if name.endswith("backward") or name == "project_gradient"}
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [
+        ("nothing", {}),
+        ("classifier", {}),
+        ("norm5", {"bn_relu_avg_pool_backward": 1}),
+        (
+            "last layer",
+            {
+                "bn_relu_avg_pool_backward": 1,
+                "bn_relu_conv3x3_backward": 1,
+                "bn_relu_conv1x1_backward": 1,
+                "project_gradient": 1,
+            },
+        ),
+    ],
+)
+def test_nothing_is_computed_for_frozen_parameters(backend, monkeypatch, trained, expected):
+    _, efficient = make_pair()
+    for index, (name, parameter) in enumerate(efficient.named_parameters()):
+        parameter.requires_grad_(TRAINED[trained](index, name))
+    calls = count_calls(backend, monkeypatch)
+    logits = efficient(make_images(*IMAGES))
+    if logits.requires_grad:
+        loss_of(logits).backward()
+    assert backward_calls(calls) == expected
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_a_step_computes(backend, monkeypatch, level):
+    """Of each operation as many calls as there are layers; the bottlenecks once more where they are recomputed."""
+    _, efficient = make_pair(checkpointing=level)
+    calls = count_calls(backend, monkeypatch)
+    loss_of(efficient(make_images(*IMAGES))).backward()
+    layers = 5
+    assert calls["bn_relu_conv3x3"] == calls["bn_relu_conv3x3_backward"] == calls["bn_relu_conv1x1_backward"] == layers
+    assert calls["bn_relu_conv1x1"] == (layers if level == "none" else 2 * layers)
+    assert calls["channel_stats"] == 3  # of the stem's convolution and of each block's input
+
+
+def test_gradients_of_frozen_first_layers_keep_no_graph(backend):
+    """Parameters frozen from the input up to a block: autograd does not reach them."""
+    _, efficient = make_pair()
+    for parameter in efficient.features[:6].parameters():
+        parameter.requires_grad_(False)
+    features = efficient.features[:6](make_images(*IMAGES))
+    assert not features.requires_grad
+
+
+def test_distributed_data_parallel(backend, tmp_path):
+    naive, efficient = make_pair()
+    images = make_images(*IMAGES)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(efficient)
+        result = step(parallel, images)
+    finally:
+        dist.destroy_process_group()
+    assert_close({name.removeprefix("module."): value for name, value in result.items()}, step(naive, images))
+
+
+def test_data_under_autocast_keeps_the_dtypes_of_torch(backend):
+    """Logits as the classifier gives them, gradients and buffers in float32."""
+    for model in make_pair(dtype=torch.float32):
+        images = make_images(*IMAGES, dtype=torch.float32).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(images)
+            features = model.features(images)
+        assert logits.dtype == torch.bfloat16
+        assert features.dtype == torch.bfloat16
+        loss_of(logits).backward()
+        dtypes = {tensor.grad.dtype for tensor in (images, *model.parameters())}
+        assert dtypes == {torch.float32}
+        assert {norm.running_mean.dtype for norm in norms_of(model)} == {torch.float32}
+
+
+def test_moves_between_dtypes(backend):
+    naive, efficient = make_pair(dtype=torch.float32)
+    naive, efficient = naive.double(), efficient.half().float().double()
+    efficient.load_state_dict(naive.state_dict())
+    images = make_images(*IMAGES)
+    assert_close(step(efficient, images), step(naive, images))
+
+
+def test_weights_changed_in_place_between_steps(backend):
+    """As an optimizer, an exponential moving average or `load_state_dict` changes them: nothing is cached."""
+    naive, efficient = make_pair()
+    images = make_images(*IMAGES)
+    for mode in ("train", "eval"):
+        for model in (naive, efficient):
+            set_mode(model, mode)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.1).add_(0.01)
+        assert_close(step(efficient, images), step(naive, images))
+
+
+def test_a_weight_changed_between_forward_and_backward_is_noticed(backend):
+    for model in make_pair():
+        loss = loss_of(model(make_images(*IMAGES)))
+        with torch.no_grad():
+            model.get_parameter(f"{LAYER}.conv1.weight").mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()

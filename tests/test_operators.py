@@ -1,0 +1,281 @@
+"""The operators as autograd, torch.compile, export, copying and pickling see them."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from cases import LEVELS, MODES, VARIANTS, assert_close, loss_of, make_images, make_pair, state_of, step
+from torch.autograd import forward_ad
+from test_kernels import Factory, cast, needs_native
+
+
+from densenet_efficient.kernels import CONTRACT
+from densenet_efficient.operators import dense_stage, dense_stage_backward, stem, stem_backward
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IMAGES, CHANNELS, GROWTH_RATE, WIDTH, LAYERS, HEIGHT, BREADTH = 2, 3, 2, 4, 2, 3, 5
+EXITS = ["transition", "head", "none"]
+
+
+class StageArguments:
+    """The arguments of `dense_stage` for a small stage; norm1 of the second layer and the exit's use running statistics
+    where ``frozen``."""
+
+    def __init__(self, bottleneck=True, stage_exit="transition", frozen=False, dropout=False, save=False):
+        self.generator = torch.Generator().manual_seed(0)
+        self.bottleneck, self.exit, self.frozen, self.save = bottleneck, stage_exit, frozen, save
+        self.x = self.normal(IMAGES, CHANNELS, HEIGHT, BREADTH)
+        total = CHANNELS + LAYERS * GROWTH_RATE
+        self.parameters, self.running, self.uses_running = [], [], []
+        for index in range(LAYERS):
+            channels = CHANNELS + index * GROWTH_RATE
+            self.add_norm(self.parameters, channels, frozen and index == 1)
+            if bottleneck:
+                self.parameters.append(self.normal(WIDTH, channels, 1, 1))
+                self.add_norm(self.parameters, WIDTH, False)
+            channels = WIDTH if bottleneck else channels
+            self.parameters.append(self.normal(GROWTH_RATE, channels, 3, 3))
+        self.exit_parameters = []
+        if stage_exit != "none":
+            self.add_norm(self.exit_parameters, total, frozen)
+        if stage_exit == "transition":
+            self.exit_parameters.append(self.normal(4, total, 1, 1))
+        rows = IMAGES * HEIGHT * BREADTH
+        kept = [torch.rand(rows, GROWTH_RATE, generator=self.generator) > 0.3 for _ in range(LAYERS)]
+        self.masks, self.drop_rate = (kept, 0.3) if dropout else ([], 0.0)
+
+    def normal(self, *shape):
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def add_norm(self, parameters, channels, uses_running):
+        parameters += [self.normal(channels) + 0.5, self.normal(channels)]
+        self.uses_running.append(uses_running)
+        if uses_running:
+            self.running += [self.normal(channels), self.normal(channels).square() + 0.5]
+
+    @property
+    def differentiable(self):
+        return [self.x, *self.parameters, *self.exit_parameters]
+
+    @property
+    def values(self):
+        epsilons = [1e-5] * len(self.uses_running)
+        return [epsilons, self.uses_running, self.bottleneck, self.exit, self.drop_rate]
+
+    def with_tensors(self, x, *tensors):
+        """The operator's arguments, with these as its differentiable ones."""
+        count = len(self.parameters)
+        groups = [list(tensors[:count]), list(tensors[count:]), self.running, self.masks]
+        return (x, *groups, *self.values, self.save)
+
+    def requiring_grad(self):
+        return [tensor.clone().requires_grad_() for tensor in self.differentiable]
+
+
+STAGES = {
+    f"{'bottleneck' if bottleneck else 'plain'}-{stage_exit}-{'saved' if save else 'recomputed'}": StageArguments(
+        bottleneck, stage_exit, save=save
+    )
+    for bottleneck in (True, False)
+    for stage_exit in EXITS
+    for save in (True, False)
+} | {
+    "frozen-transition": StageArguments(frozen=True),
+    "frozen-head": StageArguments(stage_exit="head", frozen=True, save=True),
+    "dropout": StageArguments(dropout=True),
+    "plain-dropout": StageArguments(bottleneck=False, dropout=True, save=True),
+}
+every_stage = pytest.mark.parametrize("arguments", STAGES.values(), ids=STAGES)
+
+
+@every_stage
+def test_gradcheck_of_a_stage(backend, arguments):
+    outputs = slice(0, 2) if arguments.exit != "none" else slice(1, 2)
+
+    def out_and_features(*tensors):
+        return dense_stage(*arguments.with_tensors(*tensors))[outputs]
+
+    assert torch.autograd.gradcheck(out_and_features, arguments.requiring_grad())
+
+
+def stem_arguments(frozen=False, save=False):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 11, 14), (4, 3, 7, 7), (4,), (4,)]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    running = [tensors[2] * 0.1, tensors[3].square() + 0.5] if frozen else []
+    return tensors, (running, [2, 2], [3, 3], 1e-5, save)
+
+
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradcheck_of_the_stem(backend, frozen, save):
+    tensors, values = stem_arguments(frozen, save)
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    assert torch.autograd.gradcheck(lambda *tensors: stem(*tensors, *values)[0], tensors)
+
+
+@every_stage
+def test_opcheck_of_a_stage(backend, arguments):
+    torch.library.opcheck(dense_stage, arguments.with_tensors(*arguments.requiring_grad()))
+
+
+@every_stage
+@pytest.mark.parametrize("needed", ["all", "some", "input"])
+def test_opcheck_of_the_backward_of_a_stage(backend, arguments, needed):
+    tensors = arguments.differentiable
+    out, *saved = dense_stage(*arguments.with_tensors(*tensors))
+    wanted = {
+        "all": [True] * len(tensors),
+        "some": [index % 3 == 1 for index in range(len(tensors))],
+        "input": [index == 0 for index in range(len(tensors))],
+    }[needed]
+    out_grad = None if arguments.exit == "none" else torch.ones_like(out)
+    features_grad = torch.ones_like(saved[0]) if out_grad is None or needed == "some" else None
+    groups = arguments.with_tensors(*tensors)[1:5]
+    torch.library.opcheck(dense_stage_backward, (out_grad, features_grad, *saved, *groups, *arguments.values, wanted))
+
+
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_opcheck_of_the_stem(backend, frozen, save):
+    tensors, values = stem_arguments(frozen, save)
+    torch.library.opcheck(stem, (*[tensor.clone().requires_grad_() for tensor in tensors], *values))
+    out, *saved = stem(*tensors, *values)
+    x, *parameters = tensors
+    needed = [save, True, frozen, True]
+    torch.library.opcheck(stem_backward, (torch.ones_like(out), x, *saved, *parameters, *values[:-1], needed))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operation", CONTRACT)
+def test_opcheck_of_a_native_operation(operation, dtype):
+    arguments = cast(getattr(Factory(2, 4, 6, 5, 3), operation)(), dtype)
+    arguments = {
+        name: torch.nan_to_num(value) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()
+    }
+    torch.library.opcheck(getattr(torch.ops.densenet_efficient, operation).default, tuple(arguments.values()))
+
+
+def test_every_operator_is_checked_above():
+    """Against the registry, so that a new operator cannot be forgotten."""
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "densenet_efficient" in name}
+    ours = {"dense_stage", "dense_stage_backward", "stem", "stem_backward"}
+    assert registered <= ours | set(CONTRACT)
+    assert ours <= registered
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("variant", ["bc", "plain"])
+@pytest.mark.parametrize("mode", MODES)
+def test_compiles_to_a_full_graph(backend, variant, level, mode):
+    _, model = make_pair(mode=mode, checkpointing=level, **VARIANTS[variant])
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    images = make_images(2, 3, 33, 47)
+    for _ in range(2):
+        expected = step(model, images)
+        result = step(compiled, images)
+        assert_close({name.replace("_orig_mod.", ""): value for name, value in result.items()}, expected)
+    torch._dynamo.reset()
+
+
+def test_compiles_with_inductor(backend):
+    _, model = make_pair(block_config=(1,), small_inputs=True, checkpointing="none")
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
+    images = make_images(2, 3, 6, 5)
+    expected = step(model, images)
+    result = step(compiled, images)
+    assert_close({name.replace("_orig_mod.", ""): value for name, value in result.items()}, expected)
+    torch._dynamo.reset()
+
+
+def test_compiled_once_for_sizes_that_change(backend):
+    _, model = make_pair()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager", dynamic=True)
+    for size in ((33, 47), (40, 36), (65, 33)):
+        images = make_images(3, 3, *size)
+        result = {name.replace("_orig_mod.", ""): value for name, value in step(compiled, images).items()}
+        assert_close(result, step(model, images))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_exports(backend, variant):
+    _, model = make_pair(mode="eval", **VARIANTS[variant])
+    images = make_images(2, 3, 33, 47)
+    exported = torch.export.export(model, (images,))
+    assert_close({"": exported.module()(images)}, {"": model(images)})
+    stream = io.BytesIO()
+    torch.export.save(exported, stream)
+    stream.seek(0)
+    assert_close({"": torch.export.load(stream).module()(images)}, {"": model(images)})
+
+
+def test_exports_with_any_batch(backend):
+    _, model = make_pair(mode="eval")
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (make_images(2, 3, 33, 47),), dynamic_shapes=((batch, None, None, None),))
+    images = make_images(5, 3, 33, 47)
+    assert_close({"": exported.module()(images)}, {"": model(images)})
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model):
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved])
+def test_a_copy_trains_on_like_its_original(backend, duplicate, level):
+    _, model = make_pair(checkpointing=level, drop_rate=0.2)
+    images = make_images(2, 3, 33, 47)
+    step(model, images, seed=1)
+    other = duplicate(model)
+    assert_close(state_of(other), state_of(model) | gradients_unless_kept(other))
+    for each in (model, other):
+        each.zero_grad()
+    assert_close(step(other, images, seed=2), step(model, images, seed=2), tolerance=0)
+
+
+def gradients_unless_kept(model):
+    """The gradients of ``model``, which pickling leaves behind and copying takes along."""
+    return {f"{name}.grad": parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("arguments", [{}, {"small_inputs": True}, {"bottleneck": False}], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_second_derivative_is_refused(backend, arguments, level):
+    _, model = make_pair(checkpointing=level, **arguments)
+    images = make_images(2, 3, 33, 47).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_of(model(images)), images, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"double backward.*NaiveDenseNet"):
+        gradient.square().sum().backward()
+
+
+def test_a_second_derivative_of_the_parameters_is_refused(backend):
+    _, model = make_pair()
+    parameters = list(model.features.parameters())
+    gradients = torch.autograd.grad(loss_of(model(make_images(2, 3, 33, 47))), parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        sum(gradient.square().sum() for gradient in gradients).backward()
+
+
+def test_transforms_that_the_operators_lack_are_refused(backend):
+    """Forward-mode derivatives, torch.func.grad and vmap raise; none gives a wrong result."""
+    _, model = make_pair(mode="eval")
+    images = make_images(2, 3, 33, 47)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        model(forward_ad.make_dual(images, torch.ones_like(images)))
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda images: model(images).sum())(images)
+    with pytest.raises(RuntimeError, match="Batching rule"):
+        torch.func.vmap(model)(images.unsqueeze(0))
