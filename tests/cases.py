@@ -19,6 +19,7 @@ VARIANTS = {
 SMALL = {"growth_rate": 4, "block_config": (3, 2), "num_init_features": 6, "bn_size": 3, "num_classes": 5}
 MODES = ["train", "eval", "frozen"]
 FLOAT64_TOLERANCE = 1e-9
+FLOAT64_FLOOR = 1e-12  # of what is zero but for rounding, as the gradient of a bias that a norm follows
 
 
 def randomise(model, seed=0):
@@ -90,24 +91,29 @@ def state_of(model):
     return {**gradients, **dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def relative_error(actual, expected):
-    """The norm of the difference, relative to that of ``expected``; the absolute one where that is zero."""
-    actual, expected = actual.detach().double(), expected.detach().double()
+def difference(actual, expected):
+    """The norm of the difference, and that of ``expected``."""
     assert actual.shape == expected.shape
-    size = expected.norm().item()
-    return (actual - expected).norm().item() / (size if size > 0 else 1)
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return (actual - expected).norm().item(), expected.norm().item()
+
+
+def relative_error(actual, expected):
+    error, size = difference(actual, expected)
+    return error / size
 
 
 def assert_close(actual, expected, tolerance=FLOAT64_TOLERANCE):
     """Tensors by name: the same names, None where None, and every one within ``tolerance`` of its own norm."""
     assert list(actual) == list(expected)
-    wrong = {}
-    for name, value in expected.items():
-        assert (actual[name] is None) == (value is None), name
-        if value is not None:
-            error = relative_error(actual[name], value)
-            wrong |= {} if error <= tolerance else {name: error}
-    assert not wrong
+    assert {name for name in actual if actual[name] is None} == {name for name in expected if expected[name] is None}
+    errors = {name: difference(actual[name], value) for name, value in expected.items() if value is not None}
+    wrong = {
+        name: (error, size)
+        for name, (error, size) in errors.items()
+        if not error <= tolerance * size + (FLOAT64_FLOOR if tolerance else 0)
+    }
+    assert not wrong, wrong
 
 
 def gathered(results, suffix):

@@ -41,9 +41,9 @@ void avg_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t
 }
 
 void avg_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mean, const Tensor& scale,
-                       const Tensor& shift, int64_t height, int64_t width, int64_t window_height,
-                       int64_t window_width, const std::optional<Tensor>& grad, bool accumulate,
-                       const Tensor& sum_grad, const Tensor& sum_grad_x) {
+                       const Tensor& shift, int64_t height, int64_t width, int64_t window_height, int64_t window_width,
+                       const std::optional<Tensor>& grad, bool accumulate, const Tensor& sum_grad,
+                       const Tensor& sum_grad_x) {
   const int64_t rows = x.size(0), channels = x.size(1), images = check_images(x, "x", height, width);
   check_window(height, width, window_height, window_width);
   check_matrix(x, "x", rows, channels, x);

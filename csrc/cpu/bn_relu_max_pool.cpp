@@ -37,8 +37,8 @@ void max_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t
 }
 
 void max_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mean, const Tensor& scale,
-                       const Tensor& shift, int64_t height, int64_t width, const Tensor& grad,
-                       const Tensor& sum_grad, const Tensor& sum_grad_x) {
+                       const Tensor& shift, int64_t height, int64_t width, const Tensor& grad, const Tensor& sum_grad,
+                       const Tensor& sum_grad_x) {
   const int64_t rows = x.size(0), channels = x.size(1), images = check_images(x, "x", height, width);
   check_matrix(x, "x", rows, channels, x);
   check_matrix(out_grad, "out_grad", images * pooled(height) * pooled(width), channels, x);

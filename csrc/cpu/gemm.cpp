@@ -43,6 +43,15 @@ at::Tensor as_matrix(const T* data, int64_t rows, int64_t columns, int64_t strid
 }  // namespace
 
 bool multiplies_bfloat16() { return has_brgemm<c10::BFloat16>(); }
+bool has_amx() {
+#if defined(__x86_64__)
+  static const bool answer = __builtin_cpu_supports("amx-bf16");
+  return answer;
+#else
+  return false;
+#endif
+}
+
 bool multiplies_half() { return has_brgemm<c10::Half>(); }
 
 template <typename T, typename A>

@@ -9,8 +9,7 @@ namespace {
 
 using at::Tensor;
 
-void project(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& slope,
-             const Tensor& offset) {
+void project(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& slope, const Tensor& offset) {
   const int64_t rows = x.size(0), channels = x.size(1);
   check_matrix(x, "x", rows, channels, x);
   check_matrix(grad, "grad", rows, channels, x);

@@ -15,14 +15,13 @@ struct Block {
   int64_t tile, row, rows, column, columns;
 };
 
-// Calls function(Block) for every block of a matrix [rows, columns], in parallel. The blocks follow from the
-// shape alone: tiles of ``tile_rows`` rows by spans of columns, so that few rows of many channels keep
-// several threads busy.
+// Calls function(Block) for every block of a matrix [rows, columns], in parallel. The blocks follow from the shape
+// alone: tiles of ``tile_rows`` rows by spans of columns, so that few rows of many channels keep several threads busy.
 template <typename Function>
 void parallel_blocks(int64_t rows, int64_t columns, int64_t tile_rows, Function function) {
   constexpr int64_t least_work = 16384;  // elements that are worth a thread
   const int64_t tiles = ceil_div(rows, tile_rows), spans = ceil_div(columns, kSpan);
-  const int64_t grain = ceil_div(least_work, tile_rows * std::min(columns, kSpan));
+  const int64_t grain = ceil_div(least_work, tile_rows * std::clamp<int64_t>(columns, 1, kSpan));
   at::parallel_for(0, tiles * spans, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; task++) {
       const int64_t tile = task / spans, row = tile * tile_rows, column = task % spans * kSpan;
@@ -31,8 +30,7 @@ void parallel_blocks(int64_t rows, int64_t columns, int64_t tile_rows, Function 
   });
 }
 
-// The two sums of a backward over M rows of C columns: per tile of rows, then added in the order of the
-// tiles.
+// The two sums of a backward over M rows of C columns: per tile of rows, then added in the order of the tiles.
 template <typename A>
 class TileSums {
  public:

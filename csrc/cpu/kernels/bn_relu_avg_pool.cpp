@@ -15,11 +15,9 @@ int64_t window_origin(const AvgPoolForward& p, int64_t output) {
   return (image * p.height + y * p.window_height) * p.width + x * p.window_width;
 }
 
-// out [columns] = mean of relu(x * scale + shift) over a window; summed row by row, which keeps float sums
-// short.
+// out [columns] = mean of relu(x * scale + shift) over a window; summed row by row, which keeps float sums short.
 template <typename S, typename A>
-void pool_window(const AvgPoolForward& p, const S* x, const A* scale, const A* shift, int64_t columns,
-                 S* out) {
+void pool_window(const AvgPoolForward& p, const S* x, const A* scale, const A* shift, int64_t columns, S* out) {
   const A size = static_cast<A>(p.window_height * p.window_width);
   for (int64_t c = 0; c < columns; c += kLanes<A>) {
     const int64_t count = columns - c;
@@ -28,8 +26,7 @@ void pool_window(const AvgPoolForward& p, const S* x, const A* scale, const A* s
     for (int64_t y = 0; y < p.window_height; y++) {
       const S* row = x + y * p.width * p.x_stride + c;
       Vector<A> sum{};
-      for (int64_t i = 0; i < p.window_width; i++)
-        sum += activate(load<A>(row + i * p.x_stride, count), a, b);
+      for (int64_t i = 0; i < p.window_width; i++) sum += activate(load<A>(row + i * p.x_stride, count), a, b);
       total += sum;
     }
     store(out + c, total / size, count);
@@ -86,8 +83,7 @@ class Backward {
     const S* out_grad[kTileRows];  // what flows into each row of the block
     for (int64_t r = 0; r < block.rows; r++) {
       const int64_t output = output_of(p_, block.row + r);
-      out_grad[r] =
-          output < 0 ? zeros_.get() : static_cast<const S*>(p_.out_grad) + output * p_.out_grad_stride;
+      out_grad[r] = output < 0 ? zeros_.get() : static_cast<const S*>(p_.out_grad) + output * p_.out_grad_stride;
     }
     for (int64_t c = block.column; c < block.column + block.columns; c += kLanes<A>) {
       deposit(out_grad, block, c, block.column + block.columns - c);

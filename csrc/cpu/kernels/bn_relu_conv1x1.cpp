@@ -5,14 +5,21 @@
 #include <algorithm>
 
 #include "cpu/kernels/dispatch.h"
+#include "cpu/kernels/multiply.h"
 #include "cpu/kernels/statistics.h"
 #include "cpu/kernels/tile.h"
 
 namespace densenet_efficient::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kTileRows = 64;
+constexpr int64_t kMicroRows = 6;   // of the micro-kernel: tiles are multiples of it
+constexpr int64_t kTileRows = 72;   // at most
 constexpr int64_t kDepth = 512;  // channels per product: the activations of a tile stay in the second-level cache
+
+// The size of the parts when ``size`` is cut into an even number of parts of at most ``most``, about equal.
+int64_t even_share(int64_t size, int64_t most, int64_t multiple) {
+  return round_up(ceil_div(size, round_up(ceil_div(size, most), 2)), multiple);
+}
 
 // weight^T [channels, outputs] as the right operand of a product, chunk of channels by chunk.
 template <typename T, typename A>
@@ -35,17 +42,19 @@ void forward(const Conv1x1Forward& p) {
   const auto* x = static_cast<const S*>(p.x);
   const auto *scale = static_cast<const A*>(p.scale), *shift = static_cast<const A*>(p.shift);
   auto* out = static_cast<S*>(p.out);
-  const int64_t outputs = p.outputs, tiles = ceil_div(p.rows, kTileRows);
+  const int64_t outputs = p.outputs;
+  const int64_t tile_rows = even_share(p.rows, kTileRows, kMicroRows), tiles = ceil_div(p.rows, tile_rows);
   Scratch<T> weight(round_up(p.channels, 2) * outputs);
   pack_weight(static_cast<const A*>(p.weight), p.channels, outputs, weight.get());
   TileStatistics<A> statistics(p.mean ? tiles : 0, outputs);
 
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     const int64_t stride = std::min(round_up(p.channels, 16), kDepth) + 16;
-    Scratch<T> activations(kTileRows * stride);
-    Scratch<A> products(std::is_same_v<S, A> ? 0 : kTileRows * outputs);
+    Scratch<T> activations(tile_rows * stride);
+    Scratch<A> products(std::is_same_v<S, A> ? 0 : tile_rows * outputs);
+    Prefetch prefetch;
     for (int64_t tile = begin; tile < end; tile++) {
-      const int64_t row = tile * kTileRows, rows = std::min(kTileRows, p.rows - row);
+      const int64_t row = tile * tile_rows, rows = std::min(tile_rows, p.rows - row);
       S* tile_out = out + row * p.out_stride;
       A* sums = products.get();
       int64_t sums_stride = outputs;
@@ -57,8 +66,12 @@ void forward(const Conv1x1Forward& p) {
         const int64_t depth = std::min(kDepth, p.channels - c);
         activate_rows(x + row * p.x_stride + c, p.x_stride, scale + c, shift + c, rows, depth, activations.get(), stride,
                       kPairedRows<T> ? round_up(depth, 2) : depth);
-        gemm(rows, outputs, depth, activations.get(), stride, weight.get() + c * outputs, outputs, sums, sums_stride,
-             c > 0);
+        const bool last = c + depth == p.channels;
+        const int64_t next_row = last ? row + tile_rows : row, next_channel = last ? 0 : c + depth;
+        prefetch.add(x + next_row * p.x_stride + next_channel, p.x_stride, std::min(tile_rows, p.rows - next_row),
+                     std::min(kDepth, p.channels - next_channel));
+        multiply(rows, outputs, depth, activations.get(), stride, weight.get() + c * outputs, outputs, sums, sums_stride,
+                 c > 0, prefetch);
       }
       if constexpr (!std::is_same_v<S, A>) store_rows(sums, outputs, rows, outputs, tile_out, p.out_stride);
       if (p.mean) statistics.take(tile, tile_out, p.out_stride, rows);
@@ -70,19 +83,20 @@ void forward(const Conv1x1Forward& p) {
 
 // ---- backward
 
-constexpr int64_t kBackwardRows = 128;
+constexpr int64_t kBackwardRows = 120;  // a multiple of the micro-kernel's rows
 constexpr int64_t kPanel = 64;  // channels of x that are taken at a time
 
 // How a backward is cut into tasks: groups of rows by spans of channels. By shape alone, so that sums have one order.
 struct Tasks {
-  int64_t group_rows, groups, span, spans;
+  int64_t group_rows, groups, tile_rows, span, spans;
 
   Tasks(int64_t rows, int64_t channels) {
-    constexpr int64_t wanted = 8, widest = 1024, most_groups = 32;
-    groups = std::clamp<int64_t>(ceil_div(rows, 1024), 1, most_groups);
-    group_rows = round_up(ceil_div(rows, groups), kBackwardRows);
+    constexpr int64_t rows_of_a_group = 512, most_groups = 32, wanted = 8;
+    const int64_t parts = std::min(most_groups, round_up(ceil_div(rows, rows_of_a_group), 2));
+    group_rows = rows < rows_of_a_group ? rows : ceil_div(rows, parts);
     groups = ceil_div(rows, group_rows);
-    spans = std::max(ceil_div(wanted, groups), ceil_div(channels, widest));
+    tile_rows = round_up(ceil_div(group_rows, ceil_div(group_rows, kBackwardRows)), kMicroRows);
+    spans = groups < wanted / 2 ? wanted / groups : 1;
     span = round_up(ceil_div(channels, spans), kPanel);
     spans = ceil_div(channels, span);
   }
@@ -96,7 +110,7 @@ struct FinishedGradient {
 
   explicit FinishedGradient(int64_t outputs)
       : stride(round_up(outputs, 16) + 16),
-        transposed_stride(kBackwardRows + 16),
+        transposed_stride(round_up(kBackwardRows, 16) + 16),
         rows(kBackwardRows * stride),
         transposed(outputs * transposed_stride) {}
 };
@@ -219,8 +233,9 @@ class Backward {
       FinishedGradient<T> finished(p_.outputs);
       Scratch<T> panel(kBackwardRows * kPanel);
       Scratch<A> gradient(kBackwardRows * kPanel);
+      Prefetch prefetch;
       for (int64_t task = begin; task < end; task++) {
-        run_task(task % tasks_.groups, task / tasks_.groups, finished, panel.get(), gradient.get());
+        run_task(task / tasks_.spans, task % tasks_.spans, finished, panel.get(), gradient.get(), prefetch);
       }
       release_gemm<T>();
     });
@@ -228,36 +243,60 @@ class Backward {
   }
 
  private:
-  void run_task(int64_t group, int64_t span, FinishedGradient<T>& finished, T* panel, A* gradient) {
+  void run_task(int64_t group, int64_t span, FinishedGradient<T>& finished, T* panel, A* gradient,
+                Prefetch& prefetch) {
     const int64_t first_row = group * tasks_.group_rows, last_row = std::min(p_.rows, first_row + tasks_.group_rows);
     const int64_t first = span * tasks_.span, last = std::min(p_.channels, first + tasks_.span);
     std::fill(partials_.sum_grad(group) + first, partials_.sum_grad(group) + last, A(0));
     std::fill(partials_.sum_grad_x(group) + first, partials_.sum_grad_x(group) + last, A(0));
-    for (int64_t row = first_row; row < last_row; row += kBackwardRows) {
-      const int64_t rows = std::min(kBackwardRows, last_row - row);
+    for (int64_t row = first_row; row < last_row; row += tasks_.tile_rows) {
+      const int64_t rows = std::min(tasks_.tile_rows, last_row - row);
       const int64_t padded = kPairedRows<T> ? round_up(rows, 2) : rows;
       finish_gradient<S>(p_, row, rows, padded, finished);
       for (int64_t c = first; c < last; c += kPanel) {
         const int64_t columns = std::min(kPanel, last - c);
-        if (p_.grad_weight) weight_gradient(group, row, rows, padded, c, columns, row > first_row, finished, panel);
-        if (p_.sum_grad) input_gradient(group, row, rows, c, columns, finished, gradient);
+        ask_ahead(row, rows, last_row, c, columns, first, last, prefetch);
+        if (p_.grad_weight) weight_gradient(group, row, rows, padded, c, columns, row > first_row, finished, panel, prefetch);
+        if (p_.sum_grad) input_gradient(group, row, rows, c, columns, finished, gradient, prefetch);
       }
     }
   }
 
+  // Asks for what comes after the products of this panel: its part of ``grad``, the next panel of x, and at the first
+  // panel of a tile what finishes the gradient of the next tile.
+  void ask_ahead(int64_t row, int64_t rows, int64_t last_row, int64_t c, int64_t columns, int64_t first, int64_t last,
+                 Prefetch& prefetch) {
+    const auto* x = static_cast<const S*>(p_.x);
+    const int64_t next_row = row + rows, next_rows = std::min(tasks_.tile_rows, last_row - next_row);
+    const auto* grad = static_cast<const S*>(p_.grad);
+    prefetch.add(grad ? grad + row * p_.grad_stride + c : nullptr, p_.grad_stride, rows, columns);
+    if (c + columns < last) {
+      const int64_t next = c + columns;
+      prefetch.add(x + row * p_.x_stride + next, p_.x_stride, rows, std::min(kPanel, last - next));
+    } else {
+      prefetch.add(x + next_row * p_.x_stride + first, p_.x_stride, next_rows, std::min(kPanel, last - first));
+    }
+    if (c == first) {
+      const auto *out_grad = static_cast<const S*>(p_.out_grad), *out = static_cast<const S*>(p_.out);
+      prefetch.add(out_grad + next_row * p_.out_grad_stride, p_.out_grad_stride, next_rows, p_.outputs);
+      prefetch.add(out + next_row * p_.out_stride, p_.out_stride, next_rows, p_.outputs);
+    }
+  }
+
   void weight_gradient(int64_t group, int64_t row, int64_t rows, int64_t padded, int64_t c, int64_t columns,
-                       bool accumulate, const FinishedGradient<T>& finished, T* panel) {
+                       bool accumulate, const FinishedGradient<T>& finished, T* panel, Prefetch& prefetch) {
     const auto* x = static_cast<const S*>(p_.x) + row * p_.x_stride + c;
     const auto *scale = static_cast<const A*>(p_.scale) + c, *shift = static_cast<const A*>(p_.shift) + c;
     activate_panel(x, p_.x_stride, scale, shift, rows, padded, columns, panel);
-    gemm(p_.outputs, columns, padded, static_cast<const T*>(finished.transposed.get()), finished.transposed_stride,
-         static_cast<const T*>(panel), kPanel, partials_.weight_panel(group, c), kPanel, accumulate);
+    multiply(p_.outputs, columns, padded, static_cast<const T*>(finished.transposed.get()), finished.transposed_stride,
+             static_cast<const T*>(panel), kPanel, partials_.weight_panel(group, c), kPanel, accumulate, prefetch);
   }
 
   void input_gradient(int64_t group, int64_t row, int64_t rows, int64_t c, int64_t columns,
-                      const FinishedGradient<T>& finished, A* gradient) {
-    gemm(rows, columns, p_.outputs, static_cast<const T*>(finished.rows.get()), finished.stride,
-         static_cast<const T*>(weight_.get() + c * round_up(p_.outputs, 2)), columns, gradient, kPanel, false);
+                      const FinishedGradient<T>& finished, A* gradient, Prefetch& prefetch) {
+    multiply(rows, columns, p_.outputs, static_cast<const T*>(finished.rows.get()), finished.stride,
+             static_cast<const T*>(weight_.get() + c * round_up(p_.outputs, 2)), columns, gradient, kPanel, false,
+             prefetch);
     S* grad = p_.grad ? static_cast<S*>(p_.grad) + row * p_.grad_stride + c : nullptr;
     deposit_panel(gradient, static_cast<const S*>(p_.x) + row * p_.x_stride + c, p_.x_stride,
                   static_cast<const A*>(p_.mean) + c, static_cast<const A*>(p_.scale) + c,

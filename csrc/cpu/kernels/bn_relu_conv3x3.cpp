@@ -5,6 +5,7 @@
 #include "cpu/kernels/conv3x3_weight.h"
 #include "cpu/kernels/dispatch.h"
 #include "cpu/kernels/image_tiles.h"
+#include "cpu/kernels/multiply.h"
 #include "cpu/kernels/statistics.h"
 
 namespace densenet_efficient::CPU_CAPABILITY {
@@ -29,6 +30,14 @@ void activate_tile(const Conv3x3Forward& p, const ImageTiles& tiles, int64_t til
   }
 }
 
+template <typename S>
+void ask_ahead(const Conv3x3Forward& p, const ImageTiles& tiles, int64_t tile, const ChannelChunk& chunk,
+               Prefetch& prefetch) {
+  if (tile >= tiles.tiles()) return;
+  const auto* x = static_cast<const S*>(p.x) + tiles.first_pixel(tile, 0) * p.x_stride + chunk.first;
+  prefetch.add(x, p.x_stride, tiles.pixels(tile), chunk.channels);
+}
+
 template <typename S, typename T>
 void forward(const Conv3x3Forward& p) {
   using A = Accumulate<S>;
@@ -40,15 +49,18 @@ void forward(const Conv3x3Forward& p) {
     const int64_t pitch = tiles.pitch(), pixels = tiles.most_rows() * pitch;
     Scratch<T> padded(tiles.padded_pixels() * weight.chunk(0).padded);
     Scratch<A> products(pixels * p.outputs), compact(p.mean ? pixels * p.outputs : 0);
+    Prefetch prefetch;
     for (int64_t tile = begin; tile < end; tile++) {
       const int64_t rows = tiles.rows(tile);
       for (int64_t index = 0; index < weight.chunks(); index++) {
         const ChannelChunk chunk = weight.chunk(index);
         activate_tile<S, T, A>(p, tiles, tile, chunk, padded.get());
+        const bool last = index + 1 == weight.chunks();
+        ask_ahead<S>(p, tiles, last ? tile + 1 : tile, weight.chunk(last ? 0 : index + 1), prefetch);
         for (int64_t ky = 0; ky < 3; ky++) {
           // Three horizontal neighbours are contiguous in the scratch: one product takes all three taps.
-          gemm(rows * pitch - 1, p.outputs, 3 * chunk.padded, padded.get() + ky * pitch * chunk.padded, chunk.padded,
-               weight.taps(index, ky), p.outputs, products.get(), p.outputs, index + ky > 0);
+          multiply(rows * pitch - 1, p.outputs, 3 * chunk.padded, padded.get() + ky * pitch * chunk.padded, chunk.padded,
+                   weight.taps(index, ky), p.outputs, products.get(), p.outputs, index + ky > 0, prefetch);
         }
       }
       int64_t pixel_count = 0;

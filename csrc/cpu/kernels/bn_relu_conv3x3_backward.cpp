@@ -4,6 +4,7 @@
 #include "cpu/kernels/conv3x3_weight.h"
 #include "cpu/kernels/dispatch.h"
 #include "cpu/kernels/image_tiles.h"
+#include "cpu/kernels/multiply.h"
 
 namespace densenet_efficient::CPU_CAPABILITY {
 namespace {
@@ -37,6 +38,7 @@ struct Workspace {
   Scratch<T> transposed;  // [outputs, padded pixels]
   Scratch<A> products;    // [pixels, channels of a chunk]
   Scratch<T> activations, paired;
+  Prefetch prefetch;
 
   Workspace(const ImageTiles& tiles, int64_t outputs, int64_t padded_outputs, int64_t widest)
       : pixels(round_up(tiles.most_rows() * tiles.pitch(), 2)),
@@ -107,11 +109,16 @@ class Backward {
   void multiply_input_gradient(int64_t tile, int64_t index, Workspace<T, A>& workspace) {
     const ChannelChunk chunk = weight_.chunk(index);
     const int64_t stride = weight_.padded_outputs(), pitch = tiles_.pitch();
+    const int64_t pixel = tiles_.first_pixel(tile, 0), pixels = tiles_.pixels(tile);
+    const auto *x = static_cast<const S*>(p_.x), *grad = static_cast<const S*>(p_.grad);
+    workspace.prefetch.add(x + pixel * p_.x_stride + chunk.first, p_.x_stride, pixels, chunk.channels);
+    workspace.prefetch.add(grad ? grad + pixel * p_.grad_stride + chunk.first : nullptr, p_.grad_stride, pixels,
+                           chunk.channels);
     for (int64_t vertical = 0; vertical < 3; vertical++) {
-      gemm(tiles_.rows(tile) * pitch - 1, chunk.channels, 3 * stride,
+      multiply(tiles_.rows(tile) * pitch - 1, chunk.channels, 3 * stride,
            static_cast<const T*>(workspace.out_grad.get() + vertical * pitch * stride), stride,
            static_cast<const T*>(weight_.taps(index, vertical)), chunk.channels, workspace.products.get(), chunk.channels,
-           vertical > 0);
+           vertical > 0, workspace.prefetch);
     }
   }
 
@@ -181,9 +188,10 @@ class Backward {
       }
       for (int64_t tap = 0; tap < 9; tap++) {
         const int64_t shift = pitch + 1 - (tap / 3 - 1) * pitch - (tap % 3 - 1);
-        gemm(p_.outputs, channels, depth, static_cast<const T*>(workspace.transposed.get() + first + shift),
+        multiply(p_.outputs, channels, depth, static_cast<const T*>(workspace.transposed.get() + first + shift),
              workspace.transposed_stride, right, channels,
-             partials_.weight(group) + tap * p_.outputs * p_.channels + chunk.first, p_.channels, accumulate || first > 0);
+             partials_.weight(group) + tap * p_.outputs * p_.channels + chunk.first, p_.channels, accumulate || first > 0,
+             workspace.prefetch);
       }
     }
   }
@@ -221,10 +229,7 @@ class Backward {
         store(taps + tap * p_.channels + c, total, count);
       }
     }
-    A* to = static_cast<A*>(p_.grad_weight) + output * p_.channels * 9;
-    for (int64_t c = 0; c < p_.channels; c++) {
-      for (int64_t tap = 0; tap < 9; tap++) to[c * 9 + tap] = taps[tap * p_.channels + c];
-    }
+    taps_last(taps, p_.channels, p_.channels, static_cast<A*>(p_.grad_weight) + output * p_.channels * 9);
   }
 
   const Conv3x3Backward& p_;

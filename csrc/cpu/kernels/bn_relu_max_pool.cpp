@@ -63,8 +63,7 @@ struct Images {
     const Range ys = inputs_of(output_y, height), xs = inputs_of(output_x, width);
     int64_t c = begin;
     if (ys.end - ys.begin == 3 && xs.end - xs.begin == 3) {  // nearly always: constants, which unroll
-      for (; c + kLanes<A> <= end; c += kLanes<A>)
-        function(c, maximum(center, {-1, 2}, {-1, 2}, c, kLanes<A>));
+      for (; c + kLanes<A> <= end; c += kLanes<A>) function(c, maximum(center, {-1, 2}, {-1, 2}, c, kLanes<A>));
     }
     for (; c < end; c += kLanes<A>) function(c, maximum(center, ys, xs, c, end - c));
   }
@@ -107,8 +106,7 @@ void forward(const MaxPoolForward& p) {
   });
 }
 
-// ---- backward: every input gathers from the windows that contain it, so that no two threads write to one
-// place
+// ---- backward: every input gathers from the windows that contain it, so that no two threads write to one place
 
 constexpr int64_t kBand = 8;  // rows of outputs per task
 
@@ -128,29 +126,24 @@ class Backward {
     const int64_t bands = ceil_div(p_.out_height, kBand);
     at::parallel_for(0, p_.images * bands, 1, [&](int64_t begin, int64_t end) {
       Scratch<Place> places(2 * p_.out_width * vectors_);
-      for (int64_t task = begin; task < end; task++)
-        run_band(task / bands, task % bands * kBand, places.get());
+      for (int64_t task = begin; task < end; task++) run_band(task / bands, task % bands * kBand, places.get());
     });
     sums_.merge(static_cast<A*>(p_.sum_grad), static_cast<A*>(p_.sum_grad_x));
   }
 
  private:
-  // The gradient of the input rows 2 y and 2 y + 1 of a band of output rows y, from the windows of y and y
-  // + 1.
+  // The gradient of the input rows 2 y and 2 y + 1 of a band of output rows y, from the windows of y and y + 1.
   void run_band(int64_t image, int64_t first, Place* places) {
     const int64_t last = std::min(first + kBand, p_.out_height);
     find_maxima(image, first, places_of(first, places));
     for (int64_t y = first; y < last; y++) {
       if (y + 1 < p_.out_height) find_maxima(image, y + 1, places_of(y + 1, places));
-      for (int64_t input = 2 * y; input < std::min(2 * y + 2, p_.height); input++)
-        gather_row(image, input, places);
+      for (int64_t input = 2 * y; input < std::min(2 * y + 2, p_.height); input++) gather_row(image, input, places);
     }
   }
 
   // Where the maxima of an output row are kept: the two rows in use alternate.
-  Place* places_of(int64_t output_y, Place* places) const {
-    return places + output_y % 2 * p_.out_width * vectors_;
-  }
+  Place* places_of(int64_t output_y, Place* places) const { return places + output_y % 2 * p_.out_width * vectors_; }
 
   void find_maxima(int64_t image, int64_t output_y, Place* places) const {
     for (int64_t x = 0; x < p_.out_width; x++) {
@@ -173,8 +166,7 @@ class Backward {
     const Range outputs = outputs_of(y, p_.out_height);
     for (int64_t output_y = outputs.begin; output_y < outputs.end; output_y++) {
       const int64_t output = (image * p_.out_height + output_y) * p_.out_width;
-      windows[count++] = {places_of(output_y, places),
-                          static_cast<const S*>(p_.out_grad) + output * p_.out_grad_stride,
+      windows[count++] = {places_of(output_y, places), static_cast<const S*>(p_.out_grad) + output * p_.out_grad_stride,
                           static_cast<int>(3 * (y - 2 * output_y + 1))};
     }
     const int64_t lanes = kLanes<A>;
@@ -186,8 +178,7 @@ class Backward {
   // The same for the channels [c, c + lanes) of the row.
   ALWAYS_INLINE void gather_columns(const WindowRow* windows, int count, int64_t image, int64_t y, int64_t c,
                                     int64_t lanes) const {
-    const int64_t row = image * p_.height + y, width = p_.width, stride = p_.x_stride,
-                  grad_stride = p_.grad_stride;
+    const int64_t row = image * p_.height + y, width = p_.width, stride = p_.x_stride, grad_stride = p_.grad_stride;
     const Vector<A> mean = load<A>(static_cast<const A*>(p_.mean) + c, lanes);
     const Vector<A> scale = load<A>(images_.scale + c, lanes), shift = load<A>(images_.shift + c, lanes);
     const S* from = images_.pixel(image, y, 0) + c;
@@ -214,8 +205,7 @@ class Backward {
     return left + 1 < p_.out_width ? gradient + flow(windows, left + 1, 0, c, lanes) : gradient;
   }
 
-  ALWAYS_INLINE Vector<A> flow(const WindowRow& windows, int64_t output_x, int column, int64_t c,
-                               int64_t lanes) const {
+  ALWAYS_INLINE Vector<A> flow(const WindowRow& windows, int64_t output_x, int column, int64_t c, int64_t lanes) const {
     const Place here = windows.places[output_x * vectors_ + c / kLanes<A>] == windows.place + column;
     const Vector<A> out_grad = load<A>(windows.out_grad + output_x * p_.out_grad_stride + c, lanes);
     return here ? out_grad : Vector<A>{};

@@ -75,9 +75,9 @@ class BackwardWeight : public ChannelChunks<T> {
   template <typename A>
   BackwardWeight(const A* weight, int64_t outputs, int64_t channels)
       : ChannelChunks<T>(channels), outputs_(this->even(outputs)), packed_(9 * outputs_ * channels) {
-    Scratch<A> taps_first(9 * outputs * channels);  // [9, outputs, channels]
+    const Scratch<A> taps_outside(9 * outputs * channels);  // [9, outputs, channels]
     for (int64_t output = 0; output < outputs; output++) {
-      transpose(weight + output * channels * 9, 9, channels, 9, taps_first.get() + output * channels, outputs * channels);
+      taps_first(weight + output * channels * 9, channels, taps_outside.get() + output * channels, outputs * channels);
     }
     const Scratch<A> zeros(channels);
     std::fill_n(zeros.get(), channels, A(0));
@@ -87,7 +87,7 @@ class BackwardWeight : public ChannelChunks<T> {
         pack_gathered(3 * outputs_, chunk.channels, taps(index, vertical), [&](int64_t row) -> const A* {
           const int64_t horizontal = row / outputs_, output = row % outputs_;
           const int64_t tap = (2 - vertical) * 3 + 2 - horizontal;
-          return output < outputs ? taps_first.get() + (tap * outputs + output) * channels + chunk.first : zeros.get();
+          return output < outputs ? taps_outside.get() + (tap * outputs + output) * channels + chunk.first : zeros.get();
         });
       }
     }

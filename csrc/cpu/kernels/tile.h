@@ -14,16 +14,17 @@ namespace densenet_efficient::CPU_CAPABILITY {
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
-// Uninitialised memory on cache lines of its own.
+// Uninitialised memory on cache lines of its own, with slack behind it: a product reads whole vectors of a row.
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t size) : data_(static_cast<T*>(std::aligned_alloc(64, round_up(size * sizeof(T) + 64, 64)))) {
+  explicit Scratch(int64_t size) : data_(static_cast<T*>(std::aligned_alloc(64, round_up(size * sizeof(T) + kSlack, 64)))) {
     if (data_ == nullptr) throw std::bad_alloc();
   }
   T* get() const { return data_.get(); }
 
  private:
+  static constexpr int64_t kSlack = 256;
   struct Free {
     void operator()(T* data) const { std::free(data); }
   };
@@ -139,6 +140,40 @@ ALWAYS_INLINE void transpose_registers(Vector<float>* rows) {
     rows[2 * i] = __builtin_shufflevector(other[i], other[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     rows[2 * i + 1] =
         __builtin_shufflevector(other[i], other[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+}
+
+// [channels, 9] to [9, channels], the taps of a 3x3 convolution first.
+template <typename A>
+void taps_first(const A* from, int64_t channels, A* to, int64_t to_stride) {
+  int64_t c = 0;
+  if constexpr (std::is_same_v<A, float>) {
+    for (; c + 32 <= channels; c += 16) {  // the last sixteen: a vector of nine taps reads seven beyond them
+      Vector<float> block[16];
+      for (int i = 0; i < 16; i++) block[i] = load<float>(from + (c + i) * 9);
+      transpose_registers(block);
+      for (int tap = 0; tap < 9; tap++) store(to + tap * to_stride + c, block[tap]);
+    }
+  }
+  for (; c < channels; c++) {
+    for (int tap = 0; tap < 9; tap++) to[tap * to_stride + c] = from[c * 9 + tap];
+  }
+}
+
+// [9, channels] to [channels, 9], the inverse of taps_first.
+template <typename A>
+void taps_last(const A* from, int64_t from_stride, int64_t channels, A* to) {
+  int64_t c = 0;
+  if constexpr (std::is_same_v<A, float>) {
+    for (; c + 32 <= channels; c += 16) {  // a vector writes seven values too many, which the next channel overwrites
+      Vector<float> block[16];
+      for (int tap = 0; tap < 16; tap++) block[tap] = tap < 9 ? load<float>(from + tap * from_stride + c) : Vector<float>{};
+      transpose_registers(block);
+      for (int i = 0; i < 16; i++) store(to + (c + i) * 9, block[i]);
+    }
+  }
+  for (; c < channels; c++) {
+    for (int tap = 0; tap < 9; tap++) to[c * 9 + tap] = from[tap * from_stride + c];
   }
 }
 
