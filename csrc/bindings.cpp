@@ -57,8 +57,7 @@ TORCH_LIBRARY(densenet_efficient, library) {
       "bn_relu_avg_pool_backward(Tensor out_grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, int height, "
       "int width, int window_height, int window_width, Tensor(a!)? grad, bool accumulate, Tensor(b!) sum_grad, "
       "Tensor(c!) sum_grad_x) -> ()");
-  library.def(
-      "bn_relu_max_pool(Tensor x, Tensor scale, Tensor shift, int height, int width, Tensor(a!) out) -> ()");
+  library.def("bn_relu_max_pool(Tensor x, Tensor scale, Tensor shift, int height, int width, Tensor(a!) out) -> ()");
   library.def(
       "bn_relu_max_pool_backward(Tensor out_grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, int height, "
       "int width, Tensor(a!) grad, Tensor(b!) sum_grad, Tensor(c!) sum_grad_x) -> ()");

@@ -12,9 +12,10 @@ inline at::ScalarType accumulation_dtype(const at::Tensor& x) {
 }
 
 // A matrix [rows, columns] of ``like``'s dtype on the CPU, with unit column stride and rows that do not overlap.
-inline void check_matrix(const at::Tensor& matrix, const char* name, int64_t rows, int64_t columns, const at::Tensor& like) {
-  TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) == rows && matrix.size(1) == columns, name, " must have shape [", rows,
-              ", ", columns, "], got ", matrix.sizes());
+inline void check_matrix(const at::Tensor& matrix, const char* name, int64_t rows, int64_t columns,
+                         const at::Tensor& like) {
+  TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) == rows && matrix.size(1) == columns, name, " must have shape [",
+              rows, ", ", columns, "], got ", matrix.sizes());
   TORCH_CHECK(matrix.device() == like.device(), "Expected all tensors to be on the same device, but ", name, " is on ",
               matrix.device(), " and x on ", like.device());
   TORCH_CHECK(matrix.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(), " as x is, got ",
@@ -26,8 +27,8 @@ inline void check_matrix(const at::Tensor& matrix, const char* name, int64_t row
 
 // The number of images of height x width pixels, each a row of ``matrix``.
 inline int64_t check_images(const at::Tensor& matrix, const char* name, int64_t height, int64_t width) {
-  TORCH_CHECK(height > 0 && width > 0 && matrix.size(0) % (height * width) == 0, name, " must have one row per pixel of ",
-              height, "x", width, " images, got shape ", matrix.sizes());
+  TORCH_CHECK(height > 0 && width > 0 && matrix.size(0) % (height * width) == 0, name,
+              " must have one row per pixel of ", height, "x", width, " images, got shape ", matrix.sizes());
   return matrix.size(0) / (height * width);
 }
 
@@ -40,7 +41,8 @@ inline void check_vector(const at::Tensor& vector, const char* name, int64_t siz
 }
 
 // The data of an optional vector [size]; null where it is not given.
-inline void* optional_vector(const std::optional<at::Tensor>& vector, const char* name, int64_t size, const at::Tensor& like) {
+inline void* optional_vector(const std::optional<at::Tensor>& vector, const char* name, int64_t size,
+                             const at::Tensor& like) {
   if (!vector) return nullptr;
   check_vector(*vector, name, size, like);
   return vector->data_ptr();
@@ -49,9 +51,10 @@ inline void* optional_vector(const std::optional<at::Tensor>& vector, const char
 // A convolution's weight [outputs, channels, kernel, kernel] in the accumulation dtype of ``like``, contiguous.
 inline at::Tensor checked_weight(const at::Tensor& weight, int64_t outputs, int64_t channels, int64_t kernel,
                                  const at::Tensor& like) {
-  TORCH_CHECK(weight.dim() == 4 && weight.size(0) == outputs && weight.size(1) == channels && weight.size(2) == kernel &&
-                  weight.size(3) == kernel,
-              "weight must have shape [", outputs, ", ", channels, ", ", kernel, ", ", kernel, "], got ", weight.sizes());
+  TORCH_CHECK(weight.dim() == 4 && weight.size(0) == outputs && weight.size(1) == channels &&
+                  weight.size(2) == kernel && weight.size(3) == kernel,
+              "weight must have shape [", outputs, ", ", channels, ", ", kernel, ", ", kernel, "], got ",
+              weight.sizes());
   TORCH_CHECK(weight.device() == like.device(), "Expected all tensors to be on the same device, but weight is on ",
               weight.device(), " and x on ", like.device());
   return weight.to(accumulation_dtype(like)).contiguous();

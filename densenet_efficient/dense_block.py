@@ -49,6 +49,12 @@ class Stage:
     drop_rate: float
 
     @property
+    def bottleneck_channels(self) -> int:
+        """K, 0 without a bottleneck."""
+        first = self.layers[0]
+        return 0 if first.conv2 is None else first.conv1.shape[0]
+
+    @property
     def needs_statistics(self) -> bool:
         """Whether any consumer of the storage normalises by the batch's statistics."""
         norms = [layer.norm1 for layer in self.layers] + ([self.exit_norm] if self.exit_norm else [])
@@ -62,7 +68,7 @@ class StageOutput(NamedTuple):
     features: Tensor  # [N, C, H, W], a view of the storage
     statistics: Tensor  # [2, C]: mean and biased variance of every channel of the storage
     bottleneck_statistics: Tensor  # [L, 2, K]
-    bottlenecks: Tensor  # [L, M, K], empty where they are recomputed
+    bottlenecks: list[Tensor]  # L of [M, K], or none where they are recomputed
 
 
 class StageGradients(NamedTuple):
@@ -102,15 +108,19 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
     if with_statistics:
         backend.channel_stats(storage[:, :channels], *statistics[:, :channels])
 
-    bottlenecks, bottleneck_statistics = _allocate_bottlenecks(stage, rows, x, accumulation, save_bottlenecks)
+    bottleneck_channels = stage.bottleneck_channels
+    bottlenecks: list[Tensor] = []
+    bottleneck_statistics = x.new_empty(len(stage.layers), 2, bottleneck_channels, dtype=accumulation)
     for index, layer in enumerate(stage.layers):
         inputs, slot = storage[:, :channels], storage[:, channels : channels + layer.growth_rate]
         slot_statistics = statistics[:, channels : channels + layer.growth_rate] if with_statistics else (None, None)
         affine = layer.norm1.affine(*statistics[:, :channels])
         weight = layer.conv1
         if layer.norm2 is not None and layer.conv2 is not None:
-            bottleneck = bottlenecks[index if save_bottlenecks else 0]
-            stats = bottleneck_statistics[index]
+            # One allocation a layer: the C library hands blocks of this size out again, larger ones it returns.
+            if save_bottlenecks or not bottlenecks:
+                bottlenecks.append(x.new_empty(rows, bottleneck_channels))
+            bottleneck, stats = bottlenecks[-1], bottleneck_statistics[index]
             wanted = stats if layer.norm2.running is None else (None, None)
             backend.bn_relu_conv1x1(inputs, affine.scale, affine.shift, layer.conv1, bottleneck, *wanted)
             inputs, affine, weight = bottleneck, layer.norm2.affine(*stats), layer.conv2
@@ -123,7 +133,7 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
         channels += layer.growth_rate
 
     out = _forward_exit(stage, storage, statistics, height, width)
-    kept = bottlenecks if save_bottlenecks else x.new_empty(0)
+    kept = bottlenecks if save_bottlenecks else []
     return StageOutput(out, as_images(storage, height, width), statistics, bottleneck_statistics, kept)
 
 
@@ -142,8 +152,8 @@ def backward_stage(
     """
     height, width = saved.features.shape[2:]
     storage = as_rows(saved.features)
-    rows, total = storage.shape
-    mean, _ = saved.statistics
+    total = storage.shape[1]
+    mean = saved.statistics[0]
     grad = torch.empty_like(storage)  # of the storage; finished where a channel's last consumer is done
     projection = Projection(total, mean)
     accumulate = features_grad is not None
@@ -250,7 +260,7 @@ class _LayerBackward:
 
     def _bottleneck_output(self) -> Tensor:
         """[M, K], as saved or recomputed; the recomputation takes no statistics."""
-        if self.saved.bottlenecks.numel():
+        if self.saved.bottlenecks:
             return self.saved.bottlenecks[self.index]
         bottleneck = self._scratch("bottleneck", self.layer.conv1.shape[0])
         affine = self.affine
@@ -276,16 +286,6 @@ class _LayerBackward:
         if name not in self.scratch:
             self.scratch[name] = self.inputs.new_empty(self.rows, channels)
         return self.scratch[name]
-
-
-def _allocate_bottlenecks(
-    stage: Stage, rows: int, x: Tensor, accumulation: torch.dtype, save: bool
-) -> tuple[Tensor, Tensor]:
-    """Bottleneck outputs, one per layer or one scratch for all, and their statistics [L, 2, K]."""
-    width = 0 if not stage.layers or stage.layers[0].conv2 is None else stage.layers[0].conv1.shape[0]
-    count = len(stage.layers) if width else 0
-    bottlenecks = x.new_empty(count if save else min(count, 1), rows, width)
-    return bottlenecks, x.new_empty(count, 2, width, dtype=accumulation)
 
 
 def _forward_exit(stage: Stage, storage: Tensor, statistics: Tensor, height: int, width: int) -> Tensor:

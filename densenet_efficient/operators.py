@@ -96,7 +96,7 @@ def dense_stage(
     stage_exit: str,
     drop_rate: float,
     save_bottlenecks: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """A dense block and its exit; the outputs are those of `dense_block.StageOutput`.
 
     Args:
@@ -133,7 +133,7 @@ def _(
     stage_exit: str,
     drop_rate: float,
     save_bottlenecks: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     images, channels, height, width = x.shape
     layers = _by_layer(parameters, bottleneck)
     total = channels + sum(layer[-1].shape[0] for layer in layers)
@@ -147,11 +147,10 @@ def _(
         out = as_images(x.new_empty(images * pooled[0] * pooled[1], exit_parameters[2].shape[0]), *pooled)
     else:
         out = x.new_empty(images, total)
-    count = len(layers) if bottleneck else 0
-    bottleneck_channels = layers[0][2].shape[0] if count else 0
-    saved = x.new_empty(count, rows, bottleneck_channels) if save_bottlenecks else x.new_empty(0)
+    bottleneck_channels = layers[0][2].shape[0] if bottleneck else 0
+    saved = [x.new_empty(rows, bottleneck_channels) for _ in layers if bottleneck and save_bottlenecks]
     statistics = x.new_empty(2, total, dtype=dtype)
-    return out, features, statistics, x.new_empty(count, 2, bottleneck_channels, dtype=dtype), saved
+    return out, features, statistics, x.new_empty(len(layers), 2, bottleneck_channels, dtype=dtype), saved
 
 
 @torch.library.custom_op(f"{NAMESPACE}::dense_stage_backward", mutates_args=())
@@ -161,7 +160,7 @@ def dense_stage_backward(
     features: Tensor,
     statistics: Tensor,
     bottleneck_statistics: Tensor,
-    bottlenecks: Tensor,
+    bottlenecks: list[Tensor],
     parameters: list[Tensor],
     exit_parameters: list[Tensor],
     running: list[Tensor],
@@ -208,7 +207,7 @@ def _(
     features: Tensor,
     statistics: Tensor,
     bottleneck_statistics: Tensor,
-    bottlenecks: Tensor,
+    bottlenecks: list[Tensor],
     parameters: list[Tensor],
     exit_parameters: list[Tensor],
     running: list[Tensor],
@@ -227,24 +226,23 @@ def _(
     return [shape for shape, wanted in zip(shapes, needed, strict=True) if wanted]
 
 
-def _save_stage(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, parameters, exit_parameters, running, masks, *values, _ = inputs
+def _save_stage(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, parameters, exit_parameters, running, masks, *values, _ = inputs
     _, features, statistics, bottleneck_statistics, bottlenecks = output
+    groups = (bottlenecks, parameters, exit_parameters, running, masks)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(statistics, bottleneck_statistics, bottlenecks)
-    ctx.lengths = [len(group) for group in (parameters, exit_parameters, running, masks)]
+    ctx.mark_non_differentiable(statistics, bottleneck_statistics, *bottlenecks)
+    ctx.lengths = [len(group) for group in groups]
     ctx.values = values
-    ctx.save_for_backward(
-        features, statistics, bottleneck_statistics, bottlenecks, *parameters, *exit_parameters, *running, *masks
-    )
+    ctx.save_for_backward(features, statistics, bottleneck_statistics, *(tensor for group in groups for tensor in group))
 
 
 def _backward_stage(ctx: Any, out_grad: Tensor | None, features_grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     nothing = (None,) * (len(ctx.values) + 1)
-    lengths = ctx.lengths
+    lengths = ctx.lengths[1:]  # of the inputs
     if out_grad is None and features_grad is None:
         return None, *([None] * length for length in lengths), *nothing
-    saved, groups = ctx.saved_tensors[:4], _split(ctx.saved_tensors[4:], lengths)
+    saved, groups = ctx.saved_tensors[:3], _split(ctx.saved_tensors[3:], ctx.lengths)
     input_needed, parameters_needed, exit_needed, *_rest = ctx.needs_input_grad
     needed = [input_needed, *parameters_needed, *exit_needed]
     gradients = iter(dense_stage_backward(out_grad, features_grad, *saved, *groups, *ctx.values, needed))

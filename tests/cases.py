@@ -1,14 +1,16 @@
-"""The cases of the exactness suite: pairs of models with the same weights, images, training steps, and how errors are judged."""
+"""What the exactness suite is made of: pairs of models with equal weights, images, training steps, the judgement."""
 
-import copy
-
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from densenet_efficient import EfficientDenseNet
+from densenet_efficient import EfficientDenseNet, kernels
 from densenet_efficient.reference import NaiveDenseNet
 
+needs_native = pytest.mark.skipif(
+    not kernels.cpu.is_available(), reason=f"no native backend: {kernels.cpu.unavailable_reason()}"
+)
 LEVELS = ["none", "bottleneck"]
 VARIANTS = {
     "bc": {"bottleneck": True, "compression": 0.5},
@@ -131,10 +133,6 @@ def group_errors(results, truth):
         for group, suffix in GROUPS.items()
         if any(name.endswith(suffix) for name in truth)
     }
-
-
-def copies(model, number):
-    return [copy.deepcopy(model) for _ in range(number)]
 
 
 def global_average(features):

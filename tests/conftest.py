@@ -1,7 +1,8 @@
-"""Fixtures of the exactness suite; what they build comes from `cases`."""
+"""Fixtures of the exactness suite; its cases come from `cases` and `kernel_cases`."""
 
 import pytest
 import torch
+from cases import needs_native
 
 from densenet_efficient import kernels
 
@@ -29,24 +30,14 @@ def nan_memory():
     torch.use_deterministic_algorithms(deterministic)
 
 
-NATIVE = pytest.param(
-    "cpu",
-    marks=pytest.mark.skipif(
-        not kernels.cpu.is_available(), reason=f"no native backend: {kernels.cpu.unavailable_reason()}"
-    ),
-)
-
-
-@pytest.fixture(params=["reference", NATIVE])
+@pytest.fixture(params=["reference", pytest.param("cpu", marks=needs_native)])
 def backend(request, monkeypatch):
     """Runs the test on each backend of this machine."""
     monkeypatch.setenv(kernels.BACKEND_VARIABLE, request.param)
     return request.param
 
 
-@pytest.fixture
-def native_backend(monkeypatch):
+@pytest.fixture(params=[pytest.param("cpu", marks=needs_native)])
+def native_backend(request, monkeypatch):
     """Runs the test on the native CPU backend alone."""
-    if not kernels.cpu.is_available():
-        pytest.skip(f"no native backend: {kernels.cpu.unavailable_reason()}")
-    monkeypatch.setenv(kernels.BACKEND_VARIABLE, "cpu")
+    monkeypatch.setenv(kernels.BACKEND_VARIABLE, request.param)

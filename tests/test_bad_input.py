@@ -39,9 +39,11 @@ BAD_IMAGES = {
     "one value per channel": (
         {"block_config": (3,), **CIFAR}, "train", torch.zeros(1, 3, 1, 1), r"more than 1 value per channel",
     ),
-    "one value per channel at the last norm": (CIFAR, "train", torch.zeros(1, 3, 3, 3), r"more than 1 value per channel"),
+    "one value per channel at the last norm": (CIFAR, "train", torch.zeros(1, 3, 3, 3), r"more than 1 value"),
     "one value per channel in the stem": ({}, "train", torch.zeros(1, 3, 1, 1), r"more than 1 value per channel"),
-    "one value per channel after the stem": ({"block_config": (3,)}, "train", torch.zeros(1, 3, 4, 4), r"more than 1 value"),
+    "one value per channel after the stem": (
+        {"block_config": (3,)}, "train", torch.zeros(1, 3, 4, 4), r"more than 1 value per channel",
+    ),
 }  # fmt: skip
 
 
@@ -126,10 +128,10 @@ def test_a_block_alone_checks_its_input(backend):
 
 
 def test_unknown_level_and_variant():
-    with pytest.raises(ValueError, match="checkpointing.*none, bottleneck.*'all'"):
+    with pytest.raises(ValueError, match=r"checkpointing.*none, bottleneck.*'all'"):
         EfficientDenseNet(checkpointing="all")
     model = EfficientDenseNet(growth_rate=2, block_config=(1,), num_init_features=2)
-    with pytest.raises(ValueError, match="checkpointing.*'all'"):
+    with pytest.raises(ValueError, match=r"checkpointing.*'all'"):
         model.checkpointing = "all"
     with pytest.raises(ValueError, match="unknown model 'densenet-x'"):
         create_model("densenet-x")
@@ -153,7 +155,7 @@ def test_non_finite_images_come_out(backend, variant, small_inputs, mode, value)
     assert torch.equal(logits.isnan(), expected.isnan())
     assert not expected[1].isfinite().any()
     assert torch.equal(logits.isfinite(), expected.isfinite())
-    for model, outputs in ((naive, expected), (efficient, logits)):
+    for outputs in (expected, logits):
         loss_of(outputs).backward()
     gradients = dict(efficient.named_parameters())
     for name, parameter in naive.named_parameters():
@@ -163,12 +165,12 @@ def test_non_finite_images_come_out(backend, variant, small_inputs, mode, value)
         assert torch.equal(efficient.get_buffer(name).isfinite(), buffer.isfinite()), name
 
 
-@pytest.mark.parametrize("path", ["features.denseblock1.denselayer1.conv1", "features.transition1.conv", "features.norm5"])
+@pytest.mark.parametrize("path", ["denseblock1.denselayer1.conv1", "transition1.conv", "norm5"])
 def test_non_finite_weights_come_out(backend, path):
     results = []
     for model in make_pair(mode="eval"):
         with torch.no_grad():
-            model.get_submodule(path).weight.view(-1)[0] = torch.nan
+            model.features.get_submodule(path).weight.view(-1)[0] = torch.nan
         results.append(model(make_images(3, 3, 33, 47)))
     assert results[0].isnan().any()
     assert torch.equal(results[1].isnan(), results[0].isnan())
@@ -179,7 +181,7 @@ def test_a_state_dict_with_a_missing_or_unexpected_key():
     state = efficient.state_dict()
     removed = next(iter(state))
     del state[removed]
-    with pytest.raises(RuntimeError, match=f"Missing key.*{removed}"):
+    with pytest.raises(RuntimeError, match=rf"Missing key.*{removed}"):
         efficient.load_state_dict(state)
-    with pytest.raises(RuntimeError, match="Unexpected key.*surprise"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*surprise"):
         efficient.load_state_dict(efficient.state_dict() | {"surprise": torch.zeros(1)})

@@ -146,8 +146,7 @@ def test_a_block_that_is_observed_says_so_once(backend):
     efficient.get_submodule(LAYER).register_forward_hook(lambda *_: None)
     images = make_images(*IMAGES)
     with pytest.warns(UserWarning, match=r"layer by layer.*denselayer2 has a hook") as found:
-        for _ in range(3):
-            efficient(images)
+        [efficient(images) for _ in range(3)]
     assert len(found) == 1
 
 
@@ -266,29 +265,19 @@ REPLACEMENTS = {
     "conv1 -> bias": replace(f"{LAYER}.conv1", lambda old: convolution_like(old, bias=True)),
     "conv2 -> groups": replace(f"{LAYER}.conv2", lambda old: convolution_like(old, groups=2)),
     "conv2 -> reflect": replace(f"{LAYER}.conv2", lambda old: convolution_like(old, padding_mode="reflect")),
-    "conv2 -> dilation": replace(
-        f"{LAYER}.conv2", lambda old: convolution_like(old, dilation=2, padding=2)
-    ),
+    "conv2 -> dilation": replace(f"{LAYER}.conv2", lambda old: convolution_like(old, dilation=2, padding=2)),
     "conv2 -> same": replace(f"{LAYER}.conv2", lambda old: convolution_like(old, padding="same")),
-    "conv2 -> 1x1": replace(
-        f"{LAYER}.conv2", lambda old: convolution_like(old, kernel_size=1, padding=0)
-    ),
+    "conv2 -> 1x1": replace(f"{LAYER}.conv2", lambda old: convolution_like(old, kernel_size=1, padding=0)),
     "conv1 -> parametrized": parametrized(f"{LAYER}.conv1"),
     "conv2 -> pruned": pruned(f"{LAYER}.conv2"),
     "norm1 -> pruned": pruned(f"{LAYER}.norm1"),
-    "transition norm -> subclass": replace(
-        "features.transition1.norm", lambda old: OwnBatchNorm(old.num_features)
-    ),
+    "transition norm -> subclass": replace("features.transition1.norm", lambda old: OwnBatchNorm(old.num_features)),
     "transition relu -> ELU": replace("features.transition1.relu", lambda old: nn.ELU()),
-    "transition conv -> bias": replace(
-        "features.transition1.conv", lambda old: convolution_like(old, bias=True)
-    ),
+    "transition conv -> bias": replace("features.transition1.conv", lambda old: convolution_like(old, bias=True)),
     "transition conv -> parametrized": parametrized("features.transition1.conv"),
     "transition pool -> maximum": replace("features.transition1.pool", lambda old: nn.MaxPool2d(2)),
     "transition pool -> ceil": replace("features.transition1.pool", lambda old: nn.AvgPool2d(2, ceil_mode=True)),
-    "transition -> Identity": replace(
-        "features.transition1.pool", lambda old: nn.Identity()
-    ),
+    "transition -> Identity": replace("features.transition1.pool", lambda old: nn.Identity()),
     "conv0 -> stride 1": replace("features.conv0", lambda old: convolution_like(old, stride=1)),
     "conv0 -> bias": replace("features.conv0", lambda old: convolution_like(old, bias=True)),
     "conv0 -> same": replace("features.conv0", lambda old: convolution_like(old, stride=1, padding="same")),
@@ -384,7 +373,7 @@ def test_parts_of_the_features(backend, stop, mode):
 def test_features_of_a_block_may_be_used_in_place(backend):
     """As `F.relu(features, inplace=True)` does: the same gradients, or an error; never others."""
     naive, efficient = make_pair()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation|modified inplace"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|modified inplace"):
         loss_of(efficient.features.denseblock1(make_images(2, 6, 7, 5)).relu_()).backward()
     results = []
     for model in (naive, efficient):
@@ -560,5 +549,5 @@ def test_a_weight_changed_between_forward_and_backward_is_noticed(backend):
         loss = loss_of(model(make_images(*IMAGES)))
         with torch.no_grad():
             model.get_parameter(f"{LAYER}.conv1.weight").mul_(2)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        with pytest.raises(RuntimeError, match=r"modified by an inplace operation"):
             loss.backward()

@@ -1,7 +1,7 @@
 """Whole models against the naive one: outputs, every gradient and every buffer, in every variant, level and mode.
 
-In float64 each tensor is held to 1e-9 of its norm. In float32 and bfloat16 one flipped ReLU outweighs all rounding, in any
-implementation; so there the median error over several seeds is held to twice that of the naive model, plus a floor.
+In float64 each tensor is held to 1e-9 of its norm. In float32 and bfloat16 one flipped ReLU outweighs all rounding, in
+any implementation; so there the median error over several seeds is held to twice the naive model's, plus a floor.
 """
 
 import copy

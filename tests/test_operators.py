@@ -6,10 +6,9 @@ import pickle
 
 import pytest
 import torch
-from cases import LEVELS, MODES, VARIANTS, assert_close, loss_of, make_images, make_pair, state_of, step
+from cases import LEVELS, MODES, VARIANTS, assert_close, loss_of, make_images, make_pair, needs_native, state_of, step
+from kernel_cases import Factory, cast
 from torch.autograd import forward_ad
-from test_kernels import Factory, cast, needs_native
-
 
 from densenet_efficient.kernels import CONTRACT
 from densenet_efficient.operators import dense_stage, dense_stage_backward, stem, stem_backward
@@ -21,8 +20,7 @@ EXITS = ["transition", "head", "none"]
 
 
 class StageArguments:
-    """The arguments of `dense_stage` for a small stage; norm1 of the second layer and the exit's use running statistics
-    where ``frozen``."""
+    """Those of `dense_stage` for a small stage; ``frozen``: the second norm1 and the exit's use running statistics."""
 
     def __init__(self, bottleneck=True, stage_exit="transition", frozen=False, dropout=False, save=False):
         self.generator = torch.Generator().manual_seed(0)

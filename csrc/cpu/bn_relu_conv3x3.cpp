@@ -16,7 +16,8 @@ int64_t count_images(int64_t rows, int64_t height, int64_t width) {
 }
 
 void conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& weight, int64_t height,
-             int64_t width, const Tensor& out, const std::optional<Tensor>& mean, const std::optional<Tensor>& variance) {
+             int64_t width, const Tensor& out, const std::optional<Tensor>& mean,
+             const std::optional<Tensor>& variance) {
   const int64_t rows = x.size(0), channels = x.size(1), outputs = weight.size(0);
   check_matrix(x, "x", rows, channels, x);
   check_matrix(out, "out", rows, outputs, x);

@@ -20,8 +20,7 @@ std::string name_of(Capability capability) { return kNames[static_cast<std::size
 bool cpu_supports(Capability capability) {
 #if defined(__x86_64__)
   // The compiler's run-time library also asks whether the operating system saves the wide registers.
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   switch (capability) {
@@ -47,8 +46,8 @@ std::string join(const std::vector<std::string>& names) {
 Capability requested_capability(const std::string& request) {
   const auto found = std::ranges::find_if(kCompiled, [&](Capability c) { return name_of(c) == request; });
   TORCH_CHECK_VALUE(found != kCompiled.end(), kVariable, "='", request,
-                    "' is not a CPU capability of this build: set it to one of ",
-                    join(compiled_cpu_capabilities()), ", or unset it");
+                    "' is not a CPU capability of this build: set it to one of ", join(compiled_cpu_capabilities()),
+                    ", or unset it");
   TORCH_CHECK(cpu_supports(*found), kVariable, "='", request,
               "' is not supported by this CPU: set it to one that is, or unset it");
   return *found;

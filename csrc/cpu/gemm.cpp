@@ -82,7 +82,7 @@ void release_gemm() {
   }
 }
 
-#define INSTANTIATE(T, A)                                                                                            \
+#define INSTANTIATE(T, A)                                                                                       \
   template void gemm<T, A>(int64_t, int64_t, int64_t, const T*, int64_t, const T*, int64_t, A*, int64_t, bool); \
   template void release_gemm<T>();
 INSTANTIATE(float, float)

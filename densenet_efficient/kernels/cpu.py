@@ -32,4 +32,5 @@ def __getattr__(name: str) -> Any:
 
     if name not in CONTRACT:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(torch.ops.densenet_efficient, name)
+    globals()[name] = operator = getattr(torch.ops.densenet_efficient, name).default  # looked up once
+    return operator

@@ -7,14 +7,15 @@
 #include "cpu/kernels/dispatch.h"
 #include "cpu/kernels/multiply.h"
 #include "cpu/kernels/statistics.h"
+#include "cpu/kernels/tasks.h"
 #include "cpu/kernels/tile.h"
 
 namespace densenet_efficient::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kMicroRows = 6;   // of the micro-kernel: tiles are multiples of it
-constexpr int64_t kTileRows = 72;   // at most
-constexpr int64_t kDepth = 512;  // channels per product: the activations of a tile stay in the second-level cache
+constexpr int64_t kMicroRows = 6;  // of the micro-kernel: tiles are multiples of it
+constexpr int64_t kTileRows = 72;  // at most
+constexpr int64_t kDepth = 512;    // channels per product: the activations of a tile stay in the second-level cache
 
 // The size of the parts when ``size`` is cut into an even number of parts of at most ``most``, about equal.
 int64_t even_share(int64_t size, int64_t most, int64_t multiple) {
@@ -48,12 +49,12 @@ void forward(const Conv1x1Forward& p) {
   pack_weight(static_cast<const A*>(p.weight), p.channels, outputs, weight.get());
   TileStatistics<A> statistics(p.mean ? tiles : 0, outputs);
 
-  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+  parallel_tasks(tiles, [&](TaskRun& run) {
     const int64_t stride = std::min(round_up(p.channels, 16), kDepth) + 16;
     Scratch<T> activations(tile_rows * stride);
     Scratch<A> products(std::is_same_v<S, A> ? 0 : tile_rows * outputs);
     Prefetch prefetch;
-    for (int64_t tile = begin; tile < end; tile++) {
+    for (int64_t tile; run.next(tile);) {
       const int64_t row = tile * tile_rows, rows = std::min(tile_rows, p.rows - row);
       S* tile_out = out + row * p.out_stride;
       A* sums = products.get();
@@ -64,14 +65,14 @@ void forward(const Conv1x1Forward& p) {
       }
       for (int64_t c = 0; c < p.channels; c += kDepth) {
         const int64_t depth = std::min(kDepth, p.channels - c);
-        activate_rows(x + row * p.x_stride + c, p.x_stride, scale + c, shift + c, rows, depth, activations.get(), stride,
-                      kPairedRows<T> ? round_up(depth, 2) : depth);
+        activate_rows(x + row * p.x_stride + c, p.x_stride, scale + c, shift + c, rows, depth, activations.get(),
+                      stride, kPairedRows<T> ? round_up(depth, 2) : depth);
         const bool last = c + depth == p.channels;
         const int64_t next_row = last ? row + tile_rows : row, next_channel = last ? 0 : c + depth;
         prefetch.add(x + next_row * p.x_stride + next_channel, p.x_stride, std::min(tile_rows, p.rows - next_row),
                      std::min(kDepth, p.channels - next_channel));
-        multiply(rows, outputs, depth, activations.get(), stride, weight.get() + c * outputs, outputs, sums, sums_stride,
-                 c > 0, prefetch);
+        multiply(rows, outputs, depth, activations.get(), stride, weight.get() + c * outputs, outputs, sums,
+                 sums_stride, c > 0, prefetch);
       }
       if constexpr (!std::is_same_v<S, A>) store_rows(sums, outputs, rows, outputs, tile_out, p.out_stride);
       if (p.mean) statistics.take(tile, tile_out, p.out_stride, rows);
@@ -84,14 +85,14 @@ void forward(const Conv1x1Forward& p) {
 // ---- backward
 
 constexpr int64_t kBackwardRows = 120;  // a multiple of the micro-kernel's rows
-constexpr int64_t kPanel = 64;  // channels of x that are taken at a time
+constexpr int64_t kPanel = 64;          // channels of x that are taken at a time
 
 // How a backward is cut into tasks: groups of rows by spans of channels. By shape alone, so that sums have one order.
 struct Tasks {
   int64_t group_rows, groups, tile_rows, span, spans;
 
   Tasks(int64_t rows, int64_t channels) {
-    constexpr int64_t rows_of_a_group = 512, most_groups = 32, wanted = 8;
+    constexpr int64_t rows_of_a_group = 800, most_groups = 32, wanted = 8;
     const int64_t parts = std::min(most_groups, round_up(ceil_div(rows, rows_of_a_group), 2));
     group_rows = rows < rows_of_a_group ? rows : ceil_div(rows, parts);
     groups = ceil_div(rows, group_rows);
@@ -229,12 +230,12 @@ class Backward {
 
   void run() {
     if (p_.sum_grad) pack_panels(static_cast<const A*>(p_.weight), p_.channels, p_.outputs, weight_.get());
-    at::parallel_for(0, tasks_.groups * tasks_.spans, 1, [&](int64_t begin, int64_t end) {
+    parallel_tasks(tasks_.groups * tasks_.spans, [&](TaskRun& run) {
       FinishedGradient<T> finished(p_.outputs);
       Scratch<T> panel(kBackwardRows * kPanel);
       Scratch<A> gradient(kBackwardRows * kPanel);
       Prefetch prefetch;
-      for (int64_t task = begin; task < end; task++) {
+      for (int64_t task; run.next(task);) {
         run_task(task / tasks_.spans, task % tasks_.spans, finished, panel.get(), gradient.get(), prefetch);
       }
       release_gemm<T>();
@@ -243,8 +244,7 @@ class Backward {
   }
 
  private:
-  void run_task(int64_t group, int64_t span, FinishedGradient<T>& finished, T* panel, A* gradient,
-                Prefetch& prefetch) {
+  void run_task(int64_t group, int64_t span, FinishedGradient<T>& finished, T* panel, A* gradient, Prefetch& prefetch) {
     const int64_t first_row = group * tasks_.group_rows, last_row = std::min(p_.rows, first_row + tasks_.group_rows);
     const int64_t first = span * tasks_.span, last = std::min(p_.channels, first + tasks_.span);
     std::fill(partials_.sum_grad(group) + first, partials_.sum_grad(group) + last, A(0));
@@ -256,7 +256,8 @@ class Backward {
       for (int64_t c = first; c < last; c += kPanel) {
         const int64_t columns = std::min(kPanel, last - c);
         ask_ahead(row, rows, last_row, c, columns, first, last, prefetch);
-        if (p_.grad_weight) weight_gradient(group, row, rows, padded, c, columns, row > first_row, finished, panel, prefetch);
+        if (p_.grad_weight)
+          weight_gradient(group, row, rows, padded, c, columns, row > first_row, finished, panel, prefetch);
         if (p_.sum_grad) input_gradient(group, row, rows, c, columns, finished, gradient, prefetch);
       }
     }

@@ -1,21 +1,22 @@
 #include "cpu/kernels/bn_relu_conv3x3.h"
 
-#include <ATen/Parallel.h>
-
 #include "cpu/kernels/conv3x3_weight.h"
 #include "cpu/kernels/dispatch.h"
 #include "cpu/kernels/image_tiles.h"
 #include "cpu/kernels/multiply.h"
 #include "cpu/kernels/statistics.h"
+#include "cpu/kernels/tasks.h"
 
 namespace densenet_efficient::CPU_CAPABILITY {
 namespace {
 
 // The activations of a tile and its halo, a chunk of channels wide; the padding is zero.
 template <typename S, typename T, typename A>
-void activate_tile(const Conv3x3Forward& p, const ImageTiles& tiles, int64_t tile, const ChannelChunk& chunk, T* padded) {
+void activate_tile(const Conv3x3Forward& p, const ImageTiles& tiles, int64_t tile, const ChannelChunk& chunk,
+                   T* padded) {
   const auto* x = static_cast<const S*>(p.x) + chunk.first;
-  const auto *scale = static_cast<const A*>(p.scale) + chunk.first, *shift = static_cast<const A*>(p.shift) + chunk.first;
+  const auto *scale = static_cast<const A*>(p.scale) + chunk.first,
+             *shift = static_cast<const A*>(p.shift) + chunk.first;
   const int64_t stride = chunk.padded, width = tiles.width();
   std::fill_n(padded, stride, T(0));
   for (int64_t row = -1; row <= tiles.rows(tile); row++) {
@@ -45,12 +46,12 @@ void forward(const Conv3x3Forward& p) {
   const ForwardWeight<T> weight(static_cast<const A*>(p.weight), p.outputs, p.channels);
   TileStatistics<A> statistics(p.mean ? tiles.tiles() : 0, p.outputs);
 
-  at::parallel_for(0, tiles.tiles(), 1, [&](int64_t begin, int64_t end) {
+  parallel_tasks(tiles.tiles(), [&](TaskRun& run) {
     const int64_t pitch = tiles.pitch(), pixels = tiles.most_rows() * pitch;
     Scratch<T> padded(tiles.padded_pixels() * weight.chunk(0).padded);
     Scratch<A> products(pixels * p.outputs), compact(p.mean ? pixels * p.outputs : 0);
     Prefetch prefetch;
-    for (int64_t tile = begin; tile < end; tile++) {
+    for (int64_t tile; run.next(tile);) {
       const int64_t rows = tiles.rows(tile);
       for (int64_t index = 0; index < weight.chunks(); index++) {
         const ChannelChunk chunk = weight.chunk(index);
@@ -59,8 +60,9 @@ void forward(const Conv3x3Forward& p) {
         ask_ahead<S>(p, tiles, last ? tile + 1 : tile, weight.chunk(last ? 0 : index + 1), prefetch);
         for (int64_t ky = 0; ky < 3; ky++) {
           // Three horizontal neighbours are contiguous in the scratch: one product takes all three taps.
-          multiply(rows * pitch - 1, p.outputs, 3 * chunk.padded, padded.get() + ky * pitch * chunk.padded, chunk.padded,
-                   weight.taps(index, ky), p.outputs, products.get(), p.outputs, index + ky > 0, prefetch);
+          multiply(rows * pitch - 1, p.outputs, 3 * chunk.padded, padded.get() + ky * pitch * chunk.padded,
+                   chunk.padded, weight.taps(index, ky), p.outputs, products.get(), p.outputs, index + ky > 0,
+                   prefetch);
         }
       }
       int64_t pixel_count = 0;
@@ -69,7 +71,8 @@ void forward(const Conv3x3Forward& p) {
         if (pixel < 0) continue;
         S* to = static_cast<S*>(p.out) + pixel * p.out_stride;
         store_rows(products.get() + row * pitch * p.outputs, p.outputs, tiles.width(), p.outputs, to, p.out_stride);
-        if (p.mean) load_rows(to, p.out_stride, tiles.width(), p.outputs, compact.get() + pixel_count * p.outputs, p.outputs);
+        if (p.mean)
+          load_rows(to, p.out_stride, tiles.width(), p.outputs, compact.get() + pixel_count * p.outputs, p.outputs);
         pixel_count += tiles.width();
       }
       if (p.mean) statistics.take(tile, static_cast<const A*>(compact.get()), p.outputs, pixel_count);

@@ -5,6 +5,7 @@
 #include "cpu/kernels/dispatch.h"
 #include "cpu/kernels/image_tiles.h"
 #include "cpu/kernels/multiply.h"
+#include "cpu/kernels/tasks.h"
 
 namespace densenet_efficient::CPU_CAPABILITY {
 namespace {
@@ -63,9 +64,9 @@ class Backward {
         partials_(groups_, p_.outputs, p_.channels, p_.grad_weight != nullptr) {}
 
   void run() {
-    at::parallel_for(0, groups_, 1, [&](int64_t begin, int64_t end) {
+    parallel_tasks(groups_, [&](TaskRun& run) {
       Workspace<T, A> workspace(tiles_, p_.outputs, weight_.padded_outputs(), weight_.chunk(0).channels);
-      for (int64_t group = begin; group < end; group++) run_group(group, workspace);
+      for (int64_t group; run.next(group);) run_group(group, workspace);
       release_gemm<T>();
     });
     reduce();
@@ -116,14 +117,14 @@ class Backward {
                            chunk.channels);
     for (int64_t vertical = 0; vertical < 3; vertical++) {
       multiply(tiles_.rows(tile) * pitch - 1, chunk.channels, 3 * stride,
-           static_cast<const T*>(workspace.out_grad.get() + vertical * pitch * stride), stride,
-           static_cast<const T*>(weight_.taps(index, vertical)), chunk.channels, workspace.products.get(), chunk.channels,
-           vertical > 0, workspace.prefetch);
+               static_cast<const T*>(workspace.out_grad.get() + vertical * pitch * stride), stride,
+               static_cast<const T*>(weight_.taps(index, vertical)), chunk.channels, workspace.products.get(),
+               chunk.channels, vertical > 0, workspace.prefetch);
     }
   }
 
-  // Recomputes the activations of a chunk (padding is zero), masks the gradient by them, takes its sums and leaves scale
-  // times it in ``grad``.
+  // Recomputes the activations of a chunk (padding is zero), masks the gradient by them, takes its sums and leaves
+  // scale times it in ``grad``.
   void deposit(int64_t group, int64_t tile, const ChannelChunk& chunk, Workspace<T, A>& workspace) {
     const int64_t rows = tiles_.rows(tile), pitch = tiles_.pitch(), width = tiles_.width(), channels = chunk.channels;
     for (int64_t row = 0; row < rows; row++) {
@@ -135,8 +136,8 @@ class Backward {
       }
       std::fill_n(activations + width * channels, channels, T(0));
       for (int64_t c = 0; c < channels; c += kLanes<A>) {
-        deposit_lanes(group, pixel, chunk.first + c, channels - c, workspace.products.get() + row * pitch * channels + c,
-                      activations + c, channels);
+        deposit_lanes(group, pixel, chunk.first + c, channels - c,
+                      workspace.products.get() + row * pitch * channels + c, activations + c, channels);
       }
     }
   }
@@ -189,9 +190,9 @@ class Backward {
       for (int64_t tap = 0; tap < 9; tap++) {
         const int64_t shift = pitch + 1 - (tap / 3 - 1) * pitch - (tap % 3 - 1);
         multiply(p_.outputs, channels, depth, static_cast<const T*>(workspace.transposed.get() + first + shift),
-             workspace.transposed_stride, right, channels,
-             partials_.weight(group) + tap * p_.outputs * p_.channels + chunk.first, p_.channels, accumulate || first > 0,
-             workspace.prefetch);
+                 workspace.transposed_stride, right, channels,
+                 partials_.weight(group) + tap * p_.outputs * p_.channels + chunk.first, p_.channels,
+                 accumulate || first > 0, workspace.prefetch);
       }
     }
   }

@@ -87,7 +87,8 @@ class BackwardWeight : public ChannelChunks<T> {
         pack_gathered(3 * outputs_, chunk.channels, taps(index, vertical), [&](int64_t row) -> const A* {
           const int64_t horizontal = row / outputs_, output = row % outputs_;
           const int64_t tap = (2 - vertical) * 3 + 2 - horizontal;
-          return output < outputs ? taps_outside.get() + (tap * outputs + output) * channels + chunk.first : zeros.get();
+          return output < outputs ? taps_outside.get() + (tap * outputs + output) * channels + chunk.first
+                                  : zeros.get();
         });
       }
     }

@@ -8,9 +8,9 @@
 
 namespace densenet_efficient::CPU_CAPABILITY {
 
-// A tile is a few rows of one image, or a few whole small images with a zero row between two of them. In the scratch its
-// rows have a pitch of width + 1: one zero pixel at the end of a row pads it and the next one. A tile of R rows takes
-// (R + 2) * pitch + 2 pixels there: the halo row above comes first, after one more zero pixel.
+// A tile is a few rows of one image, or a few whole small images with a zero row between two of them. In the scratch
+// its rows have a pitch of width + 1: one zero pixel at the end of a row pads it and the next one. A tile of R rows
+// takes (R + 2) * pitch + 2 pixels there: the halo row above comes first, after one more zero pixel.
 //
 // The cut depends on the shape alone, so that sums have one order for any number of threads.
 class ImageTiles {

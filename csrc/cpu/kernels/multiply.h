@@ -76,8 +76,8 @@ struct BFloat16Step {
 // C [R, V * 16] (+)= A @ B in registers. A's elements and B's rows are taken in steps of the depth.
 template <typename Step, int R, int V>
 ALWAYS_INLINE void multiply_block(int64_t steps, const typename Step::T* left, int64_t left_stride,
-                                  const typename Step::T* right, int64_t right_stride, float* out, int64_t out_stride, int64_t columns, bool accumulate,
-                                  Prefetch& prefetch) {
+                                  const typename Step::T* right, int64_t right_stride, float* out, int64_t out_stride,
+                                  int64_t columns, bool accumulate, Prefetch& prefetch) {
   Vector<float> sums[R][V] = {};
   for (int64_t k = 0; k < steps; k++) {
     Vector<float> row[V];
@@ -106,12 +106,12 @@ ALWAYS_INLINE void multiply_block(int64_t steps, const typename Step::T* left, i
 // All rows of V * 16 columns: blocks of the most rows that the registers hold, then smaller ones.
 template <typename Step, int R, int V>
 void multiply_columns(int64_t rows, int64_t steps, const typename Step::T* left, int64_t left_stride,
-                      const typename Step::T* right, int64_t right_stride, float* out, int64_t out_stride, int64_t columns, bool accumulate,
-                      Prefetch& prefetch) {
+                      const typename Step::T* right, int64_t right_stride, float* out, int64_t out_stride,
+                      int64_t columns, bool accumulate, Prefetch& prefetch) {
   int64_t row = 0;
   for (; row + R <= rows; row += R) {
-    multiply_block<Step, R, V>(steps, left + row * left_stride, left_stride, right, right_stride, out + row * out_stride,
-                               out_stride, columns, accumulate, prefetch);
+    multiply_block<Step, R, V>(steps, left + row * left_stride, left_stride, right, right_stride,
+                               out + row * out_stride, out_stride, columns, accumulate, prefetch);
   }
   if constexpr (R > 1) {
     if (row < rows) {
@@ -129,10 +129,10 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const typename Step:
   const bool few_rows = rows <= 32;
   for (int64_t column = 0; column < columns;) {
     const int64_t rest = columns - column, width = rest >= 64 && !few_rows ? 64 : rest > 16 ? 32 : 16;
-    const auto run = width == 64             ? &multiply_columns<Step, 6, 4>
+    const auto run = width == 64               ? &multiply_columns<Step, 6, 4>
                      : width == 32 && few_rows ? &multiply_columns<Step, 8, 2>
-                     : width == 32           ? &multiply_columns<Step, 12, 2>
-                                             : &multiply_columns<Step, 12, 1>;
+                     : width == 32             ? &multiply_columns<Step, 12, 2>
+                                               : &multiply_columns<Step, 12, 1>;
     run(rows, steps, a, a_stride, b + column * Step::depth, b_stride, c + column, c_stride, rest, accumulate, prefetch);
     column += width;
   }
@@ -145,7 +145,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const typename Step:
 // gemm of gemm.h, asking for the lines of ``prefetch`` meanwhile where it can.
 template <typename T, typename A>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
-              A* c, int64_t c_stride, bool accumulate, Prefetch& prefetch) {
+              A* c, int64_t c_stride, bool accumulate, [[maybe_unused]] Prefetch& prefetch) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float>) {
     return detail::multiply<detail::FloatStep>(rows, columns, depth, a, a_stride, b, b_stride, c, c_stride, accumulate,

@@ -18,7 +18,8 @@ constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + div
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t size) : data_(static_cast<T*>(std::aligned_alloc(64, round_up(size * sizeof(T) + kSlack, 64)))) {
+  explicit Scratch(int64_t size)
+      : data_(static_cast<T*>(std::aligned_alloc(64, round_up(size * sizeof(T) + kSlack, 64)))) {
     if (data_ == nullptr) throw std::bad_alloc();
   }
   T* get() const { return data_.get(); }
@@ -60,8 +61,8 @@ ALWAYS_INLINE void store_pair(T* to, Vector<float> even, Vector<float> odd) {
 
 // tile [rows, columns] = relu(x * scale + shift), row stride ``stride``; columns up to ``padded`` are zeroed.
 template <typename S, typename T, typename A>
-void activate_rows(const S* x, int64_t x_stride, const A* scale, const A* shift, int64_t rows, int64_t columns,
-                   T* tile, int64_t stride, int64_t padded) {
+void activate_rows(const S* x, int64_t x_stride, const A* scale, const A* shift, int64_t rows, int64_t columns, T* tile,
+                   int64_t stride, int64_t padded) {
   constexpr int64_t lanes = kLanes<A>;
   constexpr int64_t block = 4;  // rows that share one load of scale and shift
   for (int64_t row = 0; row < rows; row += block) {
@@ -73,9 +74,11 @@ void activate_rows(const S* x, int64_t x_stride, const A* scale, const A* shift,
       const Vector<A> a = load<A>(scale + c), b = load<A>(shift + c);
       if (height == block) {
 #pragma GCC unroll 4
-        for (int64_t r = 0; r < block; r++) store(to + r * stride + c, activate(load<A>(from + r * x_stride + c), a, b));
+        for (int64_t r = 0; r < block; r++)
+          store(to + r * stride + c, activate(load<A>(from + r * x_stride + c), a, b));
       } else {
-        for (int64_t r = 0; r < height; r++) store(to + r * stride + c, activate(load<A>(from + r * x_stride + c), a, b));
+        for (int64_t r = 0; r < height; r++)
+          store(to + r * stride + c, activate(load<A>(from + r * x_stride + c), a, b));
       }
     }
     if (c < columns) {
@@ -119,25 +122,29 @@ ALWAYS_INLINE void transpose_registers(Vector<float>* rows) {
   V other[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 8; i++) {
-    other[2 * i] = __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    other[2 * i] =
+        __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     other[2 * i + 1] =
         __builtin_shufflevector(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < 8; i++) {
-    rows[2 * i] = __builtin_shufflevector(other[i], other[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    rows[2 * i] =
+        __builtin_shufflevector(other[i], other[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     rows[2 * i + 1] =
         __builtin_shufflevector(other[i], other[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < 8; i++) {
-    other[2 * i] = __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    other[2 * i] =
+        __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     other[2 * i + 1] =
         __builtin_shufflevector(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < 8; i++) {
-    rows[2 * i] = __builtin_shufflevector(other[i], other[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    rows[2 * i] =
+        __builtin_shufflevector(other[i], other[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     rows[2 * i + 1] =
         __builtin_shufflevector(other[i], other[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   }
@@ -167,7 +174,8 @@ void taps_last(const A* from, int64_t from_stride, int64_t channels, A* to) {
   if constexpr (std::is_same_v<A, float>) {
     for (; c + 32 <= channels; c += 16) {  // a vector writes seven values too many, which the next channel overwrites
       Vector<float> block[16];
-      for (int tap = 0; tap < 16; tap++) block[tap] = tap < 9 ? load<float>(from + tap * from_stride + c) : Vector<float>{};
+      for (int tap = 0; tap < 16; tap++)
+        block[tap] = tap < 9 ? load<float>(from + tap * from_stride + c) : Vector<float>{};
       transpose_registers(block);
       for (int i = 0; i < 16; i++) store(to + (c + i) * 9, block[i]);
     }
@@ -191,7 +199,8 @@ void transpose(const F* from, int64_t from_stride, int64_t rows, int64_t columns
         for (int i = 0; i < 16; i++) store(to + (column + i) * to_stride + row, block[i]);
       }
       for (; column < columns; column++) {
-        for (int i = 0; i < 16; i++) to[column * to_stride + row + i] = static_cast<T>(from[(row + i) * from_stride + column]);
+        for (int i = 0; i < 16; i++)
+          to[column * to_stride + row + i] = static_cast<T>(from[(row + i) * from_stride + column]);
       }
     }
   }
