@@ -279,7 +279,7 @@ class _LayerBackward:
         return self.affine.mean.new_empty(x.shape[1]), self.affine.mean.new_empty(x.shape[1])
 
     def _like(self, weight: Tensor, needed: bool) -> Tensor | None:
-        return torch.empty_like(weight, dtype=self.affine.mean.dtype) if needed else None
+        return weight.new_empty(weight.shape, dtype=self.affine.mean.dtype) if needed else None
 
     def _scratch(self, name: str, channels: int) -> Tensor:
         """[M, channels]; one buffer serves every layer of the block."""

@@ -197,7 +197,7 @@ def _run_stage_backward(features: Tensor, stage: Stage, *args: Any) -> Any:
 
 def _as_gradient(grad: Tensor | None, parameter: Tensor) -> Tensor:
     """``grad`` in its parameter's dtype; zeros for a parameter that no gradient reached."""
-    return torch.zeros_like(parameter) if grad is None else grad.to(parameter.dtype)
+    return parameter.new_zeros(parameter.shape) if grad is None else grad.to(parameter.dtype)
 
 
 @dense_stage_backward.register_fake
@@ -222,8 +222,8 @@ def _(
     images, total, height, width = features.shape
     channels = total - sum(layer[-1].shape[0] for layer in _by_layer(parameters, bottleneck))
     x = as_images(features.new_empty(images * height * width, channels), height, width)
-    shapes = [x, *map(torch.empty_like, parameters), *map(torch.empty_like, exit_parameters)]
-    return [shape for shape, wanted in zip(shapes, needed, strict=True) if wanted]
+    gradients = [x, *(parameter.new_empty(parameter.shape) for parameter in [*parameters, *exit_parameters])]
+    return [gradient for gradient, wanted in zip(gradients, needed, strict=True) if wanted]
 
 
 def _save_stage(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -367,7 +367,9 @@ def _(
     epsilon: float,
     needed: list[bool],
 ) -> list[Tensor]:
-    return [torch.empty_like(value) for value, want in zip((x, conv, weight, bias), needed, strict=True) if want]
+    gradients = [torch.empty_like(x, memory_format=torch.channels_last)]
+    gradients += [parameter.new_empty(parameter.shape) for parameter in (conv, weight, bias)]
+    return [gradient for gradient, want in zip(gradients, needed, strict=True) if want]
 
 
 def _save_stem(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -14,6 +14,8 @@ from . import kernels
 from .batch_norm import BatchNorm, Projection
 from .dense_block import as_images, as_rows
 
+IMAGES_AT_A_TIME = 4
+
 
 class Stem(NamedTuple):
     """The stem's convolution and norm; the pooling is the 3x3, stride 2, padding 1 of the paper."""
@@ -71,13 +73,30 @@ def backward_stem(
     projection.add(stem.norm, affine, sum_grad, sum_grad_x, rows.shape[0])
     projection.apply(grad, rows, affine.mean, 0, rows.shape[1])
     del rows, conv_out
-    input_grad, conv_grad = None, None
-    if needed[0] or needed[1]:
-        input_grad, conv_grad, _ = torch.ops.aten.convolution_backward(
-            as_images(grad, height, width), _channels_last(x), _channels_last(stem.conv.to(x.dtype)), None,
-            stem.stride, stem.padding, [1, 1], False, [0, 0], 1, [needed[0], needed[1], False],
+    conv_grads = _backward_convolution(stem, as_images(grad, height, width), x, needed[:2])
+    return [*conv_grads, sum_grad_x * affine.rstd, sum_grad]
+
+
+def _backward_convolution(stem: Stem, grad: Tensor, x: Tensor, needed: list[bool]) -> list[Tensor | None]:
+    """The gradients of (input, weight), a few images at a time.
+
+    torch's convolution turns the images and the gradient of a first layer into layouts of its own, which takes twice the
+    memory of the gradient: for a whole batch that would be the peak of the step.
+    """
+    input_grad = torch.empty_like(x, memory_format=torch.channels_last) if needed[0] else None
+    conv_grad = stem.conv.new_zeros(stem.conv.shape, dtype=kernels.accumulation_dtype(x.dtype)) if needed[1] else None
+    weight = _channels_last(stem.conv.to(x.dtype))
+    for start in range(0, x.shape[0] if any(needed) else 0, IMAGES_AT_A_TIME):
+        images = slice(start, start + IMAGES_AT_A_TIME)
+        input_part, conv_part, _ = torch.ops.aten.convolution_backward(
+            grad[images], _channels_last(x[images]), weight, None,
+            stem.stride, stem.padding, [1, 1], False, [0, 0], 1, [*needed, False],
         )  # fmt: skip
-    return [input_grad, conv_grad, sum_grad_x * affine.rstd, sum_grad]
+        if input_grad is not None:
+            input_grad[images] = input_part
+        if conv_grad is not None:
+            conv_grad += conv_part
+    return [input_grad, conv_grad]
 
 
 def _convolve(stem: Stem, x: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ EXITS = ["transition", "head", "none"]
 class StageArguments:
     """Those of `dense_stage` for a small stage; ``frozen``: the second norm1 and the exit's use running statistics."""
 
-    def __init__(self, bottleneck=True, stage_exit="transition", frozen=False, dropout=False, save=False):
+    def __init__(
+        self, bottleneck=True, stage_exit="transition", frozen=False, dropout=False, save=False, evaluation=False
+    ):
         self.generator = torch.Generator().manual_seed(0)
         self.bottleneck, self.exit, self.frozen, self.save = bottleneck, stage_exit, frozen, save
         self.x = self.normal(IMAGES, CHANNELS, HEIGHT, BREADTH)
@@ -30,15 +32,15 @@ class StageArguments:
         self.parameters, self.running, self.uses_running = [], [], []
         for index in range(LAYERS):
             channels = CHANNELS + index * GROWTH_RATE
-            self.add_norm(self.parameters, channels, frozen and index == 1)
+            self.add_norm(self.parameters, channels, evaluation or (frozen and index == 1))
             if bottleneck:
                 self.parameters.append(self.normal(WIDTH, channels, 1, 1))
-                self.add_norm(self.parameters, WIDTH, False)
+                self.add_norm(self.parameters, WIDTH, evaluation)
             channels = WIDTH if bottleneck else channels
             self.parameters.append(self.normal(GROWTH_RATE, channels, 3, 3))
         self.exit_parameters = []
         if stage_exit != "none":
-            self.add_norm(self.exit_parameters, total, frozen)
+            self.add_norm(self.exit_parameters, total, evaluation or frozen)
         if stage_exit == "transition":
             self.exit_parameters.append(self.normal(4, total, 1, 1))
         rows = IMAGES * HEIGHT * BREADTH
@@ -83,6 +85,7 @@ STAGES = {
 } | {
     "frozen-transition": StageArguments(frozen=True),
     "frozen-head": StageArguments(stage_exit="head", frozen=True, save=True),
+    "evaluation": StageArguments(evaluation=True),
     "dropout": StageArguments(dropout=True),
     "plain-dropout": StageArguments(bottleneck=False, dropout=True, save=True),
 }
