@@ -89,6 +89,12 @@ def as_images(rows: Tensor, height: int, width: int) -> Tensor:
     return rows.unflatten(0, (-1, height, width)).permute(0, 3, 1, 2)
 
 
+def empty_images(like: Tensor, images: int, channels: int, height: int, width: int) -> Tensor:
+    """[N, C, H, W] in channels-last, and no view, so that whoever receives it may modify it in place."""
+    shape = (images, channels, height, width)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
 def pooling_window(stage_exit: str, height: int, width: int) -> tuple[int, int]:
     """The window of the exit's average pooling: 2x2 in a transition, the whole image in the head."""
     return (2, 2) if stage_exit == TRANSITION else (height, width)
@@ -102,7 +108,7 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
     total = channels + sum(layer.growth_rate for layer in stage.layers)
     accumulation = kernels.accumulation_dtype(x.dtype)
     storage = x.new_empty(rows, total)
-    statistics = x.new_empty(2, total, dtype=accumulation)
+    statistics = x.new_zeros(2, total, dtype=accumulation)
     with_statistics = stage.needs_statistics
     as_images(storage[:, :channels], height, width).copy_(x)
     if with_statistics:
@@ -110,7 +116,7 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
 
     bottleneck_channels = stage.bottleneck_channels
     bottlenecks: list[Tensor] = []
-    bottleneck_statistics = x.new_empty(len(stage.layers), 2, bottleneck_channels, dtype=accumulation)
+    bottleneck_statistics = x.new_zeros(len(stage.layers), 2, bottleneck_channels, dtype=accumulation)
     for index, layer in enumerate(stage.layers):
         inputs, slot = storage[:, :channels], storage[:, channels : channels + layer.growth_rate]
         slot_statistics = statistics[:, channels : channels + layer.growth_rate] if with_statistics else (None, None)
@@ -160,7 +166,7 @@ def backward_stage(
     if features_grad is not None:
         as_images(grad, height, width).copy_(features_grad)
     exit_grads: list[Tensor | None] = [None] * len(exit_needed)
-    if out_grad is not None:
+    if out_grad is not None and stage.exit_norm is not None:
         exit_grads = _backward_exit(stage, out_grad, saved, grad, accumulate, projection, exit_needed)
 
     layer_grads: list[list[Tensor | None]] = [[None] * len(needed) for needed in layers_needed]
@@ -295,8 +301,10 @@ def _forward_exit(stage: Stage, storage: Tensor, statistics: Tensor, height: int
     pooled = _pool(stage, storage, statistics, height, width)
     if stage.exit_conv is None:
         return pooled
-    out = pooled @ stage.exit_conv.flatten(1).to(pooled.dtype).t()
-    return as_images(out, height // 2, width // 2)
+    images = storage.shape[0] // (height * width)
+    out = empty_images(storage, images, stage.exit_conv.shape[0], height // 2, width // 2)
+    torch.mm(pooled, stage.exit_conv.flatten(1).to(pooled.dtype).t(), out=as_rows(out))
+    return out
 
 
 def _pool(stage: Stage, storage: Tensor, statistics: Tensor, height: int, width: int) -> Tensor:
@@ -338,7 +346,7 @@ def _backward_exit(
     sum_grad, sum_grad_x = torch.empty_like(affine.mean), torch.empty_like(affine.mean)
     backend = kernels.backend_for(storage.device)
     backend.bn_relu_avg_pool_backward(
-        pooled_grad, storage, affine.mean, affine.scale, affine.shift,
+        pooled_grad.contiguous(), storage, affine.mean, affine.scale, affine.shift,
         height, width, *window, grad, accumulate, sum_grad, sum_grad_x,
     )  # fmt: skip
     projection.add(stage.exit_norm, affine, sum_grad, sum_grad_x, storage.shape[0])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from .modules import CHECKPOINTING_LEVELS, DenseBlock, Features, Transition
+from .modules import CHECKPOINTING_LEVELS, DenseBlock, Features, Transition, global_average
 
 
 class EfficientDenseNet(nn.Module):
@@ -112,7 +111,9 @@ class EfficientDenseNet(nn.Module):
         return 1 + sum(isinstance(module, nn.Conv2d) for module in self.modules())
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.features.pooled(x))
+        features = self.features  # which a user may have replaced
+        pooled = features.pooled(x) if isinstance(features, Features) else global_average(features(x))
+        logits: Tensor = self.classifier(pooled)
         return logits
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -122,12 +122,12 @@ class Features(nn.Sequential):
 
     def pooled(self, x: Tensor) -> Tensor:
         """relu(forward(x)) averaged over each image, [N, C]; the last norm joins the last block's stage."""
-        if fusion.is_observed(self):
-            return _global_average(self(x))
+        if fusion.is_observed(self) or fusion.any_global_hook():
+            return global_average(self(x))
         for is_pooled, x in self._run(x, with_head=True):
             if is_pooled:
                 return x
-        return _global_average(x)
+        return global_average(x)
 
     def _run(self, x: Tensor, with_head: bool = False) -> Iterator[tuple[bool, Tensor]]:
         """Runs the children, as many as one operator takes at a time."""
@@ -170,7 +170,7 @@ def run_stage(block: nn.ModuleDict, consumer: nn.Module | None, x: Tensor) -> tu
     if consumer is not None and stage_exit == TRANSITION:
         _check_poolable(exit_norm, x)
     _check_count(norms, x)
-    x = _as_compute_dtype(x, layers[0].conv1.weight)
+    x = _as_compute_dtype(x, _convolution_weights(layers, exit_parameters))
     drop_rate, masks = _draw_masks(layers, x)
     out, features, statistics, bottleneck_statistics, _ = operators.dense_stage(
         x,
@@ -194,7 +194,7 @@ def run_stem(modules: list[nn.Module], x: Tensor, save_conv: bool) -> Tensor:
     conv, norm = modules[0], modules[1]
     assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
     _check_images(conv, x)
-    x = _as_compute_dtype(x, conv.weight)
+    x = _as_compute_dtype(x, [conv.weight])
     batch = fusion.uses_batch_statistics(norm)
     if batch and x.shape[0] * _convolved_pixels(conv, x) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
@@ -244,8 +244,11 @@ def _running(norm: nn.BatchNorm2d) -> list[Tensor]:
 
 def _check_images(conv: nn.Conv2d, x: Tensor) -> None:
     """What conv2d and batch_norm would raise, before anything is computed."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a Tensor [N, {conv.in_channels}, H, W], got a {type(x).__name__}")
     if x.dim() != 4:
-        raise ValueError(f"expected 4D input [N, {conv.in_channels}, H, W] (got {x.dim()}D input of size {tuple(x.shape)})")
+        error = ValueError if x.dim() == 3 else RuntimeError  # conv2d takes an image alone, batch_norm does not
+        raise error(f"expected 4D input [N, {conv.in_channels}, H, W] (got {x.dim()}D input of size {tuple(x.shape)})")
     if x.shape[1] != conv.in_channels:
         raise RuntimeError(
             f"Given weight of size {list(conv.weight.shape)}, expected input{list(x.shape)} to have "
@@ -276,18 +279,26 @@ def _check_count(norms: list[nn.BatchNorm2d], x: Tensor) -> None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
 
 
-def _as_compute_dtype(x: Tensor, weight: Tensor) -> Tensor:
-    """``x`` in the dtype that a convolution with ``weight`` would compute in; raises where it would."""
-    if weight.device != x.device:
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but the input is on {x.device} and the model on {weight.device}"
-        )
+def _convolution_weights(layers: list[DenseLayer], exit_parameters: list[Tensor]) -> list[Tensor]:
+    convolutions = [conv for layer in layers for conv in (layer.conv1, *([layer.conv2] if layer.bottleneck else []))]
+    return [*(conv.weight for conv in convolutions), *exit_parameters[2:]]
+
+
+def _as_compute_dtype(x: Tensor, weights: list[Tensor]) -> Tensor:
+    """``x`` in the dtype that convolutions with ``weights`` would compute in; raises where they would."""
+    for weight in weights:
+        if weight.device != x.device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but the input is on {x.device} "
+                f"and the model on {weight.device}"
+            )
     device = x.device.type
     casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if casts and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
-    if x.dtype != weight.dtype:
-        raise RuntimeError(f"Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same")
+    for weight in weights:
+        if x.dtype != weight.dtype:
+            raise RuntimeError(f"Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same")
     return x
 
 
@@ -309,7 +320,7 @@ def _convolved_pixels(conv: nn.Conv2d, x: Tensor) -> int:
     return sizes[0] * sizes[1] if min(sizes) > 0 else 0
 
 
-def _global_average(features: Tensor) -> Tensor:
+def global_average(features: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(F.relu(features), (1, 1)).flatten(1)
 
 
@@ -331,8 +342,11 @@ def _update_stage_statistics(
 
 def _update_running_statistics(norms: list[nn.BatchNorm2d], batch: list[Tensor], count: int) -> None:
     """torch.nn.BatchNorm2d's update of its buffers from (mean, biased variance) [2, C] over ``count`` values."""
+    groups = _by_momentum(norms, batch)
+    if not groups:
+        return  # and leaves no empty no_grad behind, which torch.export cannot load
     with torch.no_grad():
-        for momentum, group in _by_momentum(norms, batch).items():
+        for momentum, group in groups.items():
             means = [norm.running_mean for norm, _ in group]
             variances = [norm.running_var for norm, _ in group]
             unbiased = torch._foreach_mul([share[1] for _, share in group], count / (count - 1))
@@ -340,12 +354,12 @@ def _update_running_statistics(norms: list[nn.BatchNorm2d], batch: list[Tensor],
             torch._foreach_lerp_(variances, _in_dtype_of(variances, unbiased), momentum)
 
 
-def _by_momentum(
-    norms: list[nn.BatchNorm2d], batch: list[Tensor]
-) -> dict[float, list[tuple[nn.BatchNorm2d, Tensor]]]:
+def _by_momentum(norms: list[nn.BatchNorm2d], batch: list[Tensor]) -> dict[float, list[tuple[nn.BatchNorm2d, Tensor]]]:
     """The norms that are due an update, by their momentum; counts the batch. None is the cumulative average."""
     groups: dict[float, list[tuple[nn.BatchNorm2d, Tensor]]] = {}
-    due = [(norm, share) for norm, share in zip(norms, batch, strict=True) if norm.training and norm.track_running_stats]
+    due = [
+        (norm, share) for norm, share in zip(norms, batch, strict=True) if norm.training and norm.track_running_stats
+    ]
     counters = [norm.num_batches_tracked for norm, _ in due if norm.num_batches_tracked is not None]
     if counters:
         torch._foreach_add_(counters, 1)

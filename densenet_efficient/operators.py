@@ -46,7 +46,9 @@ def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def _norm(weight: Tensor, bias: Tensor, epsilons: list[float], uses_running: list[bool], running: list[Tensor]) -> BatchNorm:
+def _norm(
+    weight: Tensor, bias: Tensor, epsilons: list[float], uses_running: list[bool], running: list[Tensor]
+) -> BatchNorm:
     """Takes the next norm off the front of the three lists."""
     pair = (running.pop(0), running.pop(0)) if uses_running.pop(0) else None
     return BatchNorm(weight, bias, epsilons.pop(0), pair)
@@ -69,7 +71,9 @@ def _unflatten(
     for index, group in enumerate(_by_layer(parameters, bottleneck)):
         norm1 = _norm(group[0], group[1], *lists)
         norm2 = _norm(group[3], group[4], *lists) if bottleneck else None
-        layers.append(DenseLayer(norm1, group[2], norm2, group[5] if bottleneck else None, masks[index] if masks else None))
+        layers.append(
+            DenseLayer(norm1, group[2], norm2, group[5] if bottleneck else None, masks[index] if masks else None)
+        )
     exit_norm = _norm(exit_parameters[0], exit_parameters[1], *lists) if exit_parameters else None
     exit_conv = exit_parameters[2] if len(exit_parameters) > 2 else None
     return Stage(layers, stage_exit, exit_norm, exit_conv, drop_rate)
@@ -179,7 +183,14 @@ def dense_stage_backward(
     saved = StageOutput(features.new_empty(0), features, statistics, bottleneck_statistics, bottlenecks)
     count = 1 + len(parameters)
     gradients = _run_stage_backward(
-        features, stage, out_grad, features_grad, saved, needed[0], _by_layer(needed[1:count], bottleneck), needed[count:]
+        features,
+        stage,
+        out_grad,
+        features_grad,
+        saved,
+        needed[0],
+        _by_layer(needed[1:count], bottleneck),
+        needed[count:],
     )
     values = [gradients[0], *(grad for layer in gradients[1] for grad in layer), *gradients[2]]
     parameters = [features, *parameters, *exit_parameters]
@@ -234,7 +245,9 @@ def _save_stage(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> N
     ctx.mark_non_differentiable(statistics, bottleneck_statistics, *bottlenecks)
     ctx.lengths = [len(group) for group in groups]
     ctx.values = values
-    ctx.save_for_backward(features, statistics, bottleneck_statistics, *(tensor for group in groups for tensor in group))
+    ctx.save_for_backward(
+        features, statistics, bottleneck_statistics, *(tensor for group in groups for tensor in group)
+    )
 
 
 def _backward_stage(ctx: Any, out_grad: Tensor | None, features_grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -290,7 +303,13 @@ def _run_stem(x: Tensor, description: Stem, save_conv: bool) -> StemOutput:
 
 
 def _describe_stem(
-    conv: Tensor, weight: Tensor, bias: Tensor, running: list[Tensor], stride: list[int], padding: list[int], epsilon: float
+    conv: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: list[Tensor],
+    stride: list[int],
+    padding: list[int],
+    epsilon: float,
 ) -> Stem:
     pair = (running[0], running[1]) if running else None
     return Stem(conv, stride, padding, BatchNorm(weight, bias, epsilon, pair))
@@ -387,9 +406,7 @@ def _backward_stem(ctx: Any, out_grad: Tensor | None, *_: Any) -> tuple[Any, ...
     if out_grad is None:
         return None, None, None, None, *nothing
     needed = list(ctx.needs_input_grad[:4])
-    gradients = iter(
-        stem_backward(out_grad, x, statistics, conv_out, conv, weight, bias, running, *ctx.values, needed)
-    )
+    gradients = iter(stem_backward(out_grad, x, statistics, conv_out, conv, weight, bias, running, *ctx.values, needed))
     return *(next(gradients) if want else None for want in needed), *nothing
 
 

@@ -19,9 +19,7 @@ class NaiveDenseLayer(nn.Sequential):
     Maps the block's features so far, `[N, in_channels, H, W]`, to `[N, growth_rate, H, W]` new ones.
     """
 
-    def __init__(
-        self, in_channels: int, growth_rate: int, bn_size: int, drop_rate: float, bottleneck: bool
-    ) -> None:
+    def __init__(self, in_channels: int, growth_rate: int, bn_size: int, drop_rate: float, bottleneck: bool) -> None:
         super().__init__()
         self.drop_rate = drop_rate
         width = bn_size * growth_rate
@@ -104,9 +102,7 @@ class NaiveDenseNet(nn.Module):
         super().__init__()
         self.features = nn.Sequential()
         if small_inputs:
-            self.features.conv0 = nn.Conv2d(
-                in_channels, num_init_features, kernel_size=3, padding=1, bias=False
-            )
+            self.features.conv0 = nn.Conv2d(in_channels, num_init_features, kernel_size=3, padding=1, bias=False)
         else:
             self.features.conv0 = nn.Conv2d(
                 in_channels, num_init_features, kernel_size=7, stride=2, padding=3, bias=False

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import kernels
 from .batch_norm import BatchNorm, Projection
-from .dense_block import as_images, as_rows
+from .dense_block import as_images, as_rows, empty_images
 
 IMAGES_AT_A_TIME = 4
 
@@ -45,13 +45,12 @@ def forward_stem(stem: Stem, x: Tensor, save_conv: bool) -> StemOutput:
     conv_out = _convolve(stem, x)
     height, width = conv_out.shape[2:]
     rows = as_rows(conv_out)
-    statistics = x.new_empty(2, rows.shape[1], dtype=kernels.accumulation_dtype(x.dtype))
+    statistics = x.new_zeros(2, rows.shape[1], dtype=kernels.accumulation_dtype(x.dtype))
     if stem.norm.running is None:
         backend.channel_stats(rows, *statistics)
     affine = stem.norm.affine(*statistics)
-    pooled = x.new_empty(x.shape[0] * pooled_size(height) * pooled_size(width), rows.shape[1])
-    backend.bn_relu_max_pool(rows, affine.scale, affine.shift, height, width, pooled)
-    out = as_images(pooled, pooled_size(height), pooled_size(width))
+    out = empty_images(x, x.shape[0], rows.shape[1], pooled_size(height), pooled_size(width))
+    backend.bn_relu_max_pool(rows, affine.scale, affine.shift, height, width, as_rows(out))
     return StemOutput(out, statistics, conv_out if save_conv else x.new_empty(0))
 
 
@@ -67,7 +66,16 @@ def backward_stem(
     grad = torch.empty_like(rows)
     sum_grad, sum_grad_x = torch.empty_like(affine.mean), torch.empty_like(affine.mean)
     backend.bn_relu_max_pool_backward(
-        as_rows(out_grad), rows, affine.mean, affine.scale, affine.shift, height, width, grad, sum_grad, sum_grad_x
+        as_rows(out_grad).contiguous(),
+        rows,
+        affine.mean,
+        affine.scale,
+        affine.shift,
+        height,
+        width,
+        grad,
+        sum_grad,
+        sum_grad_x,
     )
     projection = Projection(rows.shape[1], affine.mean)
     projection.add(stem.norm, affine, sum_grad, sum_grad_x, rows.shape[0])

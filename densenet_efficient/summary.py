@@ -94,16 +94,12 @@ def parse_input_shape(text: str) -> tuple[int, int, int, int]:
         raise ValueError(f"input {text!r} has {len(parts)} parts, expected 4: NxCxHxW, as in 4x3x224x224")
     for part in parts:
         if not (part.isascii() and part.isdigit() and int(part) > 0):
-            raise ValueError(
-                f"input {text!r}: {part!r} is not positive and whole; use NxCxHxW, as in 4x3x224x224"
-            )
+            raise ValueError(f"input {text!r}: {part!r} is not positive and whole; use NxCxHxW, as in 4x3x224x224")
     batch, channels, height, width = map(int, parts)
     return batch, channels, height, width
 
 
-def summarize(
-    model: DenseNet, input_shape: Sequence[int], dtype: torch.dtype = torch.float32
-) -> list[SummaryRow]:
+def summarize(model: DenseNet, input_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> list[SummaryRow]:
     """The stages of `model` in order, each dense block followed by its layers.
 
     Args:
@@ -168,9 +164,7 @@ def _checked_shape(model: DenseNet, input_shape: Sequence[int]) -> Shape:
         raise ValueError(f"input {text} has {input_shape[1]} channels, expected {expected}")
     minimum = _minimum_size(model)
     if min(input_shape[2:]) < minimum:
-        raise ValueError(
-            f"input {text} is too small, this topology needs at least {minimum}x{minimum} pixels"
-        )
+        raise ValueError(f"input {text} is too small, this topology needs at least {minimum}x{minimum} pixels")
     return tuple(input_shape)
 
 
@@ -207,8 +201,7 @@ def _stem_row(features: Any, shape: Shape, itemsize: int) -> SummaryRow:
 
 def _block_rows(name: str, block: nn.Module, shape: Shape, itemsize: int) -> list[SummaryRow]:
     layers = [
-        _layer_row(f"{name}.{layer_name}", layer, shape, itemsize)
-        for layer_name, layer in block.named_children()
+        _layer_row(f"{name}.{layer_name}", layer, shape, itemsize) for layer_name, layer in block.named_children()
     ]
     channels = shape[1] + sum(row.output_shape[1] for row in layers)
     costs = sum((row.costs for row in layers), Costs())

@@ -17,9 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 CAPABILITY_VARIABLE = "DENSENET_EFFICIENT_CPU_CAPABILITY"
 
-needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"
-)
+needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
 
 
 # The choice is made once in a process, so each request is answered by a fork of one that has not chosen yet.
@@ -42,9 +40,7 @@ for request in (None, "mmx", *_C.build_info()["cpu_capabilities"]):
 """
 
 
-def run_python(
-    code: str, cwd: Path, variables: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, cwd: Path, variables: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != CAPABILITY_VARIABLE}
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -120,9 +116,7 @@ def test_source_distribution_holds_what_its_build_needs(checkout: Path) -> None:
         ({"DENSENET_EFFICIENT_NATIVE": "0"}, "DENSENET_EFFICIENT_NATIVE=0 is set: unset it"),
     ],
 )
-def test_without_native_build_a_pure_wheel_says_why(
-    checkout: Path, variables: dict[str, str], reason: str
-) -> None:
+def test_without_native_build_a_pure_wheel_says_why(checkout: Path, variables: dict[str, str], reason: str) -> None:
     status, output = build("build_wheel", checkout, variables)
     assert status == 0, output
     assert reason in output

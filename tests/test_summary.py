@@ -89,9 +89,7 @@ def test_each_level_saves_what_autograd_keeps(arguments, size, level):
     model = EfficientDenseNet(**arguments, checkpointing=level)
     images = torch.randn(3, 2, *size)
     rows = summarize(model, images.shape)
-    shared = sum(
-        row.output_shape[1] for row in rows if row.name.startswith("denseblock") and not row.is_layer
-    )
+    shared = sum(row.output_shape[1] for row in rows if row.name.startswith("denseblock") and not row.is_layer)
     bottlenecks = sum(row.bottleneck_channels or 0 for row in rows)
     stem = 0 if arguments.get("small_inputs") else arguments["num_init_features"]
     vectors = 2 * (shared + bottlenecks + stem) * 4 + classifier_input(model, images)
@@ -182,9 +180,7 @@ def test_prints_the_table():
         [f"denselayer{index + 1}", str(64 + 32 * index), "128", "32", "4x32x56x56"] for index in range(6)
     ]
     assert transition[:3] == ["transition1", "256", "4x128x28x28"]
-    total, per_image, ratios = (
-        next(row for row in cells if row[:1] == [name]) for name in ("total", "per", "naive")
-    )
+    total, per_image, ratios = (next(row for row in cells if row[:1] == [name]) for name in ("total", "per", "naive"))
     assert total[1] == "20,013,928"
     assert per_image[2:] == ["4.29", "G", "193.6", "MiB", "29.1", "MiB", "6.9", "MiB"]
     assert ratios[3:] == ["1.0x", "6.7x", "28.2x"]

@@ -128,9 +128,7 @@ def test_keys_of_old_checkpoints_load(prefix):
     old = {prefix + key: torch.full_like(tensor, 3) for key, tensor in model.state_dict().items()}
     for kind in ("norm", "conv"):
         for index in ("1", "2"):
-            old = {
-                key.replace(f".{kind}{index}.", f".{kind}.{index}."): tensor for key, tensor in old.items()
-            }
+            old = {key.replace(f".{kind}{index}.", f".{kind}.{index}."): tensor for key, tensor in old.items()}
     assert f"{prefix}features.denseblock1.denselayer1.norm.1.weight" in old
     model.load_state_dict(old, strict=True)
     assert all((tensor == 3).all() for tensor in model.state_dict().values())
@@ -145,9 +143,7 @@ def output_shapes(model, images):
     """The output shape of every module by name, and of the whole under the empty name."""
     found = {}
     for name, module in model.named_modules():
-        module.register_forward_hook(
-            lambda _, inputs, output, name=name: found.update({name: tuple(output.shape)})
-        )
+        module.register_forward_hook(lambda _, inputs, output, name=name: found.update({name: tuple(output.shape)}))
     model(images)
     return found
 
@@ -214,10 +210,7 @@ def test_cifar_variants(bottleneck, compression, num_init_features):
     transition = model.features.transition1.conv
     assert transition.out_channels == int(transition.in_channels * compression)
     assert model.classifier.out_features == 10
-    assert (
-        on_meta(cifar_densenet, 40, 12, bottleneck, compression, num_classes=100).classifier.out_features
-        == 100
-    )
+    assert on_meta(cifar_densenet, 40, 12, bottleneck, compression, num_classes=100).classifier.out_features == 100
 
 
 @pytest.mark.parametrize(("depth", "bottleneck"), [(41, False), (43, True), (4, False), (0, True)])
@@ -308,9 +301,7 @@ def test_the_three_lines_of_the_readme():
     loss.backward()
     optimizer.step()
     assert torch.isfinite(loss)
-    changed = [
-        not torch.equal(parameter, theirs.get_parameter(name)) for name, parameter in model.named_parameters()
-    ]
+    changed = [not torch.equal(parameter, theirs.get_parameter(name)) for name, parameter in model.named_parameters()]
     assert all(changed)
     with torch.no_grad():
         assert model.eval()(images).shape == (2, 10)

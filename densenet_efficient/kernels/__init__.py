@@ -84,7 +84,9 @@ def _check_requested(requested: str, device: torch.device) -> None:
     if requested not in BACKENDS:
         raise ValueError(f"{BACKEND_VARIABLE}={requested!r} names no backend; expected one of {sorted(BACKENDS)}")
     if requested == "cpu" and device.type != "cpu":
-        raise RuntimeError(f"{BACKEND_VARIABLE}=cpu cannot serve a tensor on {device}; unset it or move the model to the CPU")
+        raise RuntimeError(
+            f"{BACKEND_VARIABLE}=cpu cannot serve a tensor on {device}; unset it or move the model to the CPU"
+        )
     if requested == "cpu" and not cpu.is_available():
         raise RuntimeError(f"{BACKEND_VARIABLE}=cpu is not available: {cpu.unavailable_reason()}")
 

@@ -19,6 +19,7 @@ constexpr int64_t kDepth = 512;    // channels per product: the activations of a
 
 // The size of the parts when ``size`` is cut into an even number of parts of at most ``most``, about equal.
 int64_t even_share(int64_t size, int64_t most, int64_t multiple) {
+  size = std::max<int64_t>(size, 1);
   return round_up(ceil_div(size, round_up(ceil_div(size, most), 2)), multiple);
 }
 
@@ -94,10 +95,10 @@ struct Tasks {
   Tasks(int64_t rows, int64_t channels) {
     constexpr int64_t rows_of_a_group = 800, most_groups = 32, wanted = 8;
     const int64_t parts = std::min(most_groups, round_up(ceil_div(rows, rows_of_a_group), 2));
-    group_rows = rows < rows_of_a_group ? rows : ceil_div(rows, parts);
+    group_rows = rows < rows_of_a_group ? std::max<int64_t>(rows, 1) : ceil_div(rows, parts);
     groups = ceil_div(rows, group_rows);
     tile_rows = round_up(ceil_div(group_rows, ceil_div(group_rows, kBackwardRows)), kMicroRows);
-    spans = groups < wanted / 2 ? wanted / groups : 1;
+    spans = groups < wanted / 2 ? wanted / std::max<int64_t>(groups, 1) : 1;
     span = round_up(ceil_div(channels, spans), kPanel);
     spans = ceil_div(channels, span);
   }

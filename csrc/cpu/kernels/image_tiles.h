@@ -22,7 +22,7 @@ class ImageTiles {
     if (whole <= wanted_pixels) {
       tiles_ = ceil_div(images, std::max<int64_t>(1, wanted_pixels / whole));
       if (tiles_ % 2 == 1 && tiles_ < images) tiles_++;
-      images_per_tile_ = ceil_div(images, tiles_);
+      images_per_tile_ = std::max<int64_t>(1, ceil_div(images, std::max<int64_t>(1, tiles_)));
       tiles_ = ceil_div(images, images_per_tile_);
     } else {
       tiles_per_image_ = std::min(height, ceil_div(whole, wanted_pixels));
