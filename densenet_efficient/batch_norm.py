@@ -40,9 +40,9 @@ class Affine(NamedTuple):
 class Projection:
     """The deferred part of the batch norm backward of C channels, summed over all their consumers.
 
-    A batch norm's input gradient is ``scale * g - scale / M * (dbeta + (x - mean) * rstd * dgamma)``. The first term is
-    added into the gradient buffer by each consumer; the second is linear in ``x - mean``, which all consumers share, so
-    that only its two coefficients are summed here and the channels are corrected once, when their last consumer is done.
+    A batch norm's input gradient is ``scale * g - scale / M * (dbeta + (x - mean) * rstd * dgamma)``. The first term
+    is added into the gradient buffer by each consumer; the second is linear in ``x - mean``, which all consumers share,
+    so that only its two coefficients are summed here and the channels are corrected once, after their last consumer.
     """
 
     def __init__(self, channels: int, like: Tensor) -> None:

@@ -57,7 +57,7 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
     add("--data", "digits, or a folder with one subfolder per class, or with train/ and val/", default="digits")
     add("--output", "where the checkpoint, metrics and pictures go", type=Path, required=True, metavar="DIR")
-    add("--model", "a name that summary knows too, or the small default", default="densenet-bc-40-12")
+    add("--model", "one of the networks that summary knows too", default="densenet-bc-40-12")
     add("--epochs", "passes over the training images", type=positive_int, default=12)
     add("--batch-size", "images per step", type=batch_size, default=64)
     add("--learning-rate", "peak of the one-cycle schedule", type=positive_float, default=3e-3)

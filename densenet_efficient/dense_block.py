@@ -2,9 +2,9 @@
 
 A stage is a dense block together with the consumer of all its channels, its exit (a transition, the head, or nothing).
 The whole block lives in ONE channels-last buffer ``storage`` [M, C0 + L*k]: a layer reads the prefix of its input
-channels and writes its k new ones into its slot, so concatenation copies nothing. The mathematics, with its proof against
-autograd, is that of Huang et al. 2017 (arXiv:1608.06993) and Pleiss et al. 2017 (arXiv:1707.06990), plus the deferred
-projection of `batch_norm.Projection`.
+channels and writes its k new ones into its slot, so concatenation copies nothing. The mathematics is that of Huang et
+al. 2017 (arXiv:1608.06993) and Pleiss et al. 2017 (arXiv:1707.06990), plus the deferred projection of
+`batch_norm.Projection`.
 
 Functions here know tensors only; modules stand in `modules.py`, the operators seen by autograd in `operators.py`.
 """

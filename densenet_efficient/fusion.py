@@ -1,4 +1,4 @@
-"""Which modules may be run as one operator: those that are exactly what the operator computes, and that nobody observes."""
+"""Which modules may run as one operator: those that are exactly what it computes, and that nobody observes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def is_observed(module: nn.Module) -> bool:
 
 
 def any_global_hook() -> bool:
-    """Whether hooks are registered for all modules (torch.nn.modules.module.register_module_forward_hook and others)."""
+    """Whether hooks are registered for all modules (register_module_forward_hook and others)."""
     return bool(
         module_hooks._global_forward_hooks
         or module_hooks._global_forward_pre_hooks

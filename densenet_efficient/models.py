@@ -255,6 +255,7 @@ _MODELS: dict[str, Callable[..., EfficientDenseNet]] = {
     "densenet-100-24": _cifar(100, 24, bottleneck=False, compression=1.0),
     "densenet-b-100-12": _cifar(100, 12, bottleneck=True, compression=1.0),
     "densenet-c-100-12": _cifar(100, 12, bottleneck=False, compression=0.5),
+    "densenet-bc-40-12": _cifar(40, 12, bottleneck=True, compression=0.5),  # not in the paper: for the smallest images
     "densenet-bc-100-12": _cifar(100, 12, bottleneck=True, compression=0.5),
     "densenet-bc-250-24": _cifar(250, 24, bottleneck=True, compression=0.5),
     "densenet-bc-190-40": _cifar(190, 40, bottleneck=True, compression=0.5),

@@ -8,7 +8,7 @@ parametrization, another module class) runs through its modules instead, with th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from typing import cast
 from weakref import WeakSet
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from . import fusion, operators
 from .dense_block import HEAD, NO_EXIT, TRANSITION, as_rows
+from .input_checks import as_compute_dtype, check_count, check_images, check_input, check_poolable, convolved_pixels
+from .running_statistics import update_running_statistics
 
 CHECKPOINTING_LEVELS = ("none", "bottleneck")
 
@@ -26,6 +28,9 @@ class DenseLayer(nn.Module):
 
     Its own ``forward`` is plain torch; it serves where a block runs layer by layer.
     """
+
+    norm2: nn.BatchNorm2d  # with a bottleneck only, as conv2
+    conv2: nn.Conv2d
 
     def __init__(
         self, num_input_features: int, growth_rate: int, bn_size: int, drop_rate: float, bottleneck: bool = True
@@ -48,8 +53,13 @@ class DenseLayer(nn.Module):
         """Whether the layer has the 1x1 convolution."""
         return hasattr(self, "conv2")
 
+    @property
+    def norms(self) -> list[nn.BatchNorm2d]:
+        """norm1 and, with a bottleneck, norm2."""
+        return [self.norm1, self.norm2] if self.bottleneck else [self.norm1]
+
     def forward(self, x: Tensor | list[Tensor]) -> Tensor:
-        """The k new channels [N, k, H, W] from all earlier ones [N, C, H, W], given whole or as a list to concatenate."""
+        """The k new channels [N, k, H, W] from all earlier ones [N, C, H, W], whole or as a list to concatenate."""
         features = x if isinstance(x, Tensor) else torch.cat(x, 1)
         out = self.conv1(self.relu1(self.norm1(features)))
         if self.bottleneck:
@@ -86,6 +96,11 @@ class DenseBlock(nn.ModuleDict):
             channels = num_input_features + index * growth_rate
             self[f"denselayer{index + 1}"] = DenseLayer(channels, growth_rate, bn_size, drop_rate, bottleneck)
 
+    @property
+    def layers(self) -> list[DenseLayer]:
+        """The layers in order; their class is checked by `fusion.obstacle` before."""
+        return cast(list[DenseLayer], list(self.values()))
+
     def forward(self, x: Tensor) -> Tensor:
         reason = fusion.obstacle(self, DenseLayer)
         if reason is None:
@@ -116,34 +131,29 @@ class Features(nn.Sequential):
     """Everything before the classifier, under torchvision's names; ``forward`` gives the output of the last norm."""
 
     def forward(self, x: Tensor) -> Tensor:
-        for _, x in self._run(x):
-            pass
-        return x
+        return self._run(x, with_head=False)[0]
 
     def pooled(self, x: Tensor) -> Tensor:
         """relu(forward(x)) averaged over each image, [N, C]; the last norm joins the last block's stage."""
         if fusion.is_observed(self) or fusion.any_global_hook():
             return global_average(self(x))
-        for is_pooled, x in self._run(x, with_head=True):
-            if is_pooled:
-                return x
-        return global_average(x)
+        out, is_pooled = self._run(x, with_head=True)
+        return out if is_pooled else global_average(out)
 
-    def _run(self, x: Tensor, with_head: bool = False) -> Iterator[tuple[bool, Tensor]]:
-        """Runs the children, as many as one operator takes at a time."""
+    def _run(self, x: Tensor, with_head: bool) -> tuple[Tensor, bool]:
+        """Runs the children, as many as one operator takes at a time; whether the head has pooled already."""
         children = list(self.children())
         while children:
             if fusion.is_stem(children):
                 x, children = run_stem(children[:4], x, _saves_conv(children)), children[4:]
             elif _is_stage(children, with_head):
-                block, consumer, *children = children
+                block, consumer, children = cast(DenseBlock, children[0]), children[1], children[2:]
                 x = run_stage(block, consumer, x)[0]
                 if isinstance(consumer, nn.BatchNorm2d):
-                    yield True, x
-                    return
+                    return x, True
             else:
                 x, children = children[0](x), children[1:]
-            yield False, x
+        return x, False
 
 
 def _is_stage(children: list[nn.Module], with_head: bool) -> bool:
@@ -156,21 +166,23 @@ def _is_stage(children: list[nn.Module], with_head: bool) -> bool:
     return is_exit and fusion.obstacle(children[0], DenseLayer) is None
 
 
-def run_stage(block: nn.ModuleDict, consumer: nn.Module | None, x: Tensor) -> tuple[Tensor, Tensor]:
+def run_stage(block: DenseBlock, consumer: nn.Module | None, x: Tensor) -> tuple[Tensor, Tensor]:
     """Runs a dense block and the transition or last norm that consumes it.
 
     Returns the consumer's output (empty without one) and the block's features [N, C, H, W], and updates the running
     statistics of every norm, once.
     """
-    layers = list(block.values())
-    norms = [norm for layer in layers for norm in (layer.norm1, *([layer.norm2] if layer.bottleneck else []))]
+    layers = block.layers
+    norms: list[nn.BatchNorm2d] = [
+        norm for layer in layers for norm in (layer.norm1, *([layer.norm2] if layer.bottleneck else []))
+    ]
     stage_exit, exit_norm, exit_parameters = _describe_exit(consumer)
     norms += [exit_norm] if exit_norm is not None else []
-    _check_input(layers[0].norm1, x)
+    check_input(layers[0].norm1, x)
     if consumer is not None and stage_exit == TRANSITION:
-        _check_poolable(exit_norm, x)
-    _check_count(norms, x)
-    x = _as_compute_dtype(x, _convolution_weights(layers, exit_parameters))
+        check_poolable(exit_norm, x)
+    check_count(norms, x)
+    x = as_compute_dtype(x, _convolution_weights(layers, exit_parameters))
     drop_rate, masks = _draw_masks(layers, x)
     out, features, statistics, bottleneck_statistics, _ = operators.dense_stage(
         x,
@@ -183,7 +195,7 @@ def run_stage(block: nn.ModuleDict, consumer: nn.Module | None, x: Tensor) -> tu
         layers[0].bottleneck,
         stage_exit,
         drop_rate,
-        getattr(block, "checkpointing", "bottleneck") == "none" and torch.is_grad_enabled(),
+        block.checkpointing == "none" and torch.is_grad_enabled(),
     )
     _update_stage_statistics(layers, exit_norm, statistics, bottleneck_statistics, x)
     return out, features
@@ -193,17 +205,17 @@ def run_stem(modules: list[nn.Module], x: Tensor, save_conv: bool) -> Tensor:
     """Runs (conv, norm, relu, max pool) as one operator and updates the norm's running statistics."""
     conv, norm = modules[0], modules[1]
     assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-    _check_images(conv, x)
-    x = _as_compute_dtype(x, [conv.weight])
+    check_images(conv, x)
+    x = as_compute_dtype(x, [conv.weight])
     batch = fusion.uses_batch_statistics(norm)
-    if batch and x.shape[0] * _convolved_pixels(conv, x) == 1:
+    if batch and x.shape[0] * convolved_pixels(conv, x) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
     running = [] if batch else _running(norm)
     out, statistics, _ = operators.stem(
         x, conv.weight, norm.weight, norm.bias, running, list(conv.stride), list(conv.padding), norm.eps,
         save_conv and torch.is_grad_enabled(),
     )  # fmt: skip
-    _update_running_statistics([norm], [statistics], x.shape[0] * _convolved_pixels(conv, x))
+    update_running_statistics([norm], [statistics], x.shape[0] * convolved_pixels(conv, x))
     return out
 
 
@@ -242,64 +254,9 @@ def _running(norm: nn.BatchNorm2d) -> list[Tensor]:
     return [norm.running_mean, norm.running_var]
 
 
-def _check_images(conv: nn.Conv2d, x: Tensor) -> None:
-    """What conv2d and batch_norm would raise, before anything is computed."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"expected a Tensor [N, {conv.in_channels}, H, W], got a {type(x).__name__}")
-    if x.dim() != 4:
-        error = ValueError if x.dim() == 3 else RuntimeError  # conv2d takes an image alone, batch_norm does not
-        raise error(f"expected 4D input [N, {conv.in_channels}, H, W] (got {x.dim()}D input of size {tuple(x.shape)})")
-    if x.shape[1] != conv.in_channels:
-        raise RuntimeError(
-            f"Given weight of size {list(conv.weight.shape)}, expected input{list(x.shape)} to have "
-            f"{conv.in_channels} channels, but got {x.shape[1]} channels instead"
-        )
-    if min(x.shape[2:]) < 1 or _convolved_pixels(conv, x) < 1:
-        raise RuntimeError(f"input of size {tuple(x.shape)} is too small for a {conv.kernel_size} convolution")
-
-
-def _check_input(norm: nn.BatchNorm2d, x: Tensor) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"expected 4D input (got {x.dim()}D input of size {tuple(x.shape)})")
-    if x.shape[1] != norm.num_features:
-        raise RuntimeError(f"expected input with {norm.num_features} channels, got input size {tuple(x.shape)}")
-
-
-def _check_poolable(norm: nn.BatchNorm2d | None, x: Tensor) -> None:
-    if norm is not None and min(x.shape[2:]) < 2:
-        size = f"{norm.num_features}x{x.shape[2]}x{x.shape[3]}"
-        raise RuntimeError(
-            f"Given input size: ({size}). Calculated output size: "
-            f"({norm.num_features}x{x.shape[2] // 2}x{x.shape[3] // 2}). Output size is too small: give larger images"
-        )
-
-
-def _check_count(norms: list[nn.BatchNorm2d], x: Tensor) -> None:
-    if x.shape[0] * x.shape[2] * x.shape[3] == 1 and any(map(fusion.uses_batch_statistics, norms)):
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
-
-
 def _convolution_weights(layers: list[DenseLayer], exit_parameters: list[Tensor]) -> list[Tensor]:
     convolutions = [conv for layer in layers for conv in (layer.conv1, *([layer.conv2] if layer.bottleneck else []))]
     return [*(conv.weight for conv in convolutions), *exit_parameters[2:]]
-
-
-def _as_compute_dtype(x: Tensor, weights: list[Tensor]) -> Tensor:
-    """``x`` in the dtype that convolutions with ``weights`` would compute in; raises where they would."""
-    for weight in weights:
-        if weight.device != x.device:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but the input is on {x.device} "
-                f"and the model on {weight.device}"
-            )
-    device = x.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if casts and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    for weight in weights:
-        if x.dtype != weight.dtype:
-            raise RuntimeError(f"Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same")
-    return x
 
 
 def _draw_masks(layers: list[DenseLayer], x: Tensor) -> tuple[float, list[Tensor]]:
@@ -310,14 +267,6 @@ def _draw_masks(layers: list[DenseLayer], x: Tensor) -> tuple[float, list[Tensor
     growth_rate = (layers[0].conv2 if layers[0].bottleneck else layers[0].conv1).out_channels
     shape = (x.shape[0], growth_rate, *x.shape[2:])
     return rate, [as_rows(x.new_empty(shape, dtype=torch.bool).bernoulli_(1 - rate)) for _ in layers]
-
-
-def _convolved_pixels(conv: nn.Conv2d, x: Tensor) -> int:
-    sizes = [
-        (x.shape[2 + axis] + 2 * int(conv.padding[axis]) - conv.kernel_size[axis]) // conv.stride[axis] + 1
-        for axis in (0, 1)
-    ]
-    return sizes[0] * sizes[1] if min(sizes) > 0 else 0
 
 
 def global_average(features: Tensor) -> Tensor:
@@ -337,37 +286,4 @@ def _update_stage_statistics(
     if layers[0].bottleneck:
         norms += [layer.norm2 for layer in layers]
         shares += list(bottleneck_statistics.unbind(0))
-    _update_running_statistics(norms, shares, x.shape[0] * x.shape[2] * x.shape[3])
-
-
-def _update_running_statistics(norms: list[nn.BatchNorm2d], batch: list[Tensor], count: int) -> None:
-    """torch.nn.BatchNorm2d's update of its buffers from (mean, biased variance) [2, C] over ``count`` values."""
-    groups = _by_momentum(norms, batch)
-    if not groups:
-        return  # and leaves no empty no_grad behind, which torch.export cannot load
-    with torch.no_grad():
-        for momentum, group in groups.items():
-            means = [norm.running_mean for norm, _ in group]
-            variances = [norm.running_var for norm, _ in group]
-            unbiased = torch._foreach_mul([share[1] for _, share in group], count / (count - 1))
-            torch._foreach_lerp_(means, _in_dtype_of(means, [share[0] for _, share in group]), momentum)
-            torch._foreach_lerp_(variances, _in_dtype_of(variances, unbiased), momentum)
-
-
-def _by_momentum(norms: list[nn.BatchNorm2d], batch: list[Tensor]) -> dict[float, list[tuple[nn.BatchNorm2d, Tensor]]]:
-    """The norms that are due an update, by their momentum; counts the batch. None is the cumulative average."""
-    groups: dict[float, list[tuple[nn.BatchNorm2d, Tensor]]] = {}
-    due = [
-        (norm, share) for norm, share in zip(norms, batch, strict=True) if norm.training and norm.track_running_stats
-    ]
-    counters = [norm.num_batches_tracked for norm, _ in due if norm.num_batches_tracked is not None]
-    if counters:
-        torch._foreach_add_(counters, 1)
-    for norm, share in due:
-        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        groups.setdefault(momentum, []).append((norm, share.detach()))
-    return groups
-
-
-def _in_dtype_of(buffers: list[Tensor], values: list[Tensor]) -> list[Tensor]:
-    return [value.to(buffer.dtype) for buffer, value in zip(buffers, values, strict=True)]
+    update_running_statistics(norms, shares, x.shape[0] * x.shape[2] * x.shape[3])

@@ -105,7 +105,7 @@ def dense_stage(
 
     Args:
         x: [N, C0, H, W], any layout.
-        parameters: per layer norm1.weight, norm1.bias, conv1.weight and, with a bottleneck, the same of norm2 and conv2.
+        parameters: per layer norm1.weight, norm1.bias, conv1.weight; with a bottleneck the same of norm2 and conv2.
         exit_parameters: norm.weight, norm.bias of the exit, and the convolution's weight in a transition; or nothing.
         running: mean and variance of each norm that uses its running statistics, in the order of the norms.
         masks: per layer [N*H*W, k], bool, what the dropout keeps; or nothing.

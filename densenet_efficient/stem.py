@@ -1,6 +1,6 @@
 """The stem: 7x7 convolution, batch norm, ReLU and 3x3 maximum pooling, with its recomputing backward.
 
-It keeps its input and, unless it recomputes, the convolution's output; never an arg-max (autograd's pooling keeps int64).
+It keeps its input and, unless it recomputes, the convolution's output; never an arg-max (autograd keeps it in int64).
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def backward_stem(
 def _backward_convolution(stem: Stem, grad: Tensor, x: Tensor, needed: list[bool]) -> list[Tensor | None]:
     """The gradients of (input, weight), a few images at a time.
 
-    torch's convolution turns the images and the gradient of a first layer into layouts of its own, which takes twice the
-    memory of the gradient: for a whole batch that would be the peak of the step.
+    torch's convolution turns the images and the gradient of a first layer into layouts of its own, which takes
+    twice the memory of the gradient: for a whole batch that would be the peak of the step.
     """
     input_grad = torch.empty_like(x, memory_format=torch.channels_last) if needed[0] else None
     conv_grad = stem.conv.new_zeros(stem.conv.shape, dtype=kernels.accumulation_dtype(x.dtype)) if needed[1] else None

@@ -1,6 +1,6 @@
 """The contract of the operations, and the choice of the backend that carries them out.
 
-A backend is a module with the functions listed in `CONTRACT`. `dense_block.py` and `stem.py` are written once, over them.
+A backend is a module with the functions listed in `CONTRACT`; `dense_block.py` and `stem.py` are written once, over it.
 
 Conventions, the same for every backend:
 
@@ -14,7 +14,7 @@ Conventions, the same for every backend:
   ``sum_grad = sum over M of g`` and ``sum_grad_x = sum over M of g * (x - mean)``, hence
   ``dbeta = sum_grad`` and ``dgamma = sum_grad_x * rstd``.
 - ``grad`` receives ``scale * g``: assigned, or added where ``accumulate`` is true.
-- Sums are taken in a fixed order that depends on the shapes alone: two runs give the same bits with any number of threads.
+- Sums have a fixed order that depends on the shapes alone: two runs give the same bits with any number of threads.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def backend_name(device: torch.device | str) -> str:
     if not cpu.is_available():
         _announce_once(
             f"densenet_efficient runs on its slower plain-torch backend: {cpu.unavailable_reason()}. "
-            "Remedy: install a C++ compiler (g++ or clang++) and reinstall the package."
+            "Remedy: with a C++ compiler (g++ or clang++), install the package again for this torch "
+            "(pip install --force-reinstall --no-deps --no-build-isolation)."
         )
         return "reference"
     return "cpu"

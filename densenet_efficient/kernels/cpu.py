@@ -6,14 +6,19 @@ from typing import Any
 
 import torch
 
-_unavailable_reason: str | None = None
-try:
-    from densenet_efficient import _C  # noqa: F401  (registers the operators)
 
-    if not hasattr(torch.ops.densenet_efficient, "bn_relu_conv1x1"):
-        _unavailable_reason = "its native extension densenet_efficient._C has no CPU operators"
-except ImportError as error:
-    _unavailable_reason = f"its native extension densenet_efficient._C could not be imported ({error})"
+def _why_unavailable() -> str | None:
+    try:
+        from densenet_efficient import _C
+    except ImportError as error:
+        return f"its native extension densenet_efficient._C could not be imported ({error})"
+    built, running = (version.split(".")[:2] for version in (_C.build_info()["torch"], torch.__version__))
+    if built != running:
+        return f"its native extension was built for torch {'.'.join(built)}, this is torch {'.'.join(running)}"
+    return None
+
+
+_unavailable_reason = _why_unavailable()
 
 
 def is_available() -> bool:

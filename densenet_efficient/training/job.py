@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from densenet_efficient.models import EfficientDenseNet, cifar_densenet, create_model
+from densenet_efficient.models import EfficientDenseNet, create_model
 from densenet_efficient.training.checkpoint import Checkpoint, save_checkpoint
 from densenet_efficient.training.comparison import (
     CURVE_INPUT_SHAPE,
@@ -28,7 +28,6 @@ from densenet_efficient.visualize import draw_curves, draw_memory
 
 OUTPUTS = ("checkpoint.pt", "metrics.json", "curves.png", "memory.png")
 CHECKPOINT, METRICS, CURVES, MEMORY = OUTPUTS
-SMALL_MODEL = "densenet-bc-40-12"  # not in the paper: a network for images as small as the digits
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,6 @@ def build_model(options: TrainingOptions, data: ImageData) -> EfficientDenseNet:
         "in_channels": data.preprocessing.input_shape[0],
         "checkpointing": options.checkpointing,
     }
-    if options.model == SMALL_MODEL:
-        return cifar_densenet(40, 12, **arguments)
     return create_model(options.model, **arguments)
 
 

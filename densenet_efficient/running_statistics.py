@@ -1,0 +1,41 @@
+"""The update of the running statistics: once per step, from the statistics that an operator returns."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+
+def update_running_statistics(norms: list[nn.BatchNorm2d], batch: list[Tensor], count: int) -> None:
+    """torch.nn.BatchNorm2d's update of its buffers from (mean, biased variance) [2, C] over ``count`` values."""
+    groups = _by_momentum(norms, batch)
+    if not groups:
+        return  # and leaves no empty no_grad behind, which torch.export cannot load
+    with torch.no_grad():
+        for momentum, group in groups.items():
+            means = [cast(Tensor, norm.running_mean) for norm, _ in group]
+            variances = [cast(Tensor, norm.running_var) for norm, _ in group]
+            unbiased = torch._foreach_mul([share[1] for _, share in group], count / (count - 1))
+            torch._foreach_lerp_(means, _in_dtype_of(means, [share[0] for _, share in group]), momentum)
+            torch._foreach_lerp_(variances, _in_dtype_of(variances, list(unbiased)), momentum)
+
+
+def _by_momentum(norms: list[nn.BatchNorm2d], batch: list[Tensor]) -> dict[float, list[tuple[nn.BatchNorm2d, Tensor]]]:
+    """The norms that are due an update, by their momentum; counts the batch. None is the cumulative average."""
+    groups: dict[float, list[tuple[nn.BatchNorm2d, Tensor]]] = {}
+    due = [
+        (norm, share) for norm, share in zip(norms, batch, strict=True) if norm.training and norm.track_running_stats
+    ]
+    counters = [norm.num_batches_tracked for norm, _ in due if norm.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    for norm, share in due:
+        momentum = 1 / float(cast(Tensor, norm.num_batches_tracked)) if norm.momentum is None else norm.momentum
+        groups.setdefault(momentum, []).append((norm, share.detach()))
+    return groups
+
+
+def _in_dtype_of(buffers: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+    return [value.to(buffer.dtype) for buffer, value in zip(buffers, values, strict=True)]
