@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -205,10 +206,13 @@ def test_quick_does_not_touch_the_real_results() -> None:
 
 def test_pytest_benchmarks_run() -> None:
     options = ["--models=tiny", "--size=32", "--batch=2", "--rounds=1", "--no-memory"]
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", *options]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:xdist", "--benchmark-only", *options]
+    # Benchmarks refuse to run beside others: the child must not take itself for a worker of this test run.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     process = subprocess.run(
         [*command, "--implementations", "torchvision", "ours-bottleneck"],
         cwd=results_file.ROOT,
+        env=environment,
         capture_output=True,
         text=True,
     )

@@ -9,12 +9,6 @@ namespace {
 
 using at::Tensor;
 
-int64_t count_images(int64_t rows, int64_t height, int64_t width) {
-  TORCH_CHECK(height > 0 && width > 0 && rows % (height * width) == 0, "x has ", rows, " rows, not a whole number of ",
-              height, "x", width, " images");
-  return rows / (height * width);
-}
-
 void conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& weight, int64_t height,
              int64_t width, const Tensor& out, const std::optional<Tensor>& mean,
              const std::optional<Tensor>& variance) {
@@ -28,7 +22,7 @@ void conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, const Te
   arguments.dtype = x.scalar_type();
   arguments.x = x.const_data_ptr();
   arguments.x_stride = x.stride(0);
-  arguments.images = count_images(rows, height, width);
+  arguments.images = check_images(x, "x", height, width);
   arguments.height = height;
   arguments.width = width;
   arguments.channels = channels;
@@ -63,7 +57,7 @@ void conv3x3_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mea
   arguments.out_grad_stride = out_grad.stride(0);
   arguments.x = x.const_data_ptr();
   arguments.x_stride = x.stride(0);
-  arguments.images = count_images(rows, height, width);
+  arguments.images = check_images(x, "x", height, width);
   arguments.height = height;
   arguments.width = width;
   arguments.channels = channels;
