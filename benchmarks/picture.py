@@ -40,7 +40,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for panel, ((model, dtype, batch, size), rows) in zip(axes, sorted(panels.items()), strict=False):
         _draw_panel(panel, f"{model}, {dtype}, batch {batch}, {size}x{size}", rows)
     marks = {label: mark for panel in axes for mark, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=4, frameon=False)
+    # two names fit below a panel
+    figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=2 * columns, frameon=False)
     temporary = path.with_suffix(".part")
     figure.savefig(temporary, dpi=120, format="png")
     temporary.replace(path)
