@@ -116,38 +116,23 @@ void load_rows(const S* from, int64_t from_stride, int64_t rows, int64_t columns
   }
 }
 
-// The transpose of a 16x16 block held in registers, by four rounds of interleaving.
+// Rows i and i + 8, element by element in turn, as rows 2 * i and 2 * i + 1.
+ALWAYS_INLINE void interleave_halves(const Vector<float>* from, Vector<float>* to) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    to[2 * i] = __builtin_shufflevector(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    to[2 * i + 1] =
+        __builtin_shufflevector(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+}
+
+// The transpose of a 16x16 block held in registers: four rounds of interleaving its halves.
 ALWAYS_INLINE void transpose_registers(Vector<float>* rows) {
-  using V = Vector<float>;
-  V other[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 8; i++) {
-    other[2 * i] =
-        __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    other[2 * i + 1] =
-        __builtin_shufflevector(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 8; i++) {
-    rows[2 * i] =
-        __builtin_shufflevector(other[i], other[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    rows[2 * i + 1] =
-        __builtin_shufflevector(other[i], other[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 8; i++) {
-    other[2 * i] =
-        __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    other[2 * i + 1] =
-        __builtin_shufflevector(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 8; i++) {
-    rows[2 * i] =
-        __builtin_shufflevector(other[i], other[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    rows[2 * i + 1] =
-        __builtin_shufflevector(other[i], other[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  }
+  Vector<float> other[16];
+  interleave_halves(rows, other);
+  interleave_halves(other, rows);
+  interleave_halves(rows, other);
+  interleave_halves(other, rows);
 }
 
 // [channels, 9] to [9, channels], the taps of a 3x3 convolution first.
