@@ -54,7 +54,8 @@ def as_compute_dtype(x: Tensor, weights: list[Tensor]) -> Tensor:
                 f"and the model on {weight.device}"
             )
     device = x.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # meta has no autocast to ask for; torch.compile of torch 2.11 cannot trace torch.amp.is_autocast_available
+    casts = device != "meta" and torch.is_autocast_enabled(device)
     if casts and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     for weight in weights:
