@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,9 +136,12 @@ def positive_float(text: str) -> float:
 
 
 def input_shape(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", text):
-        raise argparse.ArgumentTypeError(f"expected NxCxHxW, such as 4x3x224x224, got {text}")
-    return tuple(int(size) for size in text.split("x"))
+    from densenet_efficient.summary import parse_input_shape
+
+    try:
+        return parse_input_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def one_line(error: Exception) -> str:

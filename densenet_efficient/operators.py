@@ -194,11 +194,7 @@ def dense_stage_backward(
     )
     values = [gradients[0], *(grad for layer in gradients[1] for grad in layer), *gradients[2]]
     parameters = [features, *parameters, *exit_parameters]
-    return [
-        _as_gradient(grad, parameter)
-        for grad, parameter, wanted in zip(values, parameters, needed, strict=True)
-        if wanted
-    ]
+    return _needed_gradients(values, parameters, needed)
 
 
 @_without_autocast
@@ -206,9 +202,13 @@ def _run_stage_backward(features: Tensor, stage: Stage, *args: Any) -> Any:
     return backward_stage(stage, *args)
 
 
-def _as_gradient(grad: Tensor | None, parameter: Tensor) -> Tensor:
-    """``grad`` in its parameter's dtype; zeros for a parameter that no gradient reached."""
-    return parameter.new_zeros(parameter.shape) if grad is None else grad.to(parameter.dtype)
+def _needed_gradients(grads: list[Tensor | None], parameters: list[Tensor], needed: list[bool]) -> list[Tensor]:
+    """Those needed, each in its parameter's dtype; zeros for a parameter that no gradient reached."""
+    return [
+        parameter.new_zeros(parameter.shape) if grad is None else grad.to(parameter.dtype)
+        for grad, parameter, wanted in zip(grads, parameters, needed, strict=True)
+        if wanted
+    ]
 
 
 @dense_stage_backward.register_fake
@@ -356,12 +356,7 @@ def stem_backward(
     """The gradients of (x, conv, weight, bias) for which ``needed`` is true, in this order."""
     description = _describe_stem(conv, weight, bias, running, stride, padding, epsilon)
     gradients = _run_stem_backward(out_grad, x, description, StemOutput(out_grad, statistics, conv_out), needed)
-    wanted = [
-        _as_gradient(grad, parameter)
-        for grad, parameter, want in zip(gradients, (x, conv, weight, bias), needed, strict=True)
-        if want
-    ]
-    return wanted
+    return _needed_gradients(gradients, [x, conv, weight, bias], needed)
 
 
 @_without_autocast

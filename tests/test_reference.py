@@ -19,13 +19,7 @@ TORCHVISION = {
 SMALL = {"growth_rate": 4, "block_config": (2, 3), "num_init_features": 8, "num_classes": 5}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On tensors this small, threads wait for each other longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def seeded(constructor, **arguments):

@@ -36,13 +36,7 @@ def arguments(request):
     return small | VARIANTS[request.param]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On tensors this small, threads wait for each other longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def printed(*arguments):

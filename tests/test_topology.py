@@ -32,13 +32,7 @@ TORCHVISION = ["densenet121", "densenet161", "densenet169", "densenet201"]
 SMALL = {"growth_rate": 4, "block_config": (2, 3), "num_init_features": 8, "num_classes": 5}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On tensors this small, threads wait for each other longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def on_meta(constructor, *arguments, **options):
