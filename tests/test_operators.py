@@ -194,7 +194,7 @@ def test_opcheck_of_the_inference(operation, dtype):
         ("dense_block_inference", 0, torch.rand(31, 14), "storage must have one row per pixel"),
         ("dense_block_inference", 0, torch.rand(30, 14, dtype=torch.float64), "affines must be contiguous"),
         ("dense_block_inference", 4, 7, "packed must be what packed_weight gives"),
-        ("dense_block_inference", 4, 0, "storage must have"),
+        ("dense_block_inference", 4, 0, "packed must be what packed_weight gives"),
         ("dense_block_inference", 5, [torch.rand(4, 6)], "one entry per convolution"),
         ("bn_relu_conv1x1_packed", 0, torch.rand(30, 7), "scale must be contiguous of shape"),
         ("bn_relu_conv1x1_packed", 3, torch.zeros(3, dtype=torch.uint8), "packed must be what packed_weight gives"),
