@@ -1,5 +1,6 @@
 """DenseNets that train with a twentieth of the activation memory and in less time, with the same results."""
 
+from .conversion import convert, revert
 from .models import (
     EfficientDenseNet,
     EfficientDenseNet121,
@@ -18,4 +19,6 @@ __all__ = [
     "EfficientDenseNet169",
     "EfficientDenseNet201",
     "EfficientDenseNet264",
+    "convert",
+    "revert",
 ]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
@@ -32,61 +36,141 @@ def any_global_hook() -> bool:
     )
 
 
-def obstacle(block: nn.ModuleDict, layer_type: type[nn.Module]) -> str | None:
-    """Why the layers of ``block`` cannot run as one operator; None where they can."""
+@dataclass
+class LayerParts:
+    """What a dense layer computes with, whatever its class; without a bottleneck there is neither norm2 nor conv2."""
+
+    norm1: nn.BatchNorm2d
+    conv1: nn.Conv2d
+    norm2: nn.BatchNorm2d | None
+    conv2: nn.Conv2d | None
+    drop_rate: float
+    training: bool  # of the dropout
+    drops_channels: bool = False  # whole channels, as nn.Dropout2d does
+
+    @property
+    def bottleneck(self) -> bool:
+        """Whether the layer has the 1x1 convolution."""
+        return self.conv2 is not None
+
+    @property
+    def norms(self) -> list[nn.BatchNorm2d]:
+        """norm1 and, with a bottleneck, norm2."""
+        return [self.norm1] if self.norm2 is None else [self.norm1, self.norm2]
+
+    @property
+    def convolutions(self) -> list[nn.Conv2d]:
+        """conv1 and, with a bottleneck, conv2."""
+        return [self.conv1] if self.conv2 is None else [self.conv1, self.conv2]
+
+    @property
+    def channels(self) -> list[int]:
+        """What every layer of a block has in common: [bottleneck channels,] growth rate."""
+        return [conv.out_channels for conv in self.convolutions]
+
+    @property
+    def dropout(self) -> tuple[float, bool, bool]:
+        return self.drop_rate, self.training, self.drops_channels
+
+
+def read_block(block: nn.Module, read: Callable[[nn.Module], LayerParts | str]) -> list[LayerParts] | str:
+    """The layers of ``block`` as ``read`` finds them, or why they cannot run as one operator."""
     if any_global_hook():
         return "hooks are registered for all modules"
-    layers = list(block.items())
-    if not layers:
-        return "it has no layers"
-    channels = _num_features(layers[0][1])
-    for name, layer in layers:
-        if type(layer) is not layer_type:
-            return f"{name} is a {type(layer).__name__}, not a {layer_type.__name__}"
-        reason = _layer_obstacle(layer, layers[0][1], channels)
-        if reason is not None:
-            return f"{name}{reason}"
-        channels += _growth_rate(layer)
-    return None
+    layers: list[LayerParts] = []
+    for name, layer in block._modules.items():
+        parts = read(cast(nn.Module, layer))
+        if isinstance(parts, str):
+            return f"{name}{parts}"
+        if layers and not _follows(layers, parts):
+            return f"{name} has other channel counts than its place in the block asks for"
+        if layers and parts.dropout != layers[0].dropout:
+            return f"{name} has a dropout of its own"
+        layers.append(parts)
+    return layers or "it has no layers"
 
 
-def is_stem(children: list[nn.Module]) -> bool:
-    """Whether the first four are conv, norm, relu and the 3x3 maximum pooling of the paper."""
-    if len(children) < 4 or any_global_hook():
-        return False
-    conv, norm, relu, pool = children[:4]
-    return (
-        type(conv) is nn.Conv2d
-        and _is_plain_conv(conv)
-        and is_plain_norm(norm)
-        and _is_plain(relu, nn.ReLU)
-        and _is_plain(pool, nn.MaxPool2d)
-        and _pooling(pool) == (3, 2, 1, 1, False, False)
-    )
+def _follows(layers: list[LayerParts], parts: LayerParts) -> bool:
+    """Whether ``parts`` has the channels of a layer that stands behind ``layers``."""
+    first = layers[0]
+    growth = len(layers) * first.channels[-1]
+    return parts.channels == first.channels and parts.norm1.num_features == first.norm1.num_features + growth
 
 
-def _layer_obstacle(layer: nn.Module, first: nn.Module, channels: int) -> str | None:
-    if is_observed(layer):
-        return " has a hook"
-    kernel_sizes = {"conv1": 1, "conv2": 3} if layer.bottleneck else {"conv1": 3}
-    if set(layer._modules) != set(kernel_sizes) | {name.replace("conv", "norm") for name in kernel_sizes} | {
-        name.replace("conv", "relu") for name in kernel_sizes
-    }:
-        return " has other submodules than its norms, ReLUs and convolutions"
-    for name, size in kernel_sizes.items():
-        index = name[-1]
-        if not is_plain_norm(layer._modules[f"norm{index}"]):
-            return f".norm{index} is replaced, observed or without affine parameters"
-        if not _is_plain(layer._modules[f"relu{index}"], nn.ReLU):
-            return f".relu{index} is replaced or observed"
-        conv = layer._modules[name]
+def read_layer(modules: Mapping[str, nn.Module | None], drop_rate: float, training: bool) -> LayerParts | str:
+    """The parts of a layer from its modules by name (norm1, relu1, conv1, norm2, relu2, conv2), or what is in the way.
+
+    A norm of timm's that holds its ReLU needs no relu1. Other names are for the caller to allow or to refuse.
+    """
+    bottleneck = modules.get("conv2") is not None
+    for index, size in (("1", 1), ("2", 3)) if bottleneck else (("1", 3),):
+        norm, conv = modules.get(f"norm{index}"), modules.get(f"conv{index}")
+        if not holds_norm_and_relu(norm):
+            if not is_plain_norm(norm):
+                return f".norm{index}, a {type(norm).__name__}, is replaced, observed or without affine parameters"
+            if not _is_plain(modules.get(f"relu{index}"), nn.ReLU):
+                return f".relu{index} is replaced or observed"
         if not _is_plain_conv(conv) or _geometry(conv) != ((size, size), (1, 1), (size // 2, size // 2)):
-            return f".{name} is replaced, observed or of another geometry"
-    if _num_features(layer) != channels or _shape(layer) != _shape(first):
-        return " has other channel counts than its place in the block asks for"
-    if (layer.drop_rate, layer.training) != (first.drop_rate, first.training):
-        return " has a dropout of its own"
+            return f".conv{index} is replaced, observed or of another geometry"
+    norms = [cast(nn.BatchNorm2d, modules.get(name)) for name in ("norm1", "norm2")]
+    convolutions = [cast(nn.Conv2d, modules.get(name)) for name in ("conv1", "conv2")]
+    parts = LayerParts(norms[0], convolutions[0], norms[1], convolutions[1], drop_rate, training)
+    if any(conv.in_channels != norm.num_features for conv, norm in zip(parts.convolutions, parts.norms, strict=True)):
+        return " has other channel counts than its norms"
+    return parts
+
+
+def take_norm_relu(modules: list[nn.Module]) -> tuple[nn.BatchNorm2d, list[nn.Module]] | None:
+    """The norm that comes first, with its ReLU, and what follows them; None where something else comes."""
+    if modules and holds_norm_and_relu(modules[0]):
+        return cast(nn.BatchNorm2d, modules[0]), modules[1:]
+    if len(modules) > 1 and is_plain_norm(modules[0]) and _is_plain(modules[1], nn.ReLU):
+        return cast(nn.BatchNorm2d, modules[0]), modules[2:]
     return None
+
+
+def take_stem(children: list[nn.Module]) -> tuple[nn.Conv2d, nn.BatchNorm2d, list[nn.Module]] | None:
+    """The stem's convolution and norm, and what follows its pooling.
+
+    None unless conv, norm, ReLU and the 3x3 maximum pooling of the paper come first.
+    """
+    if not children or any_global_hook() or not (type(children[0]) is nn.Conv2d and _is_plain_conv(children[0])):
+        return None
+    taken = take_norm_relu(children[1:])
+    if taken is None or not taken[1]:
+        return None
+    norm, (pool, *rest) = taken
+    if not _is_plain(pool, nn.MaxPool2d) or _pooling(pool) != (3, 2, 1, 1, False, False):
+        return None
+    return children[0], norm, rest
+
+
+def transition_parts(transition: nn.Module) -> tuple[nn.BatchNorm2d, nn.Conv2d] | None:
+    """The norm and the convolution of a plain transition.
+
+    None unless it is a sequence of norm, ReLU, 1x1 convolution and 2x2 average pooling, unobserved.
+    """
+    if not isinstance(transition, nn.Sequential) or type(transition).forward is not nn.Sequential.forward:
+        return None
+    taken = take_norm_relu(list(transition))
+    if is_observed(transition) or taken is None or len(taken[1]) != 2:
+        return None
+    norm, (conv, pool) = taken
+    plain = (
+        _is_plain_conv(conv)
+        and _geometry(conv) == ((1, 1), (1, 1), (0, 0))
+        and _is_plain(pool, nn.AvgPool2d)
+        and isinstance(pool, nn.AvgPool2d)
+        and (_scalar(pool.kernel_size), _scalar(pool.stride), _scalar(pool.padding)) == (2, 2, 0)
+        and not pool.ceil_mode
+        and pool.divisor_override is None
+    )
+    return (norm, cast(nn.Conv2d, conv)) if plain else None
+
+
+def is_class(module: object, source: str, *names: str) -> bool:
+    """Whether ``module`` is of exactly this class of another library, which need not be installed."""
+    return type(module).__module__ == source and type(module).__name__ in names
 
 
 def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
@@ -98,6 +182,18 @@ def is_plain_norm(module: nn.Module | None) -> bool:
     return _is_plain(module, nn.BatchNorm2d) and isinstance(module, nn.BatchNorm2d) and module.affine
 
 
+def holds_norm_and_relu(module: nn.Module | None) -> bool:
+    """Whether ``module`` is a BatchNormAct2d of timm's with gamma, beta and a ReLU, unobserved."""
+    return (
+        is_class(module, "timm.layers.norm_act", "BatchNormAct2d")
+        and isinstance(module, nn.BatchNorm2d)
+        and not is_observed(module)
+        and module.affine
+        and _is_plain(module._modules["act"], nn.ReLU)
+        and _is_plain(module._modules["drop"], nn.Identity)
+    )
+
+
 def _is_plain_conv(module: nn.Module | None) -> bool:
     return (
         _is_plain(module, nn.Conv2d)
@@ -107,24 +203,6 @@ def _is_plain_conv(module: nn.Module | None) -> bool:
         and module.dilation == (1, 1)
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
-    )
-
-
-def is_plain_transition(transition: nn.Sequential) -> bool:
-    """Whether ``transition`` is norm, ReLU, 1x1 convolution and 2x2 average pooling, unobserved."""
-    if is_observed(transition) or list(transition._modules) != ["norm", "relu", "conv", "pool"]:
-        return False
-    norm, relu, conv, pool = transition
-    return (
-        is_plain_norm(norm)
-        and _is_plain(relu, nn.ReLU)
-        and _is_plain_conv(conv)
-        and _geometry(conv) == ((1, 1), (1, 1), (0, 0))
-        and _is_plain(pool, nn.AvgPool2d)
-        and isinstance(pool, nn.AvgPool2d)
-        and (_scalar(pool.kernel_size), _scalar(pool.stride), _scalar(pool.padding)) == (2, 2, 0)
-        and not pool.ceil_mode
-        and pool.divisor_override is None
     )
 
 
@@ -142,17 +220,3 @@ def _pooling(pool: nn.Module) -> tuple[object, ...]:
 def _scalar(size: object) -> object:
     """A square size as one number."""
     return size[0] if isinstance(size, tuple) and len(set(size)) == 1 else size
-
-
-def _num_features(layer: nn.Module) -> int:
-    norm = layer._modules.get("norm1")
-    return norm.num_features if isinstance(norm, nn.BatchNorm2d) else -1
-
-
-def _growth_rate(layer: nn.Module) -> int:
-    return _shape(layer)[-1]
-
-
-def _shape(layer: nn.Module) -> tuple[int, ...]:
-    """The channels that every layer of a block has in common: (bottleneck,) growth rate."""
-    return tuple(module.out_channels for module in layer._modules.values() if isinstance(module, nn.Conv2d))

@@ -77,7 +77,7 @@ class Plan:
         self.bottleneck_channels = self.convolutions[0].out_channels if has_bottleneck else 0
         layers = len(self.convolutions) // (2 if has_bottleneck else 1)
         self.total = self.norms[0].num_features + layers * self.convolutions[-1].out_channels
-        parents = [stage.block, *stage.block.children(), *([stage.consumer] if stage.consumer else [])]
+        parents = [*stage.block.modules(), *(stage.consumer.modules() if stage.consumer else [])]
         self.children = [
             (parent._modules, name, child) for parent in parents for name, child in parent._modules.items()
         ]

@@ -99,7 +99,7 @@ class EfficientDenseNet(nn.Module):
 
     @checkpointing.setter
     def checkpointing(self, level: str) -> None:
-        _check_level(level)
+        check_level(level)
         self.config["checkpointing"] = level
         for module in self.features.children():
             if isinstance(module, DenseBlock):
@@ -161,7 +161,7 @@ def _check_config(config: dict[str, Any]) -> None:
         raise ValueError(f"drop_rate must be in [0, 1), got {config['drop_rate']}")
     if not 0 < config["compression"] <= 1:
         raise ValueError(f"compression must be in (0, 1], got {config['compression']}")
-    _check_level(config["checkpointing"])
+    check_level(config["checkpointing"])
 
 
 def _check_positive(name: str, value: Any) -> None:
@@ -171,7 +171,7 @@ def _check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def _check_level(level: Any) -> None:
+def check_level(level: Any) -> None:
     if level not in CHECKPOINTING_LEVELS:
         raise ValueError(f"checkpointing must be one of {', '.join(CHECKPOINTING_LEVELS)}, got {level!r}")
 

@@ -8,7 +8,6 @@ parametrization, another module class) runs through its modules instead, with th
 from __future__ import annotations
 
 import warnings
-from typing import cast
 from weakref import WeakSet
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from . import fusion, inference, operators
 from .dense_block import HEAD, NO_EXIT, TRANSITION, as_rows
+from .fusion import LayerParts
 from .input_checks import as_compute_dtype, check_count, check_images, check_input, check_poolable, convolved_pixels
 from .running_statistics import update_running_statistics
 
@@ -53,16 +53,6 @@ class DenseLayer(nn.Module):
         """Whether the layer has the 1x1 convolution."""
         return "conv2" in self._modules
 
-    @property
-    def norms(self) -> list[nn.BatchNorm2d]:
-        """norm1 and, with a bottleneck, norm2."""
-        return [self.norm1, self.norm2] if self.bottleneck else [self.norm1]
-
-    @property
-    def convolutions(self) -> list[nn.Conv2d]:
-        """conv1 and, with a bottleneck, conv2."""
-        return [self.conv1, self.conv2] if self.bottleneck else [self.conv1]
-
     def forward(self, x: Tensor | list[Tensor]) -> Tensor:
         """The k new channels [N, k, H, W] from all earlier ones [N, C, H, W], whole or as a list to concatenate."""
         features = x if isinstance(x, Tensor) else torch.cat(x, 1)
@@ -72,7 +62,28 @@ class DenseLayer(nn.Module):
         return F.dropout(out, self.drop_rate, self.training) if self.drop_rate > 0 else out
 
 
-class DenseBlock(nn.ModuleDict):
+class StageBlock(nn.Module):
+    """A dense block that runs as one operator; through its modules, and saying so once, where that is impossible."""
+
+    checkpointing: str
+
+    def read(self) -> list[LayerParts] | str:
+        """The layers as the operator takes them, or what is in the way."""
+        raise NotImplementedError
+
+    def forward_by_layers(self, x: Tensor) -> Tensor:
+        """The same through the modules' own ``forward``: hooks run, nothing is fused."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = self.read()
+        if not isinstance(layers, str):
+            return run_stage(self, layers, None, x)[1]
+        _announce(self, layers)
+        return self.forward_by_layers(x)
+
+
+class DenseBlock(StageBlock, nn.ModuleDict):
     """Dense layers, each reading all channels before it; ``forward`` gives all channels [N, C0 + L*k, H, W].
 
     Args:
@@ -101,17 +112,9 @@ class DenseBlock(nn.ModuleDict):
             channels = num_input_features + index * growth_rate
             self[f"denselayer{index + 1}"] = DenseLayer(channels, growth_rate, bn_size, drop_rate, bottleneck)
 
-    @property
-    def layers(self) -> list[DenseLayer]:
-        """The layers in order; their class is checked by `fusion.obstacle` before."""
-        return cast(list[DenseLayer], list(self.values()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        reason = fusion.obstacle(self, DenseLayer)
-        if reason is None:
-            return run_stage(self, None, x)[1]
-        _announce(self, reason)
-        return self.forward_by_layers(x)
+    def read(self) -> list[LayerParts] | str:
+        """The layers as the operator takes them, or what is in the way."""
+        return fusion.read_block(self, _read_layer)
 
     def forward_by_layers(self, x: Tensor) -> Tensor:
         """The same through the modules' own ``forward``: hooks run, nothing is fused."""
@@ -119,6 +122,17 @@ class DenseBlock(nn.ModuleDict):
         for layer in self.values():
             features.append(layer(features))
         return torch.cat(features, 1)
+
+
+def _read_layer(layer: nn.Module) -> LayerParts | str:
+    if type(layer) is not DenseLayer:
+        return f" is a {type(layer).__name__}, not a {DenseLayer.__name__}"
+    if fusion.is_observed(layer):
+        return " has a hook"
+    kinds = ("norm", "relu", "conv")
+    if set(layer._modules) != {f"{kind}{index}" for kind in kinds for index in ("12" if layer.bottleneck else "1")}:
+        return " has other submodules than its norms, ReLUs and convolutions"
+    return fusion.read_layer(layer._modules, layer.drop_rate, layer.training)
 
 
 class Transition(nn.Sequential):
@@ -146,45 +160,69 @@ class Features(nn.Sequential):
         return out if is_pooled else global_average(out)
 
     def _run(self, x: Tensor, with_head: bool) -> tuple[Tensor, bool]:
-        """Runs the children, as many as one operator takes at a time; whether the head has pooled already."""
-        children = list(self.children())
-        while children:
-            if fusion.is_stem(children):
-                x, children = run_stem(children[:4], x, _saves_conv(children)), children[4:]
-            elif _is_stage(children, with_head):
-                block, consumer, children = cast(DenseBlock, children[0]), children[1], children[2:]
-                x = run_stage(block, consumer, x)[0]
-                if isinstance(consumer, nn.BatchNorm2d):
-                    return x, True
-            else:
-                x, children = children[0](x), children[1:]
-        return x, False
+        return run_children(list(self.children()), x, with_head)
 
 
-def _is_stage(children: list[nn.Module], with_head: bool) -> bool:
-    """Whether a dense block comes first, and second a consumer that may join it as its exit."""
-    if len(children) < 2 or type(children[0]) is not DenseBlock or fusion.is_observed(children[0]):
-        return False
-    consumer = children[1]
-    is_exit = type(consumer) is Transition and fusion.is_plain_transition(consumer)
-    is_exit = is_exit or (with_head and len(children) == 2 and fusion.is_plain_norm(consumer))
-    return is_exit and fusion.obstacle(children[0], DenseLayer) is None
+def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple[Tensor, bool]:
+    """Runs a sequence, as many children as one operator takes at a time.
+
+    ``with_head``: a last norm joins the last block, and what follows is known to be ReLU and average pooling.
+    Returns the output, and whether it is [N, C], pooled already.
+    """
+    while children:
+        stem, stage = fusion.take_stem(children), take_stage(children, with_head)
+        if stem is not None:
+            conv, norm, rest = stem
+            x, children = run_stem(conv, norm, x, saves_conv(children)), rest
+        elif stage is not None:
+            block, layers, consumer = stage
+            x, children = run_stage(block, layers, consumer, x)[0], children[2:]
+            if isinstance(consumer, nn.BatchNorm2d):
+                return x, True
+        else:
+            x, children = children[0](x), children[1:]
+    return x, False
 
 
-def run_stage(block: DenseBlock, consumer: nn.Module | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs a dense block and the transition or last norm that consumes it.
+def take_stage(children: list[nn.Module], with_head: bool) -> tuple[StageBlock, list[LayerParts], nn.Module] | None:
+    """A dense block that comes first, with its layers and the consumer behind it that may join it as its exit."""
+    if len(children) < 2:
+        return None
+    block, consumer = children[:2]
+    if not isinstance(block, StageBlock) or type(block).forward is not StageBlock.forward or fusion.is_observed(block):
+        return None
+    is_head = with_head and len(children) == 2 and is_last_norm(consumer)
+    if not is_head and fusion.transition_parts(consumer) is None:
+        return None
+    layers = block.read()
+    return None if isinstance(layers, str) else (block, layers, consumer)
+
+
+def is_last_norm(module: nn.Module) -> bool:
+    """Whether ``module`` may join the last block as its exit."""
+    return fusion.is_plain_norm(module) or fusion.holds_norm_and_relu(module)
+
+
+def run_stage(
+    block: StageBlock, layers: list[LayerParts], consumer: nn.Module | None, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Runs a dense block, whose layers were read, and the transition or last norm that consumes it.
 
     Returns the consumer's output (empty without one) and the block's features [N, C, H, W], and updates the running
     statistics of every norm, once.
     """
     if inference.applies(x):
-        plan = inference.kept_plan(block, consumer) or inference.make_plan(_stage_modules(block, consumer))
+        plan = inference.kept_plan(block, consumer) or inference.make_plan(_stage_modules(block, layers, consumer))
         if plan is not None:
             return _run_plan(plan, x)
-    layers = block.layers
     norms: list[nn.BatchNorm2d] = [norm for layer in layers for norm in layer.norms]
-    stage_exit, exit_norm, exit_parameters = _describe_exit(consumer)
-    norms += [exit_norm] if exit_norm is not None else []
+    stage_exit, exit_norm, exit_conv = _describe_exit(consumer)
+    exit_parameters: list[Tensor] = []
+    if exit_norm is not None:
+        norms.append(exit_norm)
+        exit_parameters += [exit_norm.weight, exit_norm.bias]
+    if exit_conv is not None:
+        exit_parameters.append(exit_conv.weight)
     check_input(layers[0].norm1, x)
     if consumer is not None and stage_exit == TRANSITION:
         check_poolable(exit_norm, x)
@@ -208,11 +246,10 @@ def run_stage(block: DenseBlock, consumer: nn.Module | None, x: Tensor) -> tuple
     return out, features
 
 
-def _stage_modules(block: DenseBlock, consumer: nn.Module | None) -> inference.Stage:
-    convolutions = [conv for layer in block.layers for conv in layer.convolutions]
-    stage_exit, exit_norm, _ = _describe_exit(consumer)
-    exit_conv = consumer.conv if isinstance(consumer, Transition) else None
-    norms = [norm for layer in block.layers for norm in layer.norms]
+def _stage_modules(block: StageBlock, layers: list[LayerParts], consumer: nn.Module | None) -> inference.Stage:
+    convolutions = [conv for layer in layers for conv in layer.convolutions]
+    norms = [norm for layer in layers for norm in layer.norms]
+    stage_exit, exit_norm, exit_conv = _describe_exit(consumer)
     return inference.Stage(block, consumer, norms, convolutions, stage_exit, exit_norm, exit_conv)
 
 
@@ -223,10 +260,8 @@ def _run_plan(plan: inference.Plan, x: Tensor) -> tuple[Tensor, Tensor]:
     return plan.run(as_compute_dtype(x, [plan.weight]))
 
 
-def run_stem(modules: list[nn.Module], x: Tensor, save_conv: bool) -> Tensor:
+def run_stem(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor, save_conv: bool) -> Tensor:
     """Runs (conv, norm, relu, max pool) as one operator and updates the norm's running statistics."""
-    conv, norm = modules[0], modules[1]
-    assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
     check_images(conv, x)
     x = as_compute_dtype(x, [conv.weight])
     batch = fusion.uses_batch_statistics(norm)
@@ -244,31 +279,31 @@ def run_stem(modules: list[nn.Module], x: Tensor, save_conv: bool) -> Tensor:
 _announced: WeakSet[nn.Module] = WeakSet()
 
 
-def _announce(block: DenseBlock, reason: str) -> None:
+def _announce(block: nn.Module, reason: str) -> None:
     if block not in _announced and not torch.compiler.is_compiling():
         _announced.add(block)
         warnings.warn(f"a dense block runs layer by layer, with more memory and time: {reason}", stacklevel=3)
 
 
-def _saves_conv(children: list[nn.Module]) -> bool:
+def saves_conv(children: list[nn.Module]) -> bool:
     """The stem follows the level of the first block."""
-    block = next((child for child in children if isinstance(child, DenseBlock)), None)
+    block = next((child for child in children if isinstance(child, StageBlock)), None)
     return block is not None and block.checkpointing == "none"
 
 
-def _describe_exit(consumer: nn.Module | None) -> tuple[str, nn.BatchNorm2d | None, list[Tensor]]:
+def _describe_exit(consumer: nn.Module | None) -> tuple[str, nn.BatchNorm2d | None, nn.Conv2d | None]:
     if consumer is None:
-        return NO_EXIT, None, []
+        return NO_EXIT, None, None
     if isinstance(consumer, nn.BatchNorm2d):
-        return HEAD, consumer, [consumer.weight, consumer.bias]
-    norm, conv = consumer.norm, consumer.conv
-    assert isinstance(norm, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d)
-    return TRANSITION, norm, [norm.weight, norm.bias, conv.weight]
+        return HEAD, consumer, None
+    parts = fusion.transition_parts(consumer)
+    assert parts is not None
+    return TRANSITION, *parts
 
 
-def _parameters(layer: DenseLayer) -> list[Tensor]:
-    first = [layer.norm1.weight, layer.norm1.bias, layer.conv1.weight]
-    return [*first, layer.norm2.weight, layer.norm2.bias, layer.conv2.weight] if layer.bottleneck else first
+def _parameters(layer: LayerParts) -> list[Tensor]:
+    parts = zip(layer.norms, layer.convolutions, strict=True)
+    return [tensor for norm, conv in parts for tensor in (norm.weight, norm.bias, conv.weight)]
 
 
 def _running(norm: nn.BatchNorm2d) -> list[Tensor]:
@@ -276,18 +311,19 @@ def _running(norm: nn.BatchNorm2d) -> list[Tensor]:
     return [norm.running_mean, norm.running_var]
 
 
-def _convolution_weights(layers: list[DenseLayer], exit_parameters: list[Tensor]) -> list[Tensor]:
+def _convolution_weights(layers: list[LayerParts], exit_parameters: list[Tensor]) -> list[Tensor]:
     return [*(conv.weight for layer in layers for conv in layer.convolutions), *exit_parameters[2:]]
 
 
-def _draw_masks(layers: list[DenseLayer], x: Tensor) -> tuple[float, list[Tensor]]:
+def _draw_masks(layers: list[LayerParts], x: Tensor) -> tuple[float, list[Tensor]]:
     """The dropout's masks [M, k], drawn in the order in which F.dropout draws them for contiguous features."""
-    rate = layers[0].drop_rate
-    if rate == 0 or not layers[0].training:
+    rate, training, drops_channels = layers[0].dropout
+    if rate == 0 or not training:
         return 0.0, []
-    growth_rate = (layers[0].conv2 if layers[0].bottleneck else layers[0].conv1).out_channels
-    shape = (x.shape[0], growth_rate, *x.shape[2:])
-    return rate, [as_rows(x.new_empty(shape, dtype=torch.bool).bernoulli_(1 - rate)) for _ in layers]
+    shape = (x.shape[0], layers[0].channels[-1], *x.shape[2:])
+    drawn = (*shape[:2], 1, 1) if drops_channels else shape
+    masks = [x.new_empty(drawn, dtype=torch.bool).bernoulli_(1 - rate).expand(shape) for _ in layers]
+    return rate, [as_rows(mask) for mask in masks]
 
 
 def global_average(features: Tensor) -> Tensor:
@@ -295,7 +331,7 @@ def global_average(features: Tensor) -> Tensor:
 
 
 def _update_stage_statistics(
-    layers: list[DenseLayer],
+    layers: list[LayerParts],
     exit_norm: nn.BatchNorm2d | None,
     statistics: Tensor,
     bottleneck_statistics: Tensor,
@@ -305,6 +341,6 @@ def _update_stage_statistics(
     norms = [layer.norm1 for layer in layers] + ([exit_norm] if exit_norm is not None else [])
     shares = [statistics[:, : norm.num_features] for norm in norms]
     if layers[0].bottleneck:
-        norms += [layer.norm2 for layer in layers]
+        norms += [layer.norms[1] for layer in layers]
         shares += list(bottleneck_statistics.unbind(0))
     update_running_statistics(norms, shares, x.shape[0] * x.shape[2] * x.shape[3])

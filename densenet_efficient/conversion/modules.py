@@ -1,0 +1,211 @@
+"""What a converted module is: an instance of a subclass of its own class, with another forward and nothing else new.
+
+Its children, parameters, buffers and hooks stay the very objects they were, and so do all names and state_dict keys.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from .. import fusion
+from ..fusion import LayerParts
+from ..modules import StageBlock, is_last_norm, run_children, run_stage, run_stem, saves_conv, take_stage
+from .libraries import Library, library_of_block
+
+
+class Converted(nn.Module):
+    """The first base of every converted class; the second is the module's original class."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copies and pickles by the two bases, because the class itself stands in no module."""
+        return _new, type(self).__bases__, self.__dict__.copy()
+
+
+_classes: dict[tuple[type[Converted], type[nn.Module]], type[Converted]] = {}
+
+
+def converted_class(role: type[Converted], original: type[nn.Module]) -> type[Converted]:
+    """The one subclass of ``original`` that plays ``role``."""
+    bases = (role, original)
+    if bases not in _classes:
+        _classes[bases] = type(f"Converted{original.__name__.lstrip('_')}", bases, {"__module__": role.__module__})
+    return _classes[bases]
+
+
+def _new(role: type[Converted], original: type[nn.Module]) -> Converted:
+    kind = converted_class(role, original)
+    return kind.__new__(kind)
+
+
+def replace_class(module: nn.Module, role: type[Converted]) -> None:
+    """Makes ``module`` play ``role``, in place."""
+    module.__class__ = converted_class(role, type(module))
+
+
+def restore_class(module: Converted) -> None:
+    """Undoes `replace_class`."""
+    vars(module).pop("checkpointing", None)
+    module.__class__ = type(module).__bases__[1]
+
+
+class ConvertedBlock(Converted, StageBlock):
+    """A dense block of a library; the original forward serves where it cannot run as one operator."""
+
+    def read(self) -> list[LayerParts] | str:
+        """The layers as the operator takes them, or what is in the way."""
+        return fusion.read_block(self, self._library.read_layer)
+
+    def forward_by_layers(self, x: Tensor) -> Tensor:
+        """The original forward."""
+        return cast(Tensor, super(StageBlock, self).forward(x))
+
+    @property
+    def _library(self) -> Library:
+        return cast(Library, library_of_block(type(self)))
+
+
+class ConvertedSequential(Converted):
+    """An nn.Sequential that holds dense blocks: its stem, and its blocks with their transitions, are one operator each.
+
+    What is none of these runs as it did.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_children(list(cast(nn.Sequential, self)), x, with_head=False)[0]
+
+    def pooled(self, x: Tensor) -> Tensor | None:
+        """relu(forward(x)) averaged over each image, [N, C]; None, with nothing run, where no operator gives that."""
+        children = list(cast(nn.Sequential, self))
+        if fusion.is_observed(self) or not is_last_norm(children[-1]) or take_stage(children[-2:], True) is None:
+            return None
+        return run_children(children, x, with_head=True)[0]
+
+
+def pooled_features(features: nn.Module, x: Tensor) -> Tensor | None:
+    """`ConvertedSequential.pooled`, if that is what ``features`` is."""
+    return features.pooled(x) if isinstance(features, ConvertedSequential) else None
+
+
+class ConvertedTorchvision(Converted):
+    """torchvision's DenseNet, whose last norm and pooling join the last block."""
+
+    features: nn.Module
+    classifier: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = pooled_features(self.features, x)
+        return cast(Tensor, super().forward(x) if pooled is None else self.classifier(pooled))
+
+
+class ConvertedTimm(Converted):
+    """timm's DenseNet, whose last norm and average pooling join the last block."""
+
+    features: nn.Module
+    global_pool: nn.Module
+    head_drop: nn.Module
+    classifier: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = pooled_features(self.features, x) if self._pools_averages() else None
+        return cast(Tensor, super().forward(x) if pooled is None else self.classifier(self.head_drop(pooled)))
+
+    def _pools_averages(self) -> bool:
+        pool = self.global_pool
+        return (
+            not {"forward_features", "forward_head"} & set(vars(self))
+            and fusion.is_class(pool, "timm.layers.adaptive_avgmax_pool", "SelectAdaptivePool2d")
+            and not fusion.is_observed(pool)
+            and is_global_average(list(pool.children()))
+        )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """timm's switch: on means the level "bottleneck", off "none"."""
+        super().set_grad_checkpointing(enable)  # type: ignore[misc]
+        for module in self.modules():
+            if isinstance(module, ConvertedBlock):
+                module.checkpointing = "bottleneck" if enable else "none"
+
+
+class ConvertedMonai(Converted):
+    """MONAI's DenseNet, whose last norm and average pooling join the last block."""
+
+    features: nn.Module
+    class_layers: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        head = self.class_layers
+        if type(head) is not nn.Sequential or fusion.is_observed(head) or not _is_relu_and_average(list(head)):
+            return cast(Tensor, super().forward(x))
+        out = pooled_features(self.features, x)
+        if out is None:
+            return cast(Tensor, super().forward(x))
+        for module in list(head)[3:]:
+            out = module(out)
+        return cast(Tensor, out)
+
+
+def is_global_average(modules: list[nn.Module]) -> bool:
+    """Whether these are a pooling of each image to its average and the removal of its empty dimensions, unobserved."""
+    if len(modules) != 2 or any(map(fusion.is_observed, modules)):
+        return False
+    pool, flatten = modules
+    return (
+        type(pool) is nn.AdaptiveAvgPool2d
+        and pool.output_size in (1, (1, 1))
+        and type(flatten) is nn.Flatten
+        and (flatten.start_dim, flatten.end_dim) == (1, -1)
+    )
+
+
+def _is_relu_and_average(modules: list[nn.Module]) -> bool:
+    relu = modules[0] if modules else None
+    return type(relu) is nn.ReLU and not fusion.is_observed(relu) and is_global_average(modules[1:3])
+
+
+class ConvertedCollector(Converted):
+    """A dictionary of modules that run in order, of which some outputs are returned: torchvision's and timm's."""
+
+    return_layers: dict[str, Any]  # what each wanted output is called, by the name of its module
+
+    def _features(self, x: Tensor) -> OrderedDict[Any, Tensor]:
+        wanted: OrderedDict[Any, Tensor] = OrderedDict()
+        remaining = list(cast(nn.ModuleDict, self).items())
+        while remaining:
+            outputs = self._run_some(remaining, x)
+            for (name, _), x in zip(remaining, outputs, strict=False):
+                if name in self.return_layers:
+                    wanted[self.return_layers[name]] = x
+            remaining = remaining[len(outputs) :]
+        return wanted
+
+    def _run_some(self, remaining: list[tuple[str, nn.Module]], x: Tensor) -> list[Tensor]:
+        """The outputs of as many modules as one operator takes; the stem's inner ones, unwanted, are not computed."""
+        names, modules = [name for name, _ in remaining], [module for _, module in remaining]
+        stage = take_stage(modules, with_head=False)
+        if stage is not None:
+            out, features = run_stage(*stage, x)
+            return [features, out]
+        stem = fusion.take_stem(modules)
+        inside = len(modules) - len(stem[2]) - 1 if stem is not None else 0
+        if stem is None or self.return_layers.keys() & set(names[:inside]):
+            return [modules[0](x)]
+        return [x] * inside + [run_stem(stem[0], stem[1], x, saves_conv(modules))]
+
+
+class ConvertedLayerGetter(ConvertedCollector):
+    """torchvision's IntermediateLayerGetter."""
+
+    def forward(self, x: Tensor) -> OrderedDict[Any, Tensor]:
+        return self._features(x)
+
+
+class ConvertedFeatureNet(ConvertedCollector):
+    """What timm makes with features_only=True."""
+
+    grad_checkpointing: bool
+
+    def _collect(self, x: Tensor) -> OrderedDict[Any, Tensor]:
+        return super()._collect(x) if self.grad_checkpointing else self._features(x)  # type: ignore[misc]

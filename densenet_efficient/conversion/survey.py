@@ -1,0 +1,143 @@
+"""Looks a model through, and changes nothing: which of its modules can run as ours, and why the others cannot."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+
+from .. import fusion
+from ..modules import StageBlock, is_last_norm
+from .libraries import LIBRARIES, base_class, library_of_block
+from .modules import (
+    Converted,
+    ConvertedBlock,
+    ConvertedFeatureNet,
+    ConvertedLayerGetter,
+    ConvertedMonai,
+    ConvertedSequential,
+    ConvertedTimm,
+    ConvertedTorchvision,
+)
+from .report import Entry, Report
+
+# (library's module, class, the methods that must be the library's own): what a converted instance becomes
+Roles = dict[tuple[str, str, tuple[str, ...]], type[Converted]]
+NETWORKS: Roles = {
+    ("torchvision.models.densenet", "DenseNet", ("forward",)): ConvertedTorchvision,
+    ("timm.models.densenet", "DenseNet", ("forward", "forward_features", "forward_head")): ConvertedTimm,
+    ("monai.networks.nets.densenet", "DenseNet", ("forward",)): ConvertedMonai,
+}
+SEQUENCES: Roles = {
+    ("torch.nn.modules.container", "Sequential", ("forward",)): ConvertedSequential,
+    ("torchvision.models._utils", "IntermediateLayerGetter", ("forward",)): ConvertedLayerGetter,
+    ("timm.models._features", "FeatureListNet", ("forward", "_collect")): ConvertedFeatureNet,
+    ("timm.models._features", "FeatureDictNet", ("forward", "_collect")): ConvertedFeatureNet,
+}
+
+
+class Survey:
+    """What `convert` would do to ``model``.
+
+    Attributes:
+        report: one entry per dense block, and per transition, stem, last norm and forward beside one.
+        roles: the modules to convert, with what each becomes.
+        converted: the paths of blocks that are converted already.
+        own_blocks: the paths of blocks of an EfficientDenseNet.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.report = Report()
+        self.roles: dict[nn.Module, type[Converted]] = {}
+        self.converted: list[str] = []
+        self.own_blocks: list[str] = []
+        self.paths = {module: path for path, module in model.named_modules()}
+        for module in self.paths:
+            self._look_at_block(module)
+        for module in self.paths:
+            if any(child in self.roles for child in module.children()):
+                self._look_at_parent(module)
+        for module in self.paths:
+            self._look_at_network(module)
+
+    def _look_at_block(self, module: nn.Module) -> None:
+        library = library_of_block(type(module))
+        if isinstance(module, ConvertedBlock):
+            self.converted.append(self.paths[module])
+        elif isinstance(module, StageBlock):
+            self.own_blocks.append(self.paths[module])
+        elif library is not None:
+            block = cast(type, base_class(type(module), library.module, library.block))
+            if not has_methods_of(module, block, ("forward",)):
+                self._leave(module, f"its forward is not that of {library.name}'s {library.block}")
+                return
+            layers = fusion.read_block(module, library.read_layer)
+            if isinstance(layers, str):
+                self._leave(module, layers)
+            else:
+                self.roles[module] = ConvertedBlock
+                self._replace(module, f"{len(layers)} layers over one storage")
+
+    def _look_at_parent(self, parent: nn.Module) -> None:
+        """The neighbours of converted blocks, and their parent where it is known to run its children in order."""
+        role = role_of(parent, SEQUENCES)
+        children = [child for child in parent._modules.values() if child is not None]
+        if role is not None:
+            self.roles[parent] = role
+            self._replace(parent, "runs its stem, and its blocks with their transitions, as one operator each")
+        for index, child in enumerate(children):
+            follows_block = index > 0 and children[index - 1] in self.roles
+            if follows_block and isinstance(child, nn.Sequential) and child not in self.roles:
+                self._look_at_transition(child, role, parent)
+        if children[0] not in self.roles and (role is None or fusion.take_stem(children) is None):
+            self._leave(children[0], "the stem is not conv, BatchNorm, ReLU and max pooling in a sequence that we run")
+
+    def _look_at_transition(self, transition: nn.Sequential, role: type[Converted] | None, parent: nn.Module) -> None:
+        if role is None:
+            self._leave(transition, f"called by {type(parent).__name__}'s own forward, not with its block")
+        elif fusion.transition_parts(transition) is None:
+            self._leave(transition, "not BatchNorm, ReLU, 1x1 convolution and 2x2 average pooling, unobserved")
+        else:
+            self._replace(transition, "one operator with its block")
+
+    def _look_at_network(self, module: nn.Module) -> None:
+        """A whole network, for its head."""
+        features = module._modules.get("features")
+        if features is None or self.roles.get(features) is not ConvertedSequential:
+            return
+        children = list(features.children())
+        if len(children) < 2 or children[-2] not in self.roles or not is_last_norm(children[-1]):
+            return
+        role = role_of(module, NETWORKS)
+        if role is None:
+            self._leave(children[-1], f"{type(module).__name__}'s own forward calls what follows it")
+            return
+        self.roles[module] = role
+        self._replace(children[-1], "the head: one operator with the last block, where average pooling follows")
+
+    def _replace(self, module: nn.Module, note: str) -> None:
+        self.report.replaced.append(Entry(self.paths[module], type(module).__name__, note))
+
+    def _leave(self, module: nn.Module, note: str) -> None:
+        self.report.left.append(Entry(self.paths[module], type(module).__name__, note))
+
+
+def role_of(
+    module: nn.Module, roles: dict[tuple[str, str, tuple[str, ...]], type[Converted]]
+) -> type[Converted] | None:
+    """What ``module`` may become: it is of a class of the table, or of a subclass that runs as that class does."""
+    for (source, name, methods), role in roles.items():
+        base = base_class(type(module), source, name)
+        if base is not None:
+            return role if has_methods_of(module, base, methods) else None
+    return None
+
+
+def has_methods_of(module: nn.Module, base: type, methods: tuple[str, ...]) -> bool:
+    """Whether these methods of ``module`` are those of ``base``."""
+    return all(getattr(type(module), name) is getattr(base, name) and name not in vars(module) for name in methods)
+
+
+def searched_classes() -> str:
+    """What is looked for, in words."""
+    return ", ".join(f"{library.name}'s {library.block} ({library.module})" for library in LIBRARIES)
