@@ -9,6 +9,8 @@ from typing import cast
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
+BATCH_NORM_WITH_ACTIVATION = ("timm.layers.norm_act", "BatchNormAct2d")
+
 
 def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
     """Whether ``norm`` normalises by the batch (as torch.nn.BatchNorm2d decides it)."""
@@ -107,7 +109,7 @@ def read_layer(modules: Mapping[str, nn.Module | None], drop_rate: float, traini
         norm, conv = modules.get(f"norm{index}"), modules.get(f"conv{index}")
         if not holds_norm_and_relu(norm):
             if not is_plain_norm(norm):
-                return f".norm{index}, a {type(norm).__name__}, is replaced, observed or without affine parameters"
+                return f".norm{index} {_what_is_wrong_with(norm)}"
             if not _is_plain(modules.get(f"relu{index}"), nn.ReLU):
                 return f".relu{index} is replaced or observed"
         if not _is_plain_conv(conv) or _geometry(conv) != ((size, size), (1, 1), (size // 2, size // 2)):
@@ -118,6 +120,14 @@ def read_layer(modules: Mapping[str, nn.Module | None], drop_rate: float, traini
     if any(conv.in_channels != norm.num_features for conv, norm in zip(parts.convolutions, parts.norms, strict=True)):
         return " has other channel counts than its norms"
     return parts
+
+
+def _what_is_wrong_with(norm: nn.Module | None) -> str:
+    if isinstance(norm, nn.BatchNorm3d | nn.BatchNorm1d):
+        return f"is a {type(norm).__name__}; only two dimensions are supported"
+    if is_class(norm, *BATCH_NORM_WITH_ACTIVATION) and norm is not None:
+        return f"holds a {type(norm._modules['act']).__name__}, is observed or without affine parameters; expected ReLU"
+    return f"is a {type(norm).__name__}, observed or without affine parameters; expected BatchNorm2d"
 
 
 def take_norm_relu(modules: list[nn.Module]) -> tuple[nn.BatchNorm2d, list[nn.Module]] | None:
@@ -168,9 +178,9 @@ def transition_parts(transition: nn.Module) -> tuple[nn.BatchNorm2d, nn.Conv2d] 
     return (norm, cast(nn.Conv2d, conv)) if plain else None
 
 
-def is_class(module: object, source: str, *names: str) -> bool:
+def is_class(module: object, source: str, name: str) -> bool:
     """Whether ``module`` is of exactly this class of another library, which need not be installed."""
-    return type(module).__module__ == source and type(module).__name__ in names
+    return type(module).__module__ == source and type(module).__name__ == name
 
 
 def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
@@ -185,7 +195,7 @@ def is_plain_norm(module: nn.Module | None) -> bool:
 def holds_norm_and_relu(module: nn.Module | None) -> bool:
     """Whether ``module`` is a BatchNormAct2d of timm's with gamma, beta and a ReLU, unobserved."""
     return (
-        is_class(module, "timm.layers.norm_act", "BatchNormAct2d")
+        is_class(module, *BATCH_NORM_WITH_ACTIVATION)
         and isinstance(module, nn.BatchNorm2d)
         and not is_observed(module)
         and module.affine

@@ -80,6 +80,18 @@ def step(model, images, seed=None):
     return {"logits": logits, "images.grad": images.grad, **state_of(model)}
 
 
+def trained(model, images, steps=3):
+    """The state after ``steps`` of SGD; parameters as their change, which is what training made of them."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(model(images)).backward()
+        optimizer.step()
+    changes = {name: parameter - before[name] for name, parameter in model.named_parameters()}
+    return changes | dict(model.named_buffers())
+
+
 def loss_of(outputs):
     """A scalar with another gradient for each element of ``outputs``."""
     generator = torch.Generator().manual_seed(99)

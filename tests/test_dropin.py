@@ -21,6 +21,7 @@ from cases import (
     relative_error,
     set_mode,
     step,
+    trained,
 )
 from torch import nn
 from torch.nn.modules import module as module_hooks
@@ -43,18 +44,6 @@ def torchvision_pair(name, **arguments):
     ours = create_model(name, num_classes=5, **arguments)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return theirs, ours
-
-
-def trained(model, images, steps=3):
-    """The state after ``steps`` of SGD; parameters as their change, which is what training made of them."""
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss_of(model(images)).backward()
-        optimizer.step()
-    changes = {name: parameter - before[name] for name, parameter in model.named_parameters()}
-    return changes | dict(model.named_buffers())
 
 
 @pytest.mark.parametrize("name", TORCHVISION)

@@ -59,6 +59,9 @@ class Survey:
                 self._look_at_parent(module)
         for module in self.paths:
             self._look_at_network(module)
+        order = list(self.paths.values())
+        for entries in (self.report.replaced, self.report.left):
+            entries.sort(key=lambda entry: order.index(entry.path))
 
     def _look_at_block(self, module: nn.Module) -> None:
         library = library_of_block(type(module))
@@ -84,13 +87,19 @@ class Survey:
         children = [child for child in parent._modules.values() if child is not None]
         if role is not None:
             self.roles[parent] = role
-            self._replace(parent, "runs its stem, and its blocks with their transitions, as one operator each")
+            self._replace(parent, "runs its stem, and its blocks with what consumes them, as one operator each")
         for index, child in enumerate(children):
             follows_block = index > 0 and children[index - 1] in self.roles
             if follows_block and isinstance(child, nn.Sequential) and child not in self.roles:
                 self._look_at_transition(child, role, parent)
-        if children[0] not in self.roles and (role is None or fusion.take_stem(children) is None):
-            self._leave(children[0], "the stem is not conv, BatchNorm, ReLU and max pooling in a sequence that we run")
+        if children[0] not in self.roles:
+            self._look_at_stem(children, role)
+
+    def _look_at_stem(self, children: list[nn.Module], role: type[Converted] | None) -> None:
+        if role is None or fusion.take_stem(children) is None:
+            self._leave(children[0], "not conv, BatchNorm, ReLU and 3x3 maximum pooling in a known sequence")
+        else:
+            self._replace(children[0], "the stem: one operator with its norm, ReLU and pooling")
 
     def _look_at_transition(self, transition: nn.Sequential, role: type[Converted] | None, parent: nn.Module) -> None:
         if role is None:

@@ -1,0 +1,452 @@
+"""DenseNets of torchvision, timm, MONAI and torchxrayvision, converted in place: the same results, names and objects.
+
+torchxrayvision itself is not installed for the tests: `xray_densenet` has its modules, names and forwards.
+"""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import timm
+import torch
+import torchvision
+from cases import LEVELS, MODES, assert_close, loss_of, make_images, needs_native, step, trained
+from conversion_cases import (
+    MODELS,
+    SOURCES,
+    OwnForward,
+    UNet,
+    make_model,
+    make_models,
+    monai_densenet2d,
+    timm_densenet,
+    torchvision_densenet,
+)
+from timm.layers import BlurPool2d
+from torch import nn
+
+from densenet_efficient import EfficientDenseNet, convert, inference, revert
+from densenet_efficient.conversion import convert as convert_function
+from densenet_efficient.conversion.modules import Converted, ConvertedBlock
+
+pytestmark = pytest.mark.usefixtures("one_thread", "nan_memory")
+
+IMAGES = (3, 3, 33, 47)
+LIBRARIES = ["torchvision", "timm", "MONAI", "torchxrayvision"]
+PLAIN = [name for name in MODELS if "dropout" not in name]
+every_model = pytest.mark.parametrize("name", MODELS)
+every_library = pytest.mark.parametrize("name", LIBRARIES)
+
+
+def classes_of(model):
+    return [type(module) for module in model.modules()]
+
+
+def blocks_of(model):
+    return [module for module in model.modules() if isinstance(module, ConvertedBlock)]
+
+
+def seeded(model, seed=5):
+    """Draws the same dropout in every forward of both models."""
+    model.register_forward_pre_hook(lambda *_: torch.manual_seed(seed) and None)
+    return model
+
+
+def first_block(model):
+    return next(name for name, module in model.named_modules() if name.endswith("denseblock1"))
+
+
+@every_model
+@pytest.mark.parametrize("level", LEVELS)
+def test_trains_like_the_original(backend, name, level):
+    """Parameters as their change, and buffers with num_batches_tracked, after three steps of SGD."""
+    original, converted = map(seeded, make_models(name))
+    convert(converted, checkpointing=level)
+    images = make_images(*IMAGES)
+    assert_close(trained(converted, images), trained(original, images))
+
+
+@every_model
+@pytest.mark.parametrize("mode", MODES)
+def test_outputs_and_gradients(backend, name, mode):
+    original, converted = make_models(name, mode)
+    convert(converted)
+    images = make_images(*IMAGES)
+    assert_close(step(converted, images, seed=3), step(original, images, seed=3))
+
+
+@needs_native
+@pytest.mark.parametrize("name", PLAIN)
+def test_inference_is_prepared_once(native_backend, name):
+    original, converted = make_models(name, "eval")
+    convert(converted)
+    images = make_images(*IMAGES)
+    for _ in range(2):
+        with torch.no_grad():
+            assert_close({"": converted(images)}, {"": original(images)})
+        assert all(block in inference._plans for block in blocks_of(converted))
+        for model in (original, converted):  # a plan may not outlive what it was made of
+            torch.manual_seed(0)
+            [nn.init.normal_(parameter) for parameter in model.parameters()]
+
+
+@every_model
+def test_names_and_objects_stay(name):
+    original, converted = make_models(name)
+    paths = dict(converted.named_modules())
+    tensors = {**dict(converted.named_parameters()), **dict(converted.named_buffers())}
+    convert(converted)
+    assert dict(converted.named_modules()) == paths
+    for path, tensor in {**dict(converted.named_parameters()), **dict(converted.named_buffers())}.items():
+        assert tensors.pop(path) is tensor
+    assert not tensors
+    assert list(converted.state_dict()) == list(original.state_dict())
+    converted.load_state_dict(original.state_dict())
+
+
+@every_library
+def test_an_optimizer_and_a_moving_average_from_before(backend, name):
+    models = make_models(name)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.01) for model in models]
+    averages = [torch.optim.swa_utils.AveragedModel(model, use_buffers=True) for model in models]
+    convert(models[1])
+    for model, optimizer, average in zip(models, optimizers, averages, strict=True):
+        for seed in range(2):
+            optimizer.zero_grad()
+            loss_of(model(make_images(*IMAGES, seed=seed))).backward()
+            optimizer.step()
+            average.update_parameters(model)
+    for kind in (models, averages):
+        assert_close(kind[1].state_dict(), kind[0].state_dict(), 1e-7)  # AdamW divides by small second moments
+
+
+@every_model
+def test_revert_restores_everything(backend, name):
+    original, converted = make_models(name)
+    convert(converted)
+    assert classes_of(converted) != classes_of(original)
+    revert(converted)
+    assert classes_of(converted) == classes_of(original)
+    assert [vars(module).keys() for module in converted.modules()] == [
+        vars(module).keys() for module in original.modules()
+    ]
+    images = make_images(*IMAGES)
+    assert_close(step(converted, images, seed=3), step(original, images, seed=3), 0)
+
+
+@every_library
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_and_pickles(backend, name, duplicate):
+    original, converted = make_models(name)
+    convert(converted, checkpointing="none")
+    other = duplicate(converted)
+    assert classes_of(other) == classes_of(converted)
+    assert {block.checkpointing for block in blocks_of(other)} == {"none"}
+    images = make_images(*IMAGES)
+    assert_close(step(other, images), step(original, images))
+    assert all(parameter.grad is None for parameter in converted.parameters())
+    revert(other)
+    assert classes_of(other) == classes_of(original)
+
+
+def test_a_saved_module_loads():
+    converted = make_model("timm", "eval")
+    convert(converted)
+    stream = io.BytesIO()
+    torch.save(converted, stream)
+    stream.seek(0)
+    loaded = torch.load(stream, weights_only=False)
+    images = make_images(*IMAGES)
+    assert_close({"": loaded(images)}, {"": converted(images)}, 0)
+
+
+OUTSIDE = ["", "features", "features.norm0", "features.pool0", "features.denseblock1", "features.transition1.norm"]
+OUTSIDE += ["features.transition1", "features.norm5"]
+
+
+@every_library
+@pytest.mark.parametrize("path", OUTSIDE)
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_around_what_is_fused(backend, name, path, before):
+    """They see what they saw and may change it, and the blocks stay fused: no warning."""
+    seen = []
+    models = make_models(name)
+    convert(models[1]) if not before else None
+    for model in models:
+        hook = model.get_submodule(path).register_forward_hook(lambda _, inputs, output: output * 1.5)
+        assert hook
+        model.get_submodule(path).register_forward_hook(lambda _, inputs, output: seen.append(output.detach().clone()))
+    convert(models[1]) if before else None
+    images = make_images(*IMAGES)
+    results = [step(model, images) for model in models]
+    assert_close(results[1], results[0])
+    assert_close({"": seen[1]}, {"": seen[0]})
+    assert len(seen) == 2
+
+
+@every_library
+@pytest.mark.parametrize("part", ["", "norm1", "conv1", "norm2", "conv2"])
+def test_hooks_inside_a_converted_block(backend, name, part):
+    """The block runs as the original does for as long as the hook is there, and says so once."""
+    original, converted = make_models(name)
+    convert(converted)
+    seen = []
+    path = "features.denseblock1.denselayer2" + (".layers" * (name == "MONAI" and part != "")) + f".{part}" * bool(part)
+    handle = converted.get_submodule(path).register_forward_hook(lambda *_: seen.append(path))
+    images = make_images(*IMAGES)
+    with pytest.warns(UserWarning, match="layer by layer.*denselayer2"):
+        result = step(converted, images)
+    assert_close(result, step(original, images))
+    assert seen == [path]
+    handle.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        converted(images)
+    assert len(seen) == 1
+
+
+@every_library
+def test_a_module_replaced_after_the_conversion(backend, name):
+    models = make_models(name)
+    convert(models[1])
+    for model in models:
+        layer = model.features.denseblock1.denselayer2
+        layer = layer.layers if name == "MONAI" else layer
+        layer.conv2 = nn.Conv2d(12, 4, 3, padding=1, bias=True).double()
+        nn.init.constant_(layer.conv2.weight, 0.1)
+        nn.init.constant_(layer.conv2.bias, 0.1)
+    images = make_images(*IMAGES)
+    with pytest.warns(UserWarning, match=r"layer by layer.*conv2"):
+        result = step(models[1], images)
+    assert_close(result, step(models[0], images))
+
+
+def test_timm_switches_the_level(backend):
+    original, converted = make_models("timm")
+    convert(converted, checkpointing="none")
+    for enable, level in ((True, "bottleneck"), (False, "none")):
+        converted.set_grad_checkpointing(enable)
+        assert {block.checkpointing for block in blocks_of(converted)} == {level}
+        assert converted.features.denseblock1.denselayer1.grad_checkpointing is enable
+    images = make_images(*IMAGES)
+    assert_close(step(converted, images), step(original, images))
+
+
+def test_timm_methods(backend):
+    original, converted = make_models("timm", "eval")
+    convert(converted)
+    images = make_images(*IMAGES)
+    results = []
+    for model in (original, converted):
+        last, inner = model.forward_intermediates(images)
+        features = model.forward_features(images)
+        results.append({"last": last, "features": features, "head": model.forward_head(features), "in": inner[1]})
+        model.reset_classifier(0, "")
+        results[-1]["without head"] = model(images)
+    assert_close(*reversed(results))
+
+
+@every_library
+def test_compiles_to_a_full_graph(native_backend, name):
+    original, converted = make_models(name)
+    convert(converted)
+    compiled = torch.compile(converted, fullgraph=True, backend="aot_eager")
+    images = make_images(*IMAGES)
+    with torch.no_grad():
+        assert_close({"": compiled(images)}, {"": original(images)})
+
+
+def saved_bytes(model, images):
+    """What autograd keeps for the backward, each storage once, without the parameters and buffers."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(images)
+    assert output.requires_grad
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [torchvision.models.densenet201, lambda: timm.create_model("densenet201")],
+    ids=["torchvision", "timm"],
+)
+def test_saves_a_tenth_of_the_memory(native_backend, make):
+    model = make()
+    images = make_images(4, 3, 64, 64, dtype=torch.float32)
+    before = saved_bytes(model, images)
+    convert(model)
+    assert saved_bytes(model, images) * 10 < before
+
+
+# What is left, and why
+
+
+@pytest.mark.parametrize("name", timm.list_models("densenet*"))
+def test_every_densenet_of_timm(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    report = convert(model)
+    stem = {"features.conv0"} if name in ("densenetblur121d", "densenet264d") else set()
+    assert {entry.path for entry in report.left} == stem
+    expected = {"features", "features.norm5", *(f"features.denseblock{index}" for index in range(1, 5))}
+    expected |= {f"features.transition{index}" for index in range(1, 4)} | ({"features.conv0"} - stem)
+    assert {entry.path for entry in report.replaced} == expected
+
+
+class OwnBlock(type(torchvision_densenet().features.denseblock1)):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class OwnDenseNet(torchvision.models.DenseNet):
+    def forward(self, x):
+        return super().forward(x) + self.features(x).mean()
+
+
+def with_own_block():
+    model = torchvision_densenet()
+    model.features.denseblock1.__class__ = OwnBlock
+    return model
+
+
+def with_hook():
+    model = torchvision_densenet()
+    model.features.denseblock1.denselayer1.register_forward_hook(lambda *_: None)
+    return model
+
+
+def with_own_call():
+    model = torchvision_densenet()
+    forward = model.features.denseblock1.forward
+    model.features.denseblock1.forward = lambda x: forward(x)
+    return model
+
+
+BLOCK1, TRANSITION1 = "features.denseblock1", "features.transition1"
+LEFT = {
+    "own block": (with_own_block, BLOCK1, "not that of torchvision's _DenseBlock"),
+    "own forward of an instance": (with_own_call, BLOCK1, "not that of torchvision's _DenseBlock"),
+    "hook": (with_hook, BLOCK1, "denselayer1 has a hook"),
+    "own network": (lambda: OwnDenseNet(4, (3, 2), 6, 3, num_classes=5), "features.norm5", "OwnDenseNet's own forward"),
+    "GroupNorm": (lambda: timm_densenet(norm_layer="groupnorm1"), BLOCK1, "GroupNorm.*expected BatchNorm2d"),
+    "SiLU": (lambda: timm_densenet(act_layer="silu"), BLOCK1, "SiLU.*expected ReLU"),
+    "blur pooling": (lambda: timm_densenet(aa_layer=BlurPool2d, aa_stem_only=False), TRANSITION1, "average pooling"),
+    "deep stem": (lambda: timm_densenet(stem_type="deep"), "features.conv0", "maximum pooling"),
+    "instance norm": (lambda: monai_densenet2d(norm="instance"), BLOCK1, "InstanceNorm2d"),
+    "leaky": (lambda: monai_densenet2d(act="leakyrelu"), BLOCK1, "relu1 is replaced"),
+    "3D": (lambda: monai_densenet2d(spatial_dims=3), BLOCK1, "BatchNorm3d; only two dimensions"),
+    "transition": (OwnForward, "transition1", "OwnForward's own forward"),
+}
+
+
+@pytest.mark.parametrize(("make", "path", "reason"), LEFT.values(), ids=LEFT)
+def test_what_is_left(make, path, reason):
+    torch.manual_seed(0)
+    model = make().double()
+    original = copy.deepcopy(model)
+    report = convert(model)
+    entry = next(entry for entry in report.left if entry.path == path)
+    assert pytest.importorskip("re").search(reason, entry.note), entry.note
+    assert type(model.get_submodule(path)) is type(original.get_submodule(path))
+    assert f"left      {path}" in str(report)
+    if "3D" not in reason and "BatchNorm3d" not in reason:
+        images = make_images(*IMAGES)
+        assert_close(step(model, images), step(original, images))
+
+
+def test_the_report_is_a_table():
+    lines = str(convert(UNet())).splitlines()
+    assert lines[0].split() == ["module", "class"]
+    assert "replaced  encoder.denseblock1  _DenseBlock  3 layers over one storage" in lines
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("model", [torchvision.models.resnet18(), nn.Linear(2, 2)])
+def test_nothing_is_a_densenet(model):
+    classes = classes_of(model)
+    with pytest.raises(ValueError, match=r"no DenseNet in a \w+: looked for torchvision's _DenseBlock .*, timm's"):
+        convert(model)
+    assert classes_of(model) == classes
+
+
+def test_an_efficient_densenet_needs_no_conversion():
+    with pytest.raises(ValueError, match=r"features.denseblock1 is a block of this package"):
+        convert(EfficientDenseNet(4, (2, 2), 6))
+
+
+@pytest.mark.parametrize("function", [convert, revert])
+def test_not_a_module(function):
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module .* got a OrderedDict"):
+        function(torchvision_densenet().state_dict())
+
+
+def test_an_unknown_level():
+    model = torchvision_densenet()
+    with pytest.raises(ValueError, match="checkpointing must be one of none, bottleneck, got 'all'"):
+        convert(model, checkpointing="all")
+    assert not blocks_of(model)
+
+
+def test_converting_twice_sets_the_level():
+    model = torchvision_densenet()
+    convert(model)
+    classes = classes_of(model)
+    convert(model, checkpointing="none")
+    assert classes_of(model) == classes
+    assert {block.checkpointing for block in blocks_of(model)} == {"none"}
+
+
+def test_half_a_conversion():
+    model = torchvision_densenet()
+    convert(model.features.denseblock2)
+    classes = classes_of(model)
+    with pytest.raises(ValueError, match=r"features.denseblock2 is, features.denseblock1 is not; revert"):
+        convert(model)
+    assert classes_of(model) == classes
+    revert(model)
+    convert(model)
+
+
+def test_nothing_to_revert():
+    with pytest.raises(ValueError, match="nothing in this DenseNet was converted"):
+        revert(torchvision_densenet())
+
+
+def test_an_exception_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
+    model = torchvision_densenet()
+    classes = classes_of(model)
+    module = __import__(convert_function.__module__, fromlist=["replace_class"])
+    replace_class, calls = module.replace_class, []
+
+    def fail_at_the_third(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("no more")
+        replace_class(*args)
+
+    monkeypatch.setattr(module, "replace_class", fail_at_the_third)
+    with pytest.raises(RuntimeError, match="no more"):
+        convert(model)
+    assert len(calls) == 3
+    assert classes_of(model) == classes
+    assert not any(isinstance(module, Converted) for module in model.modules())
+
+
+def test_sources_are_converted_at_all():
+    """Otherwise every comparison above would compare a model with itself."""
+    for name in MODELS:
+        model = make_model(name)
+        report = convert(model)
+        assert len(blocks_of(model)) == 2, report
+    assert set(LIBRARIES) < set(SOURCES)
