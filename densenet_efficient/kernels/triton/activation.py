@@ -1,0 +1,17 @@
+"""Device functions of BN-ReLU: the activation as every kernel computes it, and the mask of its gradient."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activate(x, scale, shift, dtype: tl.constexpr):
+    """relu(x * scale + shift), computed in the dtype of ``scale`` and rounded to ``dtype``; NaN stays NaN."""
+    normalised = tl.fma(x.to(scale.dtype), scale, shift)
+    return tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL).to(dtype)
+
+
+@triton.jit
+def mask_gradient(gradient, activation):
+    """``gradient`` where the activation, as rounded, is positive or NaN, and zero elsewhere."""
+    return tl.where(activation.to(gradient.dtype) <= 0, 0.0, gradient)
