@@ -47,7 +47,7 @@ def _tile(x: Tensor, outputs: int, precision: str) -> Tile:
     if x.dtype.itemsize == 2 and has_warpgroup_products(x.device):
         return Tile(64, columns, 64, warps=4, stages=3) if few_rows else Tile(128, columns, 64, 8, 3, registers=128)
     if x.dtype.itemsize == 2:
-        return Tile(64, columns, 32, warps=4, stages=4) if few_rows else Tile(128, columns, 32, 8, 4, registers=128)
+        return Tile(64, columns, 32, warps=4, stages=4) if few_rows else Tile(128, columns, 32, 8, 4)
     if precision == "tf32":
         return Tile(128, columns, 32, warps=8, stages=3)
     if x.dtype.itemsize == 4:

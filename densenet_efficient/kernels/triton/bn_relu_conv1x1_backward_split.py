@@ -38,7 +38,6 @@ def _input_kernel(
     for start in range(0, outputs, DEPTH):
         output = start + tl.arange(0, DEPTH)
         wanted = output < outputs
-        # Not masked: a where here makes the compiler wait for each product. Rows beyond the last are masked below.
         finished = _finished(
             out_grad, out_grad_stride, out, out_stride, out_mean, out_slope, out_offset,
             row, output, valid & wanted[None, :], wanted,
