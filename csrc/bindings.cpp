@@ -34,6 +34,12 @@ py::dict build_info() {
 // Schemas only: every operator registers its implementation beside it, in csrc/cpu and csrc/cuda. What they compute
 // stands in densenet_efficient/kernels/reference.py.
 TORCH_LIBRARY(densenet_efficient, library) {
+  library.def(
+      "batch_norm_affine(Tensor mean, Tensor variance, Tensor weight, Tensor bias, float eps, Tensor(a!) affine) -> "
+      "()");
+  library.def(
+      "batch_norm_gradients(Tensor sum_grad, Tensor sum_grad_x, Tensor rstd, Tensor scale, int count, "
+      "Tensor(a!)? grad_weight, Tensor(b!)? slope, Tensor(c!)? offset) -> ()");
   library.def("channel_stats(Tensor x, Tensor(a!) mean, Tensor(b!) variance) -> ()");
   library.def(
       "bn_relu_conv1x1(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) out, Tensor(b!)? mean, "

@@ -32,6 +32,11 @@ inline int64_t check_images(const at::Tensor& matrix, const char* name, int64_t 
   return matrix.size(0) / (height * width);
 }
 
+inline void check_accumulation_dtype(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.scalar_type() == accumulation_dtype(tensor), name, " must be float32 or float64, got ",
+              tensor.scalar_type());
+}
+
 // A contiguous vector [size] of the accumulation dtype of ``like``.
 inline void check_vector(const at::Tensor& vector, const char* name, int64_t size, const at::Tensor& like) {
   TORCH_CHECK(vector.dim() == 1 && vector.size(0) == size && (size <= 1 || vector.stride(0) == 1), name,

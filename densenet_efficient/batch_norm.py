@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from . import kernels
 
 
 class BatchNorm(NamedTuple):
@@ -18,14 +17,12 @@ class BatchNorm(NamedTuple):
     eps: float
     running: tuple[Tensor, Tensor] | None  # (mean, variance), [C] each, where they are used instead of the batch's
 
-    def affine(self, batch_mean: Tensor, batch_variance: Tensor) -> Affine:
+    def affine(self, backend: ModuleType, batch_mean: Tensor, batch_variance: Tensor) -> Affine:
         """The map of this norm, given the batch's statistics [C] (ignored by a norm that uses its running ones)."""
-        dtype = batch_mean.dtype
         mean, variance = self.running or (batch_mean, batch_variance)
-        mean = mean.to(dtype)
-        rstd = torch.rsqrt(variance.to(dtype) + self.eps)
-        scale = self.weight.to(dtype) * rstd
-        return Affine(mean, rstd, scale, torch.addcmul(self.bias.to(dtype), mean, scale, value=-1))
+        affine = batch_mean.new_empty(4, batch_mean.shape[0])
+        backend.batch_norm_affine(mean, variance, self.weight, self.bias, self.eps, affine)
+        return Affine(*affine.unbind())
 
 
 class Affine(NamedTuple):
@@ -45,24 +42,30 @@ class Projection:
     so that only its two coefficients are summed here and the channels are corrected once, after their last consumer.
     """
 
-    def __init__(self, channels: int, like: Tensor) -> None:
-        self.slope = like.new_zeros(channels)
-        self.offset = like.new_zeros(channels)
+    def __init__(self, backend: ModuleType, channels: int, like: Tensor) -> None:
+        self.backend = backend
+        self.slope, self.offset = like.new_zeros(2, channels).unbind()
         self.is_empty = True  # then the batch's statistics may not even have been taken
 
-    def add(self, norm: BatchNorm, affine: Affine, sum_grad: Tensor, sum_grad_x: Tensor, count: int) -> None:
-        """Adds one consumer of the first C' channels; a norm with running statistics adds nothing."""
-        if norm.running is not None:
-            return
-        self.is_empty = False
-        channels = sum_grad.shape[0]
-        self.offset[:channels].addcmul_(affine.scale, sum_grad, value=-1 / count)
-        self.slope[:channels].addcmul_(affine.scale * affine.rstd.square(), sum_grad_x, value=-1 / count)
+    def add(self, norm: BatchNorm, affine: Affine, sum_grad: Tensor, sum_grad_x: Tensor, count: int) -> Tensor:
+        """Adds one consumer of the first C' channels, and returns the gradient of its weight [C'].
+
+        A norm with running statistics has nothing to project.
+        """
+        slope = offset = None
+        if norm.running is None:
+            self.is_empty = False
+            channels = sum_grad.shape[0]
+            slope, offset = self.slope[:channels], self.offset[:channels]
+        grad_weight = torch.empty_like(sum_grad)
+        self.backend.batch_norm_gradients(
+            sum_grad, sum_grad_x, affine.rstd, affine.scale, count, grad_weight, slope, offset
+        )
+        return grad_weight
 
     def apply(self, grad: Tensor, x: Tensor, mean: Tensor, start: int, stop: int) -> None:
         """Corrects the gradient [M, stop - start] of the channels ``start`` to ``stop``, in place."""
         if self.is_empty:
             return
         channels = slice(start, stop)
-        backend = kernels.backend_for(x.device)
-        backend.project_gradient(grad, x, mean[channels], self.slope[channels], self.offset[channels])
+        self.backend.project_gradient(grad, x, mean[channels], self.slope[channels], self.offset[channels])

@@ -12,13 +12,14 @@ Functions here know tensors only; modules stand in `modules.py`, the operators s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import kernels
-from .batch_norm import BatchNorm, Projection
+from .batch_norm import Affine, BatchNorm, Projection
 
 TRANSITION, HEAD, NO_EXIT = "transition", "head", "none"
 
@@ -109,27 +110,29 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
     accumulation = kernels.accumulation_dtype(x.dtype)
     storage = x.new_empty(rows, total)
     statistics = x.new_zeros(2, total, dtype=accumulation)
+    mean, variance = statistics.unbind()
     with_statistics = stage.needs_statistics
     as_images(storage[:, :channels], height, width).copy_(x)
     if with_statistics:
-        backend.channel_stats(storage[:, :channels], *statistics[:, :channels])
+        backend.channel_stats(storage[:, :channels], mean[:channels], variance[:channels])
 
     bottleneck_channels = stage.bottleneck_channels
     bottlenecks: list[Tensor] = []
     bottleneck_statistics = x.new_zeros(len(stage.layers), 2, bottleneck_channels, dtype=accumulation)
     for index, layer in enumerate(stage.layers):
-        inputs, slot = storage[:, :channels], storage[:, channels : channels + layer.growth_rate]
-        slot_statistics = statistics[:, channels : channels + layer.growth_rate] if with_statistics else (None, None)
-        affine = layer.norm1.affine(*statistics[:, :channels])
+        columns = slice(channels, channels + layer.growth_rate)
+        inputs, slot = storage[:, :channels], storage[:, columns]
+        slot_statistics = (mean[columns], variance[columns]) if with_statistics else (None, None)
+        affine = layer.norm1.affine(backend, mean[:channels], variance[:channels])
         weight = layer.conv1
         if layer.norm2 is not None and layer.conv2 is not None:
             # One allocation a layer: the C library hands blocks of this size out again, larger ones it returns.
             if save_bottlenecks or not bottlenecks:
                 bottlenecks.append(x.new_empty(rows, bottleneck_channels))
-            bottleneck, stats = bottlenecks[-1], bottleneck_statistics[index]
+            bottleneck, stats = bottlenecks[-1], bottleneck_statistics[index].unbind()
             wanted = stats if layer.norm2.running is None else (None, None)
             backend.bn_relu_conv1x1(inputs, affine.scale, affine.shift, layer.conv1, bottleneck, *wanted)
-            inputs, affine, weight = bottleneck, layer.norm2.affine(*stats), layer.conv2
+            inputs, affine, weight = bottleneck, layer.norm2.affine(backend, *stats), layer.conv2
         fused_statistics = slot_statistics if layer.dropout is None else (None, None)
         backend.bn_relu_conv3x3(inputs, affine.scale, affine.shift, weight, height, width, slot, *fused_statistics)
         if layer.dropout is not None:
@@ -161,7 +164,8 @@ def backward_stage(
     total = storage.shape[1]
     mean = saved.statistics[0]
     grad = torch.empty_like(storage)  # of the storage; finished where a channel's last consumer is done
-    projection = Projection(total, mean)
+    backend = kernels.backend_for(storage.device)
+    projection = Projection(backend, total, mean)
     accumulate = features_grad is not None
     if features_grad is not None:
         as_images(grad, height, width).copy_(features_grad)
@@ -180,7 +184,7 @@ def backward_stage(
         if layer.dropout is not None:
             _drop(grad[:, start:stop], layer.dropout, stage.drop_rate)
         below_needed = input_needed or index > lowest
-        backward = _LayerBackward(layer, index, saved, storage[:, :start], grad, below_needed, scratch)
+        backward = _LayerBackward(backend, layer, index, saved, storage[:, :start], grad, below_needed, scratch)
         layer_grads[index] = backward.run(layers_needed[index], projection)
         stop = start
     scratch.clear()  # before the peak of the copy below
@@ -196,6 +200,7 @@ class _LayerBackward:
 
     def __init__(
         self,
+        backend: ModuleType,
         layer: DenseLayer,
         index: int,
         saved: StageOutput,
@@ -214,8 +219,9 @@ class _LayerBackward:
         self.scratch = scratch
         self.rows = inputs.shape[0]
         self.height, self.width = saved.features.shape[2:]
-        self.backend = kernels.backend_for(inputs.device)
-        self.affine = layer.norm1.affine(*saved.statistics[:, :channels])
+        self.backend = backend
+        mean, variance = saved.statistics.unbind()
+        self.affine = layer.norm1.affine(self.backend, mean[:channels], variance[:channels])
 
     def run(self, needed: list[bool], projection: Projection) -> list[Tensor | None]:
         """The gradients of the layer's parameters, None where not needed."""
@@ -232,7 +238,7 @@ class _LayerBackward:
             self.slot_grad, self.inputs, affine.mean, affine.scale, affine.shift, self.layer.conv1,
             self.height, self.width, self.inputs_grad, True, conv_grad, *sums,
         )  # fmt: skip
-        return [*self._norm1_grads(sums, projection), conv_grad]
+        return [*self._norm_grads(self.layer.norm1, affine, sums, projection), conv_grad]
 
     def _bottleneck(self, needed: list[bool], projection: Projection) -> list[Tensor | None]:
         layer, affine = self.layer, self.affine
@@ -241,7 +247,7 @@ class _LayerBackward:
         norm1_needed = weight1 or bias1 or self.inputs_grad is not None
         bottleneck_needed = norm1_needed or conv1
         bottleneck = self._bottleneck_output()
-        affine2 = layer.norm2.affine(*self.saved.bottleneck_statistics[self.index])
+        affine2 = layer.norm2.affine(self.backend, *self.saved.bottleneck_statistics[self.index].unbind())
         sums2 = self._sums(bottleneck, bottleneck_needed or weight2 or bias2)
         bottleneck_grad = self._scratch("bottleneck_grad", bottleneck.shape[1]) if bottleneck_needed else None
         conv2_grad = self._like(layer.conv2, conv2)
@@ -249,20 +255,18 @@ class _LayerBackward:
             self.slot_grad, bottleneck, affine2.mean, affine2.scale, affine2.shift, layer.conv2,
             self.height, self.width, bottleneck_grad, False, conv2_grad, *sums2,
         )  # fmt: skip
-        norm2_grads = [_gamma_grad(sums2[1], affine2.rstd), sums2[0]]
+        finish = Projection(self.backend, bottleneck.shape[1], affine2.mean)
+        norm2_grads = self._norm_grads(layer.norm2, affine2, sums2, finish)
         if bottleneck_grad is None:
             return [None, None, None, *norm2_grads, conv2_grad]
 
-        finish = Projection(bottleneck.shape[1], affine2.mean)
-        assert sums2[0] is not None and sums2[1] is not None
-        finish.add(layer.norm2, affine2, sums2[0], sums2[1], self.rows)
         sums = self._sums(self.inputs, norm1_needed)
         conv1_grad = self._like(layer.conv1, conv1)
         self.backend.bn_relu_conv1x1_backward(
             bottleneck_grad, bottleneck, affine2.mean, finish.slope, finish.offset,
             self.inputs, affine.mean, affine.scale, affine.shift, layer.conv1, self.inputs_grad, conv1_grad, *sums,
         )  # fmt: skip
-        return [*self._norm1_grads(sums, projection), conv1_grad, *norm2_grads, conv2_grad]
+        return [*self._norm_grads(layer.norm1, affine, sums, projection), conv1_grad, *norm2_grads, conv2_grad]
 
     def _bottleneck_output(self) -> Tensor:
         """[M, K], as saved or recomputed; the recomputation takes no statistics."""
@@ -273,16 +277,20 @@ class _LayerBackward:
         self.backend.bn_relu_conv1x1(self.inputs, affine.scale, affine.shift, self.layer.conv1, bottleneck, None, None)
         return bottleneck
 
-    def _norm1_grads(self, sums: tuple[Tensor | None, Tensor | None], projection: Projection) -> list[Tensor | None]:
+    def _norm_grads(
+        self, norm: BatchNorm, affine: Affine, sums: tuple[Tensor | None, Tensor | None], projection: Projection
+    ) -> list[Tensor | None]:
+        """The gradients of the norm's weight and bias."""
         sum_grad, sum_grad_x = sums
-        if sum_grad is not None and sum_grad_x is not None:
-            projection.add(self.layer.norm1, self.affine, sum_grad, sum_grad_x, self.rows)
-        return [_gamma_grad(sum_grad_x, self.affine.rstd), sum_grad]
+        if sum_grad is None or sum_grad_x is None:
+            return [None, None]
+        return [projection.add(norm, affine, sum_grad, sum_grad_x, self.rows), sum_grad]
 
     def _sums(self, x: Tensor, needed: bool) -> tuple[Tensor | None, Tensor | None]:
         if not needed:
             return None, None
-        return self.affine.mean.new_empty(x.shape[1]), self.affine.mean.new_empty(x.shape[1])
+        sum_grad, sum_grad_x = self.affine.mean.new_empty(2, x.shape[1]).unbind()
+        return sum_grad, sum_grad_x
 
     def _like(self, weight: Tensor, needed: bool) -> Tensor | None:
         return weight.new_empty(weight.shape, dtype=self.affine.mean.dtype) if needed else None
@@ -310,11 +318,11 @@ def _forward_exit(stage: Stage, storage: Tensor, statistics: Tensor, height: int
 def _pool(stage: Stage, storage: Tensor, statistics: Tensor, height: int, width: int) -> Tensor:
     """[M', C], the pooled activations of the exit."""
     assert stage.exit_norm is not None
-    affine = stage.exit_norm.affine(*statistics)
+    backend = kernels.backend_for(storage.device)
+    affine = stage.exit_norm.affine(backend, *statistics.unbind())
     window = pooling_window(stage.exit, height, width)
     windows = storage.shape[0] // (height * width) * (height // window[0]) * (width // window[1])
     pooled = storage.new_empty(windows, storage.shape[1])
-    backend = kernels.backend_for(storage.device)
     backend.bn_relu_avg_pool(storage, affine.scale, affine.shift, height, width, *window, pooled)
     return pooled
 
@@ -341,20 +349,16 @@ def _backward_exit(
             conv_grad = (out_rows.t() @ pooled).view_as(stage.exit_conv)
             del pooled
         pooled_grad = out_rows @ weight
-    affine = stage.exit_norm.affine(*saved.statistics)
+    backend = projection.backend
+    affine = stage.exit_norm.affine(backend, *saved.statistics.unbind())
     window = pooling_window(stage.exit, height, width)
     sum_grad, sum_grad_x = torch.empty_like(affine.mean), torch.empty_like(affine.mean)
-    backend = kernels.backend_for(storage.device)
     backend.bn_relu_avg_pool_backward(
         pooled_grad.contiguous(), storage, affine.mean, affine.scale, affine.shift,
         height, width, *window, grad, accumulate, sum_grad, sum_grad_x,
     )  # fmt: skip
-    projection.add(stage.exit_norm, affine, sum_grad, sum_grad_x, storage.shape[0])
-    return [sum_grad_x * affine.rstd, sum_grad, *([conv_grad] if stage.exit_conv is not None else [])]
-
-
-def _gamma_grad(sum_grad_x: Tensor | None, rstd: Tensor) -> Tensor | None:
-    return None if sum_grad_x is None else sum_grad_x * rstd
+    norm_grad = projection.add(stage.exit_norm, affine, sum_grad, sum_grad_x, storage.shape[0])
+    return [norm_grad, sum_grad, *([conv_grad] if stage.exit_conv is not None else [])]
 
 
 def _first_needed(layers_needed: list[list[bool]]) -> int:

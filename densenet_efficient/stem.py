@@ -48,7 +48,7 @@ def forward_stem(stem: Stem, x: Tensor, save_conv: bool) -> StemOutput:
     statistics = x.new_zeros(2, rows.shape[1], dtype=kernels.accumulation_dtype(x.dtype))
     if stem.norm.running is None:
         backend.channel_stats(rows, *statistics)
-    affine = stem.norm.affine(*statistics)
+    affine = stem.norm.affine(backend, *statistics)
     out = empty_images(x, x.shape[0], rows.shape[1], pooled_size(height), pooled_size(width))
     backend.bn_relu_max_pool(rows, affine.scale, affine.shift, height, width, as_rows(out))
     return StemOutput(out, statistics, conv_out if save_conv else x.new_empty(0))
@@ -62,7 +62,7 @@ def backward_stem(
     conv_out = saved.conv_out if saved.conv_out.numel() else _convolve(stem, x)
     height, width = conv_out.shape[2:]
     rows = as_rows(conv_out)
-    affine = stem.norm.affine(*saved.statistics)
+    affine = stem.norm.affine(backend, *saved.statistics)
     grad = torch.empty_like(rows)
     sum_grad, sum_grad_x = torch.empty_like(affine.mean), torch.empty_like(affine.mean)
     backend.bn_relu_max_pool_backward(
@@ -77,12 +77,12 @@ def backward_stem(
         sum_grad,
         sum_grad_x,
     )
-    projection = Projection(rows.shape[1], affine.mean)
-    projection.add(stem.norm, affine, sum_grad, sum_grad_x, rows.shape[0])
+    projection = Projection(backend, rows.shape[1], affine.mean)
+    norm_grad = projection.add(stem.norm, affine, sum_grad, sum_grad_x, rows.shape[0])
     projection.apply(grad, rows, affine.mean, 0, rows.shape[1])
     del rows, conv_out
     conv_grads = _backward_convolution(stem, as_images(grad, height, width), x, needed[:2])
-    return [*conv_grads, sum_grad_x * affine.rstd, sum_grad]
+    return [*conv_grads, norm_grad, sum_grad]
 
 
 def _backward_convolution(stem: Stem, grad: Tensor, x: Tensor, needed: list[bool]) -> list[Tensor | None]:

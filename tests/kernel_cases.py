@@ -54,6 +54,19 @@ class Factory:
         x = (activation + 0.3 * activation.sign() - shift) / scale
         return {"x": x, **({"mean": x.mean(0)} if with_mean else {}), "scale": scale, "shift": shift}
 
+    def batch_norm_affine(self):
+        statistics = {"mean": self.normal(self.channels) + self.mean, "variance": self.uniform(0.1, 5, self.channels)}
+        parameters = {"weight": self.normal(self.channels), "bias": self.normal(self.channels)}
+        affine = {"affine": torch.empty(4, self.channels, dtype=torch.float64)}
+        return self.case("batch_norm_affine", {**statistics, **parameters, "eps": 1e-5, **affine})
+
+    def batch_norm_gradients(self):
+        names = ("sum_grad", "sum_grad_x", "rstd", "scale")
+        vectors = {name: self.normal(self.channels) for name in names}
+        added = {"slope": self.normal(self.channels), "offset": self.normal(self.channels)}
+        arguments = {**vectors, "count": max(self.rows, 1), **self.vectors("grad_weight"), **added}
+        return self.case("batch_norm_gradients", arguments, added=tuple(added))
+
     def channel_stats(self):
         x = self.normal(self.rows, self.channels) * self.uniform(0.1, 5, self.channels) + self.normal(self.channels)
         return self.case("channel_stats", {"x": x + self.mean, **self.vectors("mean", "variance")})
@@ -145,11 +158,12 @@ class Factory:
         return {name: torch.empty(channels or self.channels, dtype=torch.float64) for name in names}
 
     @staticmethod
-    def case(operation, arguments, accumulate=False):
+    def case(operation, arguments, accumulate=False, added=()):
         schema = getattr(torch.ops.densenet_efficient, operation).default._schema
         assert list(arguments) == [argument.name for argument in schema.arguments]
         written = [argument.name for argument in schema.arguments if argument.alias_info is not None]
-        return Case(operation, arguments, {name: accumulate and name == "grad" for name in written})
+        added = ("grad",) if accumulate else added
+        return Case(operation, arguments, {name: name in added for name in written})
 
 
 def in_slot(matrix):
@@ -167,25 +181,27 @@ def cast(case, dtype):
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
             continue
-        is_vector_or_sum = value.dim() == 1 or name == "grad_weight"
-        value = value.to(accumulation_dtype(dtype) if is_vector_or_sum else dtype)
+        accumulated = value.dim() == 1 or name in ("grad_weight", "affine")
+        value = value.to(accumulation_dtype(dtype) if accumulated else dtype)
         arguments[name] = torch.full_like(value, torch.nan) if case.written.get(name) is False else value
     return arguments
 
 
 def run(backend, case, arguments, place=in_slot):
     """Carries the case out on ``arguments``; what it has written, by name."""
-    placed = {
-        name: place(value) if isinstance(value, torch.Tensor) and value.dim() == 2 else copied(value)
-        for name, value in arguments.items()
-    }
+    placed = {name: place(value) if in_storage(name, value) else copied(value) for name, value in arguments.items()}
     getattr(backend, case.operation)(**placed)
     for name, value in placed.items():
-        if isinstance(value, torch.Tensor) and value.dim() == 2 and place is in_slot:
+        if in_storage(name, value) and place is in_slot:
             assert_boundary(name, value)
         if isinstance(value, torch.Tensor) and name not in case.written:
             assert same_values(value, arguments[name]), f"{name} is an input, and was modified"
     return {name: placed[name] for name in case.written}
+
+
+def in_storage(name, value):
+    """Whether the argument is a matrix [M, C], which a caller may take out of a wider one."""
+    return isinstance(value, torch.Tensor) and value.dim() == 2 and name != "affine"
 
 
 def same_values(one, other):

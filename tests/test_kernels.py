@@ -37,6 +37,9 @@ GEOMETRIES = [
     (2, 2, 3, 1, 513),
 ]
 
+# The operations on matrices of rows; the other ones compute with vectors of channels only.
+OVER_ROWS = [name for name in CONTRACT if not name.startswith("batch_norm")]
+
 
 def upcast(arguments):
     return {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
@@ -125,6 +128,8 @@ def test_gradient_is_assigned_where_it_does_not_accumulate(operation, dtype):
             for unneeded in (["grad"], ["grad_weight"], ["grad", "grad_weight"], ["grad", "sum_grad", "sum_grad_x"])
         ),
         ("bn_relu_avg_pool_backward", ["grad"]),
+        ("batch_norm_gradients", ["grad_weight"]),
+        ("batch_norm_gradients", ["slope", "offset"]),
     ],
     ids=str,
 )
@@ -183,7 +188,7 @@ def test_float32_weights_beside_low_precision_activations(operation, dtype):
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("operation", CONTRACT)
+@pytest.mark.parametrize("operation", OVER_ROWS)
 def test_non_finite_values_come_out(operation, value, dtype):
     """Where plain torch has them and nowhere else: neither hidden by a mask nor spread by padding."""
     case = getattr(Factory(2, 7, 5, 19, 13), operation)()
@@ -220,7 +225,7 @@ def test_the_same_bits_in_every_run_and_with_any_number_of_threads(operation, dt
 
 
 @needs_native
-@pytest.mark.parametrize("operation", CONTRACT)
+@pytest.mark.parametrize("operation", OVER_ROWS)
 def test_no_images(operation):
     """An empty batch: what is summed over it is zero."""
     case = getattr(Factory(0, 4, 6, 5, 3), operation)()
@@ -250,7 +255,15 @@ def test_more_than_2_to_the_31_elements_in_one_storage(operation):
     assert all(torch.equal(results[name], value) for name, value in expected.items())
 
 
-def spoiled(arguments):
+# Arguments of any floating dtype.
+ANY_DTYPE = dict.fromkeys(CONTRACT, ("weight",)) | {
+    "batch_norm_affine": ("mean", "variance", "weight", "bias", "affine")
+}
+# Those that the others are held against, so that what does not fit them may be named.
+LEADING = ("x", "weight", "sum_grad")
+
+
+def spoiled(operation, arguments):
     """(name, arguments) with one argument wrong each, in shape, dtype, stride or device."""
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
@@ -258,9 +271,9 @@ def spoiled(arguments):
         yield name, "shape", value.new_zeros([size + 1 for size in value.shape])
         yield name, "rank", value.unsqueeze(0)
         yield name, "device", value.to("meta")
-        if name != "weight":  # which comes in any floating dtype
+        if name not in ANY_DTYPE[operation]:
             yield name, "dtype", value.to(torch.float64 if value.dtype != torch.float64 else torch.float32)
-        if value.dim() == 2 and name != "grad_weight":
+        if value.dim() == 2:
             yield name, "stride", value.t().contiguous().t()
             yield name, "overlap", value[:1].expand(value.shape)
 
@@ -270,8 +283,8 @@ def spoiled(arguments):
 def test_impossible_arguments(operation):
     case = getattr(Factory(2, 4, 6, 5, 3), operation)()
     arguments = cast(case, torch.float32)
-    for name, wrong, value in spoiled(arguments):
-        named = "" if name in ("x", "weight") else f"{name} "  # for these two, what does not fit them may be named
+    for name, wrong, value in spoiled(operation, arguments):
+        named = "" if name in LEADING else f"{name} "
         message = None if wrong == "device" else f"{named}must"
         with pytest.raises(RuntimeError, match=message):
             getattr(cpu, operation)(**arguments | {name: value})

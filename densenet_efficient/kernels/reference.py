@@ -18,6 +18,32 @@ def channel_stats(x: Tensor, mean: Tensor, variance: Tensor) -> None:
     variance.copy_(batch_variance)
 
 
+def batch_norm_affine(mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float, affine: Tensor) -> None:
+    """affine [4, C]: the mean, ``rstd = 1 / sqrt(variance + eps)``, ``scale = weight * rstd``, ``shift``."""
+    mean, variance = mean.to(affine.dtype), variance.to(affine.dtype)
+    rstd = torch.rsqrt(variance + eps)
+    scale = weight.to(affine.dtype) * rstd
+    torch.stack([mean, rstd, scale, torch.addcmul(bias.to(affine.dtype), mean, scale, value=-1)], out=affine)
+
+
+def batch_norm_gradients(
+    sum_grad: Tensor,
+    sum_grad_x: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    count: int,
+    grad_weight: Tensor | None,
+    slope: Tensor | None,
+    offset: Tensor | None,
+) -> None:
+    """The gradient of one norm's weight, and its share of the projection, added to ``slope`` and ``offset``."""
+    if grad_weight is not None:
+        torch.mul(sum_grad_x, rstd, out=grad_weight)
+    if slope is not None and offset is not None:
+        offset.addcmul_(scale, sum_grad, value=-1 / count)
+        slope.addcmul_(scale * rstd.square(), sum_grad_x, value=-1 / count)
+
+
 def bn_relu_conv1x1(
     x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor, mean: Tensor | None, variance: Tensor | None
 ) -> None:

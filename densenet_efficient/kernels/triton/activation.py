@@ -1,4 +1,4 @@
-"""Device functions of BN-ReLU: the activation as every kernel computes it, and the mask of its gradient."""
+"""Device functions of BN-ReLU: the activation as every kernel computes it, and what its backward is made of."""
 
 import triton
 import triton.language as tl
@@ -15,3 +15,9 @@ def activate(x, scale, shift, dtype: tl.constexpr):
 def mask_gradient(gradient, activation):
     """``gradient`` where the activation, as rounded, is positive or NaN, and zero elsewhere."""
     return tl.where(activation.to(gradient.dtype) <= 0, 0.0, gradient)
+
+
+@triton.jit
+def project(gradient, x, mean, slope, offset):
+    """gradient + offset + (x - mean) * slope, the projection of a batch norm's backward, in the dtype of ``mean``."""
+    return tl.fma(x.to(mean.dtype) - mean, slope, gradient.to(mean.dtype) + offset)

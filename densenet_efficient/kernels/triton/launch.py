@@ -1,24 +1,30 @@
-"""What every launch needs: its device, the precision of its products, the number of its programs."""
+"""What every launch needs: its device, the precision of its products, the size of its tiles."""
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-INTERPRETED_MULTIPROCESSORS = 3  # few, so that in the interpreter too a program works through several tiles
+# Where there is no card: few multiprocessors, so that in the interpreter too a program works through several tiles.
+INTERPRETED_MULTIPROCESSORS = 4
+INTERPRETED_CAPABILITY = 9
 
 
 class Tile(NamedTuple):
-    """The tile of a program: rows x columns of the result, ``depth`` of the product at a time."""
+    """A program's tile: rows x columns of the result, ``depth`` of the product at a time; how it is compiled."""
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    registers: int | None = None  # at most, of a thread
+
+    def options(self) -> dict[str, int | None]:
+        """The options of a launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:
@@ -32,13 +38,20 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def row_programs(rows: int, tile_rows: int, device: torch.device, per_multiprocessor: int) -> int:
-    """How many programs share ``rows``: as many as run at a time, or one for each tile where these are fewer."""
-    return min(triton.cdiv(rows, tile_rows), per_multiprocessor * _multiprocessors(device))
-
-
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at a time, one on each multiprocessor."""
     if device.type != "cuda":
         return INTERPRETED_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def has_warpgroup_products(device: torch.device) -> bool:
+    """Whether the tensor cores take operands from shared memory, as from Hopper (9.0) on."""
+    return (torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else INTERPRETED_CAPABILITY) >= 9
+
+
+def programs_per_block(rows: int, tile_rows: int, blocks: int, programs: int) -> int:
+    """How many programs share the rows of each of ``blocks`` so that ``programs`` run at a time; none without rows."""
+    return min((rows + tile_rows - 1) // tile_rows, max(programs // blocks, 1))

@@ -1,8 +1,7 @@
-"""Reductions over rows in two stages: partial results per program, merged in a fixed order by a second kernel.
+"""Reductions over rows in stages: partial results per program, merged in a fixed order by further kernels.
 
 Statistics travel as (count, mean, M2), M2 being the sum of squared deviations from the mean (Chan et al. 1979), so that
-nothing cancels where the mean is far from zero. Which rows a partial result covers depends on the shapes and on the
-number of multiprocessors, never on timing.
+nothing cancels where the mean is far from zero. Which rows a partial result covers depends on shapes, never on timing.
 """
 
 import triton
@@ -25,19 +24,10 @@ def tile_statistics(values, valid, count):
 
 
 @triton.jit
-def merge_statistics(count, mean, m2, other_count, other_mean, other_m2):
-    """(count, mean, M2) of two disjoint sets of rows, the second not empty."""
-    total = count + other_count
-    fraction = other_count / total
-    delta = other_mean - mean
-    return total, mean + delta * fraction, m2 + other_m2 + delta * delta * (count * fraction)
-
-
-@triton.jit
 def store_statistics(partials, part, parts, channels, column, count, mean, m2):
     """Stores one program's result for its columns into ``partials`` [3, parts, channels]."""
-    plane = parts * channels
-    place = partials + part * channels + column
+    plane = parts.to(tl.int64) * channels
+    place = partials + part.to(tl.int64) * channels + column
     within = column < channels
     tl.store(place, tl.zeros_like(mean) + count, mask=within)
     tl.store(place + plane, mean, mask=within)
@@ -47,81 +37,91 @@ def store_statistics(partials, part, parts, channels, column, count, mean, m2):
 @triton.jit
 def store_sums(partials, part, parts, channels, column, first, second):
     """Stores one program's two sums for its columns into ``partials`` [2, parts, channels]."""
-    place = partials + part * channels + column
+    place = partials + part.to(tl.int64) * channels + column
     within = column < channels
     tl.store(place, first, mask=within)
-    tl.store(place + parts * channels, second, mask=within)
+    tl.store(place + parts.to(tl.int64) * channels, second, mask=within)
 
 
 @triton.jit
-def _load_parts(partials, start, parts, channels, column, PARTS: tl.constexpr):
-    part = start + tl.arange(0, PARTS)
-    within = (part < parts)[:, None] & (column < channels)[None, :]
-    return tl.load(partials + part.to(tl.int64)[:, None] * channels + column[None, :], mask=within, other=0.0)
-
-
-@triton.jit
-def _merge_statistics_kernel(
-    partials, mean, variance, rows, parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr
-):
-    column = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    plane = parts * channels
-    dtype = partials.dtype.element_ty
-    rows = rows.to(dtype)
-    within = column < channels
-    near = tl.load(partials + plane + column, mask=within & (parts > 0), other=0.0)  # a mean: differences are small
-    total = tl.zeros((PARTS, CHANNELS), dtype)
-    for start in range(0, parts, PARTS):
-        count = _load_parts(partials, start, parts, channels, column, PARTS)
-        delta = _load_parts(partials + plane, start, parts, channels, column, PARTS) - near[None, :]
-        total += tl.where(count > 0, count * delta, 0.0)
-    merged = near + tl.sum(total, 0) / rows
-    total = tl.zeros((PARTS, CHANNELS), dtype)
-    for start in range(0, parts, PARTS):
-        count = _load_parts(partials, start, parts, channels, column, PARTS)
-        delta = _load_parts(partials + plane, start, parts, channels, column, PARTS) - merged[None, :]
-        m2 = _load_parts(partials + 2 * plane, start, parts, channels, column, PARTS)
-        total += m2 + tl.where(count > 0, count * delta * delta, 0.0)
-    tl.store(mean + column, merged, mask=within)
-    tl.store(variance + column, tl.sum(total, 0) / rows, mask=within)
-
-
-@triton.jit
-def _merge_sums_kernel(partials, first, second, parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
+def _block_of_parts(parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Where a program's parts and columns lie in a plane [parts, channels], which of them exist, and the columns."""
     column = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
-    which = tl.program_id(1)
-    out = second if which else first
-    total = tl.zeros((PARTS, CHANNELS), partials.dtype.element_ty)
-    for start in range(0, parts, PARTS):
-        total += _load_parts(partials + which.to(tl.int64) * parts * channels, start, parts, channels, column, PARTS)
-    tl.store(out + column, tl.sum(total, 0), mask=column < channels)
+    part = tl.program_id(1).to(tl.int64) * PARTS + tl.arange(0, PARTS)
+    return part[:, None] * channels + column[None, :], (part < parts)[:, None] & (column < channels)[None, :], column
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _merge_statistics_kernel(
+    partials, count, mean, m2_or_variance, parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """PARTS parts become one row of the results; without a ``count`` it is the last, and the variance is wanted."""
+    place, exists, column = _block_of_parts(parts, channels, PARTS, CHANNELS)
+    plane = tl.cast(parts, tl.int64) * channels
+    counts = tl.load(partials + place, mask=exists, other=0.0)
+    means = tl.load(partials + plane + place, mask=exists, other=0.0)
+    m2s = tl.load(partials + 2 * plane + place, mask=exists, other=0.0)
+
+    total = tl.sum(counts, 0)
+    near = tl.sum(tl.where(tl.arange(0, PARTS)[:, None] == 0, means, 0.0), 0)  # a mean, so differences are small
+    merged = near + tl.sum(tl.where(exists, counts * (means - near[None, :]), 0.0), 0) / total
+    delta = means - merged[None, :]
+    m2 = tl.sum(tl.where(exists, m2s + counts * delta * delta, 0.0), 0)
+
+    row = tl.program_id(1).to(tl.int64) * channels + column
+    within = column < channels
+    tl.store(mean + row, merged, mask=within)
+    if count is None:
+        tl.store(m2_or_variance + row, m2 / total, mask=within)
+    else:
+        tl.store(count + row, total, mask=within)
+        tl.store(m2_or_variance + row, m2, mask=within)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _merge_sums_kernel(partials, first, second, parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
+    """PARTS parts become one row of ``first``, and those of the second plane one of ``second``."""
+    place, exists, column = _block_of_parts(parts, channels, PARTS, CHANNELS)
+    row = tl.program_id(1).to(tl.int64) * channels + column
+    within = column < channels
+    tl.store(first + row, tl.sum(tl.load(partials + place, mask=exists, other=0.0), 0), mask=within)
+    if second is not None:
+        plane = tl.cast(parts, tl.int64) * channels
+        tl.store(second + row, tl.sum(tl.load(partials + plane + place, mask=exists, other=0.0), 0), mask=within)
+
+
+def _blocks(parts: int, channels: int) -> tuple[int, int]:
+    return triton.cdiv(channels, BLOCK_CHANNELS), max(triton.cdiv(parts, BLOCK_PARTS), 1)
 
 
 def finish_statistics(
     partials: Tensor,  # [3, parts, C]: count, mean, M2
-    rows: int,
     mean: Tensor,  # [C]
     variance: Tensor,  # [C]
 ) -> None:
-    """Merges the partial statistics of all ``rows`` into mean and biased variance."""
+    """Merges partial statistics into the mean and the biased variance."""
     _, parts, channels = partials.shape
-    grid = (triton.cdiv(channels, BLOCK_CHANNELS),)
+    grid = _blocks(parts, channels)
+    is_last = grid[1] == 1
+    merged = (None, mean, variance) if is_last else partials.new_empty(3, grid[1], channels)
     with on_device(partials):
-        _merge_statistics_kernel[grid](
-            partials, mean, variance, rows, parts, channels, BLOCK_PARTS, BLOCK_CHANNELS, num_warps=WARPS
-        )
+        _merge_statistics_kernel[grid](partials, *merged, parts, channels, BLOCK_PARTS, BLOCK_CHANNELS, num_warps=WARPS)
+    if isinstance(merged, Tensor):
+        finish_statistics(merged, mean, variance)
 
 
 def finish_sums(
-    partials: Tensor,  # [2, parts, C], or [1, parts, C] without a second
+    partials: Tensor,  # [1, parts, C], or [2, parts, C] with a second
     first: Tensor,  # [C]
     second: Tensor | None = None,  # [C]
 ) -> None:
-    """Adds the partial sums in a fixed order."""
+    """Adds partial sums in a fixed order."""
     kinds, parts, channels = partials.shape
-    grid = (triton.cdiv(channels, BLOCK_CHANNELS), kinds)
+    grid = _blocks(parts, channels)
+    is_last = grid[1] == 1
+    merged = None if is_last else partials.new_empty(kinds, grid[1], channels)
+    sums = (first, second) if merged is None else (merged[0], None if second is None else merged[1])
     with on_device(partials):
-        _merge_sums_kernel[grid](
-            partials, first, first if second is None else second, parts, channels, BLOCK_PARTS, BLOCK_CHANNELS,
-            num_warps=WARPS,
-        )  # fmt: skip
+        _merge_sums_kernel[grid](partials, *sums, parts, channels, BLOCK_PARTS, BLOCK_CHANNELS, num_warps=WARPS)
+    if merged is not None:
+        finish_sums(merged, first, second)

@@ -1,0 +1,51 @@
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "checks.h"
+
+namespace densenet_efficient {
+namespace {
+
+using at::Tensor;
+
+template <typename A>
+void fill(const Tensor& mean, const Tensor& variance, const Tensor& weight, const Tensor& bias, double eps,
+          const Tensor& affine) {
+  const int64_t channels = affine.size(1);
+  const A *means = mean.const_data_ptr<A>(), *variances = variance.const_data_ptr<A>();
+  const A *gamma = weight.const_data_ptr<A>(), *beta = bias.const_data_ptr<A>();
+  A* rows = affine.data_ptr<A>();
+  A *to_mean = rows, *rstd = rows + channels, *scale = rstd + channels, *shift = scale + channels;
+  for (int64_t c = 0; c < channels; c++) {
+    to_mean[c] = means[c];
+    rstd[c] = 1 / std::sqrt(variances[c] + static_cast<A>(eps));
+    scale[c] = gamma[c] * rstd[c];
+    shift[c] = beta[c] - means[c] * scale[c];
+  }
+}
+
+// A vector [channels] of any floating dtype, contiguous in the dtype of ``affine``.
+Tensor checked_vector(const Tensor& vector, const char* name, const Tensor& affine) {
+  TORCH_CHECK(vector.dim() == 1 && vector.size(0) == affine.size(1), name, " must have shape [", affine.size(1),
+              "], got ", vector.sizes());
+  TORCH_CHECK(vector.device() == affine.device(), "Expected all tensors to be on the same device, but ", name,
+              " is on ", vector.device(), " and affine on ", affine.device());
+  return vector.to(affine.scalar_type()).contiguous();
+}
+
+void affine_map(const Tensor& mean, const Tensor& variance, const Tensor& weight, const Tensor& bias, double eps,
+                const Tensor& affine) {
+  TORCH_CHECK(affine.dim() == 2 && affine.size(0) == 4 && affine.is_contiguous(),
+              "affine must be contiguous of shape [4, C], got ", affine.sizes());
+  check_accumulation_dtype(affine, "affine");
+  const auto run = affine.scalar_type() == at::kDouble ? &fill<double> : &fill<float>;
+  run(checked_vector(mean, "mean", affine), checked_vector(variance, "variance", affine),
+      checked_vector(weight, "weight", affine), checked_vector(bias, "bias", affine), eps, affine);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("batch_norm_affine", &affine_map); }
+
+}  // namespace densenet_efficient
