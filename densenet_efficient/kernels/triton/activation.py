@@ -21,3 +21,12 @@ def mask_gradient(gradient, activation):
 def project(gradient, x, mean, slope, offset):
     """gradient + offset + (x - mean) * slope, the projection of a batch norm's backward, in the dtype of ``mean``."""
     return tl.fma(x.to(mean.dtype) - mean, slope, gradient.to(mean.dtype) + offset)
+
+
+@triton.jit
+def deposit(grad, place, gradient, factor, inside, ACCUMULATE: tl.constexpr):
+    """Leaves ``factor * gradient`` in ``grad``, or adds it to what is there."""
+    result = gradient * factor
+    if ACCUMULATE:
+        result = tl.fma(gradient, factor, tl.load(grad + place, mask=inside, other=0.0).to(gradient.dtype))
+    tl.store(grad + place, result.to(grad.dtype.element_ty), mask=inside)

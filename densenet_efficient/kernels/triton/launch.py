@@ -1,4 +1,7 @@
-"""What every launch needs: its device, the precision of its products, the size of its tiles."""
+"""What every launch needs: its device, the precision of its products, the size of its tiles.
+
+Kernels count pixels in 32 bits and elements in 64.
+"""
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
@@ -55,3 +58,9 @@ def has_warpgroup_products(device: torch.device) -> bool:
 def programs_per_block(rows: int, tile_rows: int, blocks: int, programs: int) -> int:
     """How many programs share the rows of each of ``blocks`` so that ``programs`` run at a time; none without rows."""
     return min((rows + tile_rows - 1) // tile_rows, max(programs // blocks, 1))
+
+
+def pixel_tile(channels: int, elements: int) -> tuple[int, int]:
+    """(rows, columns), powers of two, of a tile of ``elements`` of an operation that bandwidth bounds."""
+    columns = min(1 << (channels - 1).bit_length(), 64)
+    return min(elements // columns, 1024), columns
