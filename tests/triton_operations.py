@@ -29,12 +29,26 @@ GEOMETRIES = [
     (1, 1, 1, 1, 1),
     (1, 1, 2, 3, 3),
     (2, 5, 4, 32, 48),
-    (2, 9, 8, 150, 12),
-    (1, 4, 9, 33, 150),
-    (3, 7, 7, 128, 32),
+    (1, 9, 8, 150, 12),
+    (1, 4, 5, 33, 150),
+    (3, 7, 7, 70, 32),
 ]
-ON_A_CARD = [(1, 8, 9, 513, 48), (2, 2, 3, 1, 513), (2, 1, 300, 24, 16), (1, 33, 47, 64, 128), (2, 56, 56, 224, 128)]
+ON_A_CARD = [
+    (4, 7, 7, 128, 32),
+    (1, 8, 9, 513, 48),
+    (2, 2, 3, 1, 513),
+    (2, 1, 300, 24, 16),
+    (1, 33, 47, 64, 128),
+    (2, 56, 56, 224, 128),
+]
 GEOMETRIES += [] if INTERPRETED else ON_A_CARD
+# The kernels of float16 are those of bfloat16: one geometry is enough where time is short.
+GEOMETRIES_AND_DTYPES = [
+    (geometry, dtype)
+    for geometry in GEOMETRIES
+    for dtype in DTYPES
+    if not INTERPRETED or dtype != torch.float16 or geometry == (2, 5, 4, 32, 48)
+]
 SMALL_SIZES = (
     [(1, 1), (1, 5), (2, 3), (3, 2), (5, 4)] if INTERPRETED else [(h, w) for h in range(1, 8) for w in (1, 2, 7)]
 )
@@ -54,8 +68,7 @@ def exact_products(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda geometry: "x".join(map(str, geometry)))
+@pytest.mark.parametrize(("geometry", "dtype"), GEOMETRIES_AND_DTYPES, ids=str)
 @pytest.mark.parametrize("operation", CONTRACT)
 def test_operation_is_exact(operation, geometry, dtype):
     assert_exact(getattr(Factory(*geometry), operation)(), dtype)
@@ -127,7 +140,7 @@ def test_means_far_from_zero(operation, dtype):
 @pytest.mark.parametrize("operation", ["bn_relu_conv1x1", "bn_relu_conv3x3"])
 def test_statistics_are_those_of_the_stored_values(operation, dtype):
     """Also where rounding has moved the values."""
-    case = getattr(Factory(2, 13, 11, 24, 16), operation)()
+    case = getattr(Factory(1, 13, 11, 24, 16), operation)()
     assert_statistics_of_stored(run(backend, case, arguments_of(case, dtype)))
 
 
@@ -169,8 +182,8 @@ def test_float32_weights_beside_low_precision_activations(operation):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("operation", OVER_ROWS)
 def test_non_finite_values_come_out(operation, dtype):
-    case = getattr(Factory(2, 7, 5, 19, 13), operation)()
-    for value in (torch.nan, torch.inf, -torch.inf):
+    case = getattr(Factory(2, 4, 5, 19, 13), operation)()
+    for value in (torch.nan, torch.inf) if INTERPRETED else (torch.nan, torch.inf, -torch.inf):
         for name in ("x", "out_grad"):
             if name not in case.arguments:
                 continue
@@ -183,7 +196,7 @@ def test_non_finite_values_come_out(operation, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("operation", CONTRACT)
 def test_the_same_bits_in_every_run(operation, dtype):
-    case = getattr(Factory(2, 13, 11, 40, 24), operation)()
+    case = getattr(Factory(1, 13, 11, 40, 24) if INTERPRETED else Factory(4, 33, 31, 224, 128), operation)()
     arguments = arguments_of(case, dtype)
     expected = run(backend, case, arguments)
     for _ in range(1 if INTERPRETED else 5):
