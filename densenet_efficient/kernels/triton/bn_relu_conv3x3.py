@@ -9,6 +9,8 @@ from .launch import Tile, dot_precision, on_device
 from .statistics import finish_statistics, store_statistics, tile_statistics
 from .taps import existing_neighbours, exists_at
 
+MANY_ROWS = 2**15
+
 
 @triton.jit(do_not_specialize=["rows", "height", "width"])
 def _kernel(
@@ -71,12 +73,12 @@ def _kernel(
 def _tile(x: Tensor, outputs: int, precision: str) -> Tile:
     """One stage, where rows are many: a line is read for three taps above each other, two times from the L1 cache."""
     columns = min(max(triton.next_power_of_2(outputs), 16), 64)
+    depth = 128 // x.dtype.itemsize // (1 if columns < 64 else 2)
     if x.dtype.itemsize == 2:
-        depth = 64 if columns < 64 else 32
-        few_rows = x.shape[0] < 2**15
-        return Tile(64, columns, depth, warps=4, stages=3) if few_rows else Tile(128, columns, depth, 8, 1)
+        rows, stages = (128, 1) if x.shape[0] >= MANY_ROWS else (64, 3)
+        return Tile(rows, columns, depth, warps=8, stages=stages)
     if precision == "tf32":
-        return Tile(128, columns, 32, warps=8, stages=1)
+        return Tile(128, columns, depth, warps=8, stages=1)
     return Tile(128, min(columns, 32), 32, warps=8, stages=1)
 
 

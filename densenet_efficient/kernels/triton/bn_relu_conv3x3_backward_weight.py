@@ -9,6 +9,8 @@ from .activation import activate
 from .launch import Tile, dot_precision, has_warpgroup_products, multiprocessors, on_device, programs_per_block
 from .taps import existing_neighbours, exists_at, row_offset
 
+MANY_ROWS = 2**17
+
 
 @triton.jit(do_not_specialize=["rows", "height", "width", "parts"])
 def _kernel(
@@ -55,10 +57,9 @@ def _tile(x: Tensor, outputs: int, precision: str) -> tuple[Tile, int]:
     """
     columns = min(max(triton.next_power_of_2(outputs), 16), 64)
     block = 128 if x.shape[1] > 64 and columns < 64 else 64
-    if x.dtype.itemsize == 2 and has_warpgroup_products(x.device) and x.shape[0] >= 2**17:
-        return Tile(block, columns, 64, warps=8, stages=3 if columns < 64 else 2), 9
     if x.dtype.itemsize == 2:
-        return Tile(block, columns, 64, warps=8, stages=3), 3
+        taps = 9 if has_warpgroup_products(x.device) and x.shape[0] >= MANY_ROWS else 3
+        return Tile(block, columns, 64, warps=8, stages=3 if columns == 32 else 2), taps
     if precision == "tf32":
         return Tile(block, columns, 32, warps=8, stages=2), 3
     return Tile(64, min(columns, 32), 32, warps=8, stages=2 if x.dtype.itemsize == 4 else 1), 3
