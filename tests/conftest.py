@@ -1,10 +1,15 @@
 """Fixtures of the exactness suite; its cases come from `cases` and `kernel_cases`."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from cases import needs_native
 
 from densenet_efficient import kernels
+
+# torch brings Triton on Linux only.
+collect_ignore = [] if find_spec("triton") else ["test_triton_compile.py", "test_triton_kernels.py"]
 
 
 def pytest_configure(config):

@@ -16,10 +16,11 @@ from torch._functorch import config as functorch_config
 
 from benchmarks import cells, implementations, report, run
 from benchmarks import results as results_file
-from benchmarks.cells import Cell, Variant, measure_memory, measure_times, variants_of
+from benchmarks.cells import COMPILED, INFERENCE_ONLY, Cell, Variant, measure_memory, measure_times, variants_of
 from benchmarks.implementations import IMPLEMENTATIONS, build
+from benchmarks.runtimes import ExportedNetwork
 
-EAGER = [name for name in IMPLEMENTATIONS if name not in cells.COMPILED]
+EAGER = [name for name in IMPLEMENTATIONS if name not in (*COMPILED, *INFERENCE_ONLY)]
 KEY = {
     "task": "train",
     "model": "tiny",
@@ -49,6 +50,35 @@ def test_all_implementations_are_the_same_network(name: str) -> None:
     network.load_state_dict(reference.state_dict())
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(network(images), reference(images))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", INFERENCE_ONLY)
+def test_exported_networks_give_the_same_logits(name: str) -> None:
+    network = build(name, "tiny").eval()
+    assert isinstance(network, ExportedNetwork)
+    for batch in (1, 2, 1):
+        images = torch.rand(batch, 3, 64, 64)
+        with torch.inference_mode():
+            torch.testing.assert_close(network(images), network.network(images), rtol=1e-4, atol=1e-5)
+    assert len(network.runs) == 2  # exported once per shape
+
+
+def test_which_runtime_takes_which_dtype() -> None:
+    names = list(INFERENCE_ONLY)
+    assert variants_of(names, "infer") == [Variant("onnxruntime", "contiguous"), Variant("openvino", "contiguous")]
+    assert variants_of(names, "infer", "bfloat16") == [Variant("openvino", "contiguous")]
+    assert variants_of(names, "train") == []
+
+
+def test_a_runtime_that_is_not_installed_is_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "is_installed", lambda package: package != "openvino")
+    options = run.parse(["--quick", "--output=quick.json", "--tasks=infer"])
+    variants = run.variants_in(run.plan(options)[0], options)
+    assert {"onnxruntime"} == {variant.implementation for variant in variants} & set(INFERENCE_ONLY)
+    assert "openvino" in capsys.readouterr().out
 
 
 def test_an_unknown_implementation_is_refused() -> None:
@@ -240,10 +270,19 @@ def published(tmp_path: Path) -> tuple[Path, list[str]]:
         if mib_per_image is not None:
             results_file.record(results, key, mib_per_image=mib_per_image)
     results_file.save(folder / "machine.json", results)
+    lines = [
+        {"operation": "bn_relu_conv1x1", "rows": 512, "calls": 4, "seconds": 0.06, "flops": 6e9, "bytes": 3e8},
+        {"operation": "channel_stats", "rows": 512, "calls": 1, "seconds": 0.0005, "flops": 0.0, "bytes": 1e6},
+        {"operation": "the rest", "rows": 0, "calls": 0, "seconds": 0.0395, "flops": 0.0, "bytes": 0.0},
+    ]
+    step = {"model": "tiny", "dtype": "float32", "batch": 2, "size": 64, "level": "none", "step_seconds": 0.1}
+    rates = {"step_flops": 7.5e9, "product_rate": 2e11, "copy_rate": 2e10}
+    roofline = {"header": HEADER, "rows": [step | rates | {"lines": lines}]}
+    results_file.save(folder / "machine-roofline.json", roofline)
     readme = tmp_path / "README.md"
     sections = [f"<!-- benchmarks:begin {name} -->\nold\n<!-- benchmarks:end -->\n" for name in report.SECTIONS]
     readme.write_text("before\n" + "between\n".join(sections) + "after\n")
-    return readme, [f"--readme={readme}", f"--results={folder}"]
+    return readme, [f"--documents={readme}", f"--results={folder}"]
 
 
 def test_the_report_fills_the_sections_and_then_checks(published: tuple[Path, list[str]]) -> None:
@@ -255,7 +294,7 @@ def test_the_report_fills_the_sections_and_then_checks(published: tuple[Path, li
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert text.count("between\n") == 3
+    assert text.count("between\n") == 4
     assert "old" not in text
     readme.write_text(text.replace("62 ms", "61 ms"))
     with pytest.raises(SystemExit, match="does not match the results files"):
@@ -275,6 +314,17 @@ def test_the_tables_compare_with_the_best_of_torchvision(published: tuple[Path, 
         assert fact in figures
     assert lines.count("Not measured yet on a GPU.") == 2
     assert lines.count("Not measured yet on a CPU.") == 1  # the fixture has no inference
+
+
+def test_the_roofline_stands_in_the_document(published: tuple[Path, list[str]]) -> None:
+    readme, arguments = published
+    report.main(arguments)
+    lines = readme.read_text().splitlines()
+    assert "**tiny, float32, batch 2, 64x64, none: 100 ms, 38% of the roof**" in lines
+    assert "Roof 200 GFLOP/s, copy rate 20 GB/s." in lines
+    assert "| bn_relu_conv1x1 | 512 | 4 | 60.0 | 60.0% | 100 | 50% | 5 | 25% |" in lines
+    assert "| operations below 1 % each |  | 1 | 0.5 | 0.5% |  |  |  |  |" in lines
+    assert "| the rest |  |  | 39.5 | 39.5% |  |  |  |  |" in lines
 
 
 def test_the_report_draws_the_picture_it_shows(published: tuple[Path, list[str]]) -> None:

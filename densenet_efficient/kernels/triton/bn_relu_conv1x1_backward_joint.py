@@ -1,4 +1,4 @@
-"""Backward of the 1x1 convolution in one pass over the storage, for 16-bit storage, K up to 256 and Hopper on.
+"""Backward of the 1x1 convolution in one pass over the storage, for 16-bit storage and K up to 256, on Hopper.
 
 A program owns a block of channels and walks over its share of the rows, so that the block's weight and its part of the
 weight's gradient stay on the chip. Tiles stand upright, [channels, rows]: then both products find the finished gradient

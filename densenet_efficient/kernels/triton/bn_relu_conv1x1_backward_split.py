@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate, mask_gradient, project
+from .activation import activate, deposit, mask_gradient, project
 from .launch import Tile, dot_precision, multiprocessors, on_device, programs_per_block
 from .statistics import finish_sums, store_sums
 
@@ -56,9 +56,7 @@ def _input_kernel(
     sum_grad_x = tl.sum(gradient * (inputs.to(dtype) - centre), 0)
     store_sums(sum_partials, part, tl.num_programs(1), channels, channel, tl.sum(gradient, 0), sum_grad_x)
     if grad is not None:
-        place = grad + row[:, None] * grad_stride + channel[None, :]
-        before = tl.load(place, mask=inside, other=0.0)
-        tl.store(place, tl.fma(gradient, factor, before.to(dtype)).to(before.dtype), mask=inside)
+        deposit(grad, row[:, None] * grad_stride + channel[None, :], gradient, factor, inside, True)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -51,8 +51,9 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def has_warpgroup_products(device: torch.device) -> bool:
-    """Whether the tensor cores take operands from shared memory, as from Hopper (9.0) on."""
-    return (torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else INTERPRETED_CAPABILITY) >= 9
+    """Whether the tensor cores take operands of a group of warps from shared memory, as Hopper's (9.x) do."""
+    capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else INTERPRETED_CAPABILITY
+    return capability == 9
 
 
 def programs_per_block(rows: int, tile_rows: int, blocks: int, programs: int) -> int:

@@ -1,7 +1,8 @@
 """Reductions over rows in stages: partial results per program, merged in a fixed order by further kernels.
 
 Statistics travel as (count, mean, M2), M2 being the sum of squared deviations from the mean (Chan et al. 1979), so that
-nothing cancels where the mean is far from zero. Which rows a partial result covers depends on shapes, never on timing.
+nothing cancels where the mean is far from zero. Which rows a partial result covers depends on the shapes and the card,
+never on timing.
 """
 
 import triton
