@@ -97,6 +97,15 @@ class Layer:
         backend.bn_relu_conv3x3(x, scale, shift, weight, *self.size, out, *statistics)
         backend.bn_relu_conv3x3_backward(out, x, mean, scale, shift, weight, *self.size, grad, False, weight, *sums)
 
+    def plain_convolution(self):
+        """Without a bottleneck: on the storage itself, adding into its gradient."""
+        x, grad, out = self.slot(self.channels), self.slot(self.channels), self.slot(self.growth_rate)
+        weight = self.weight(self.growth_rate, self.channels, 3)
+        mean, scale, shift, *sums = self.vectors(self.channels, 5)
+        statistics = self.vectors(self.growth_rate, 2)
+        backend.bn_relu_conv3x3(x, scale, shift, weight, *self.size, out, *statistics)
+        backend.bn_relu_conv3x3_backward(out, x, mean, scale, shift, weight, *self.size, grad, True, weight, *sums)
+
     def others(self):
         x, grad = self.slot(self.channels), self.slot(self.channels)
         pooled = self.slot(self.channels, self.rows // 4)
@@ -148,6 +157,17 @@ def test_float16_and_wider_layers_spill_no_registers(dtype, layer, architecture,
     assert_fast(compiled, architecture, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("growth_rate", "dtype"),
+    [(12, torch.float64), (24, torch.bfloat16), (40, torch.bfloat16)],
+    ids=str,
+)
+def test_plain_layers_spill_no_registers(growth_rate, dtype, architecture, compiled, tmp_path):
+    for images in (32, 256):  # few rows and many
+        Layer(dtype, images, 32, 16 + 20 * growth_rate, 0, growth_rate).plain_convolution()
+    assert_fast(compiled, architecture, tmp_path)
+
+
 def test_exact_float32_spills_no_registers(architecture, compiled, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     Layer(torch.float32, *LAYERS[1]).convolutions()
@@ -163,7 +183,9 @@ def test_other_operations_spill_no_registers(architecture, compiled, tmp_path):
 def test_a_layer_more_compiles_nothing_new(architecture, compiled):
     """The channels grow from layer to layer: they are arguments, not constants of the kernels."""
     Layer(torch.bfloat16, 256, 14, 512, 128, 32).convolutions()
+    Layer(torch.bfloat16, 256, 14, 512, 128, 32).plain_convolution()
     number = len(compiled)
     for channels in range(544, 1792, 32):
         Layer(torch.bfloat16, 256, 14, channels, 128, 32).convolutions()
+        Layer(torch.bfloat16, 256, 14, channels, 128, 32).plain_convolution()
     assert len(compiled) == number

@@ -5,6 +5,7 @@ imports Triton, so `test_triton_kernels.py` runs this file in a process of its o
 and their bounds are those of the other backends.
 """
 
+import importlib
 import os
 
 import kernel_cases
@@ -79,6 +80,17 @@ def test_more_outputs_than_one_program_computes(operation):
     """The 1x1's joint backward ends at 256."""
     for dtype in (torch.float32, torch.bfloat16):
         assert_exact(getattr(Factory(1, 2, 3, 5, 261), operation)(), dtype)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a card takes them where rows are many")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("operation", ["bn_relu_conv3x3", "bn_relu_conv3x3_backward"])
+def test_tiles_for_many_rows(operation, dtype, monkeypatch):
+    for name in ("bn_relu_conv3x3", "bn_relu_conv3x3_backward_input", "bn_relu_conv3x3_backward_weight"):
+        module = importlib.import_module(f"densenet_efficient.kernels.triton.{name}")
+        monkeypatch.setattr(module, "MANY_ROWS", 0)
+    for geometry in [(2, 9, 8, 150, 12), (3, 9, 7, 70, 48)]:
+        assert_exact(getattr(Factory(*geometry), operation)(), dtype)
 
 
 @pytest.mark.parametrize("operation", OVER_ROWS)

@@ -14,8 +14,8 @@ MANY_ROWS = 2**15
 
 @triton.jit(do_not_specialize=["rows", "height", "width"])
 def _kernel(
-    x, x_stride, scale, shift, weight, out, out_stride, partials, rows, height, width, channels, outputs,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr,
+    x, x_stride, scale, shift, weight, out, out_stride, partials, rows, height, width, channels,
+    OUT_CHANNELS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """ROWS - 2 pixels of the result, and their statistics.
 
@@ -30,7 +30,7 @@ def _kernel(
     valid = (row >= 0) & (row < rows)
     neighbours = tl.where(valid, existing_neighbours(first + height * width - 1, height, width, ROWS), 0)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    wanted = (output < outputs)[None, :]
+    wanted = (output < OUT_CHANNELS)[None, :]
 
     left = tl.zeros((ROWS, OUTPUTS), dtype)
     centre = tl.zeros((ROWS, OUTPUTS), dtype)
@@ -47,13 +47,13 @@ def _kernel(
         summand = tl.load(shift + channel, mask=within, other=0.0)[None, :]
         activation = tl.where(exists, activate(inputs, factor, summand, inputs.dtype), 0.0)
 
-        taps = weight + (3 * line * outputs + output[None, :]) * channels + channel[:, None]
+        taps = weight + (3 * line * OUT_CHANNELS + output[None, :]) * channels + channel[:, None]
         present = within[:, None] & wanted
         weights = tl.load(taps, mask=present, other=0.0)
         left = tl.dot(activation, weights, left, input_precision=PRECISION, out_dtype=dtype)
-        weights = tl.load(taps + outputs * channels, mask=present, other=0.0)
+        weights = tl.load(taps + OUT_CHANNELS * channels, mask=present, other=0.0)
         centre = tl.dot(activation, weights, centre, input_precision=PRECISION, out_dtype=dtype)
-        weights = tl.load(taps + 2 * outputs * channels, mask=present, other=0.0)
+        weights = tl.load(taps + 2 * OUT_CHANNELS * channels, mask=present, other=0.0)
         right = tl.dot(activation, weights, right, input_precision=PRECISION, out_dtype=dtype)
 
     before = tl.broadcast_to(tl.maximum(pixel - 1, 0)[:, None], (ROWS, OUTPUTS))
@@ -67,7 +67,7 @@ def _kernel(
     if partials is not None:
         count = tl.minimum(rows - first, ROWS - 2).to(dtype)
         mean, m2 = tile_statistics(stored.to(dtype), own, count)
-        store_statistics(partials, part, tl.num_programs(0), outputs, output, count, mean, m2)
+        store_statistics(partials, part, tl.num_programs(0), OUT_CHANNELS, output, count, mean, m2)
 
 
 def _tile(x: Tensor, outputs: int, precision: str) -> Tile:
@@ -79,7 +79,7 @@ def _tile(x: Tensor, outputs: int, precision: str) -> Tile:
         return Tile(rows, columns, depth, warps=8, stages=stages)
     if precision == "tf32":
         return Tile(128, columns, depth, warps=8, stages=1)
-    return Tile(128, min(columns, 32), 32, warps=8, stages=1)
+    return Tile(64, min(columns, 32), 32, warps=8, stages=1)
 
 
 def bn_relu_conv3x3(

@@ -15,7 +15,7 @@ MANY_ROWS = 2**17
 @triton.jit(do_not_specialize=["rows", "height", "width", "parts"])
 def _kernel(
     out_grad, out_grad_stride, x, x_stride, scale, shift, partials,
-    rows, height, width, channels, outputs, parts,
+    rows, height, width, channels, parts, OUT_CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     """Blocks [CHANNELS, OUTPUTS] of the gradients of TAPS taps over every parts-th tile of rows.
@@ -27,7 +27,7 @@ def _kernel(
     part, first_tap = tl.program_id(0) // groups, tl.program_id(0) % groups * TAPS
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     output = tl.program_id(2) * OUTPUTS + tl.arange(0, OUTPUTS)
-    within, wanted = (channel < channels)[:, None], (output < outputs)[None, :]
+    within, wanted = (channel < channels)[:, None], (output < OUT_CHANNELS)[None, :]
     factor = tl.load(scale + channel, mask=channel < channels, other=0.0)[:, None]
     summand = tl.load(shift + channel, mask=channel < channels, other=0.0)[:, None]
     sums = (tl.zeros((CHANNELS, OUTPUTS), dtype),) * TAPS
@@ -46,7 +46,7 @@ def _kernel(
             sums = sums[1:] + (total,)  # noqa: RUF005 (Triton knows no starred tuples)
     for index in tl.static_range(TAPS):
         tap = part.to(tl.int64) * 9 + first_tap + index
-        place = partials + (tap * channels + channel[:, None]) * outputs + output[None, :]
+        place = partials + (tap * channels + channel[:, None]) * OUT_CHANNELS + output[None, :]
         tl.store(place, sums[index], mask=within & wanted)
 
 
@@ -86,7 +86,7 @@ def weight_gradient(
     with on_device(x):
         _kernel[grid](
             out_grad, out_grad.stride(0), x, x.stride(0), scale, shift, partials,
-            rows, height, width, channels, outputs, parts,
+            rows, height, width, channels, parts, outputs,
             precision, taps, tile.depth, tile.rows, tile.columns, **tile.options(),
         )  # fmt: skip
     torch.sum(partials, 0, out=grad_weight.permute(2, 3, 1, 0))
