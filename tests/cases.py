@@ -11,6 +11,7 @@ from densenet_efficient.reference import NaiveDenseNet
 needs_native = pytest.mark.skipif(
     not kernels.cpu.is_available(), reason=f"no native backend: {kernels.cpu.unavailable_reason()}"
 )
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 LEVELS = ["none", "bottleneck"]
 VARIANTS = {
     "bc": {"bottleneck": True, "compression": 0.5},

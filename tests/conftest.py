@@ -24,7 +24,7 @@ def one_thread():
 def nan_memory():
     """Fills what torch.empty allocates with NaN, so that an element that nobody wrote shows."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # the reference has an atomic addition on a GPU
     assert torch.empty(1).isnan().all()
     yield
     torch.use_deterministic_algorithms(deterministic)
