@@ -15,7 +15,8 @@ from .implementations import build
 # Layout is part of an implementation: torchvision is timed in both, since neither is always the faster.
 LAYOUTS = {"torchvision": ("channels-last", "contiguous")}
 TRAINING_ONLY = ("torchvision-checkpoint", "compile-budget-0.5", "ours-bottleneck")
-COMPILED = ("compile", "compile-budget-0.5")
+COMPILED = ("compile", "compile-budget-0.5", "compile-max-autotune")
+ON_A_GPU = ("compile-max-autotune",)  # pays there alone
 
 
 @dataclass(frozen=True)

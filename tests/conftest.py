@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import needs_native
+from cases import CPU_BACKENDS, needs_native
 
 from densenet_efficient import kernels
 
@@ -30,9 +30,9 @@ def nan_memory():
     torch.use_deterministic_algorithms(deterministic)
 
 
-@pytest.fixture(params=["reference", pytest.param("cpu", marks=needs_native)])
+@pytest.fixture(params=CPU_BACKENDS)
 def backend(request, monkeypatch):
-    """Runs the test on each backend of this machine."""
+    """Runs the test on each backend of the CPU."""
     monkeypatch.setenv(kernels.BACKEND_VARIABLE, request.param)
     return request.param
 

@@ -1,0 +1,148 @@
+"""`python -m benchmarks.gpu --output DIR`: build for the card that is here, test, sanitize and measure.
+
+Writes DIR/<card>.json, in the format of benchmarks/results, and DIR/gpu.log, both while it runs: what was found until
+then is kept if it is cut off, and a second call takes the measurements up where the first left off. Works offline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from densenet_efficient.kernels import gpu
+
+from . import results as results_file
+
+PYTHON = sys.executable
+TESTS = ("tests/test_cuda_kernels.py", "tests/triton_operations.py", "tests/test_gpu_training.py")
+SANITIZER = "compute-sanitizer"
+RESTARTS = 3  # of the measuring process, where a failure has left the GPU unusable for it
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command, and the seconds after which it is stopped."""
+
+    name: str
+    command: Sequence[str]
+    seconds: float
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+def check_stages(architecture: str) -> list[Stage]:
+    """What comes before the measurements, in this order."""
+    install = [PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]
+    jobs = str(len(os.sched_getaffinity(0)))
+    tests = [PYTHON, "-m", "pytest", "--numprocesses", "8", "-k", "not shim", "-rf", "--tb=short", *TESTS]
+    watched = [PYTHON, "tests/sanitized_operations.py"]
+    # Memory of its own for each tensor: within the allocator's large blocks, no access is out of bounds.
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return [
+        Stage("build", install, 150, {"TORCH_CUDA_ARCH_LIST": architecture, "MAX_JOBS": jobs}),
+        Stage("built with CUDA", [PYTHON, "-c", REQUIRE_CUDA], 30),
+        Stage("tests", tests, 120),
+        *(
+            Stage(tool, [SANITIZER, "--tool", tool, "--error-exitcode", "1", *watched], 45, uncached)
+            for tool in ("memcheck", "racecheck")
+        ),
+    ]
+
+
+REQUIRE_CUDA = """
+import sys, torch
+from densenet_efficient.kernels import cuda
+sys.exit(cuda.obstacle(torch.device("cuda", 0)))
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("runs", "gpu"), metavar="DIR")
+    parser.add_argument("--minutes", type=float, default=8.7, help="all of it ends by then")
+    parser.add_argument("--only-measure", action="store_true", help="no build, tests and sanitizer: take up measuring")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda", 0)
+    reason = gpu.unsupported_card(device)
+    if reason is not None:
+        sys.exit(f"benchmarks.gpu needs a GPU of compute capability 8.0 or newer: {reason}")
+    deadline = time.monotonic() + options.minutes * 60
+    options.output.mkdir(parents=True, exist_ok=True)
+    header = results_file.describe_machine("cuda")
+    path = options.output / f"{header['machine']}.json"
+    architecture = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    stages = [] if options.only_measure else check_stages(architecture)
+    with (options.output / "gpu.log").open("ab") as log:
+        outcomes = check(stages, path, log, deadline)
+        outcomes["measurements"] = measure(path, log, deadline)
+    failed = [name for name, outcome in outcomes.items() if outcome != "passed"]
+    print(f"wrote {path} and {log.name}", flush=True)
+    if failed:
+        sys.exit(f"not passed: {', '.join(failed)}; see {log.name}")
+
+
+def check(stages: Sequence[Stage], path: Path, log: IO[bytes], deadline: float) -> dict[str, str]:
+    """Run the stages; their outcomes stand in the results file as soon as they are known."""
+    outcomes: dict[str, str] = {}
+    for stage in stages:
+        outcomes[stage.name] = run(stage, log, deadline)
+        results = results_file.load(path, results_file.describe_machine("cuda"))
+        results_file.save(path, {**results, "checks": results.get("checks", {}) | outcomes})
+    return outcomes
+
+
+def measure(path: Path, log: IO[bytes], deadline: float) -> str:
+    """Measure until all is measured or the time is over, in a process of its own, renewed where its GPU is lost."""
+    command = [PYTHON, "-m", "benchmarks.gpu_rows", str(path)]
+    for attempt in range(1 + RESTARTS):
+        outcome = run(Stage(f"measurements {attempt + 1}", command, float("inf")), log, deadline)
+        if not outcome.startswith("failed"):
+            break
+    return outcome
+
+
+def run(stage: Stage, log: IO[bytes], deadline: float) -> str:
+    """ "passed", or in a few words why not; all output goes to the log."""
+    seconds = min(stage.seconds, deadline - time.monotonic())
+    if shutil.which(stage.command[0]) is None:
+        outcome = f"{stage.command[0]} was not found"
+    elif seconds <= 0:
+        outcome = "no time was left"
+    else:
+        outcome = _run(stage, log, seconds)
+    print(f"{stage.name}: {outcome}", flush=True)
+    return outcome
+
+
+def _run(stage: Stage, log: IO[bytes], seconds: float) -> str:
+    started = time.monotonic()
+    process = subprocess.Popen(
+        list(stage.command),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"PYTHONPATH": str(results_file.ROOT), "PYTHONUNBUFFERED": "1"} | stage.variables,
+        cwd=results_file.ROOT,
+        start_new_session=True,
+    )
+    try:
+        status = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return f"stopped after {time.monotonic() - started:.0f} s"
+    return "passed" if status == 0 else f"failed with status {status}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
