@@ -27,16 +27,11 @@ HOST_DEVICE A rounded(A value) {
   return static_cast<A>(static_cast<S>(value));
 }
 
-// The activation as a storage of type S would hold it.
-template <typename S, typename A>
-HOST_DEVICE A activation(A x, A scale, A shift) {
-  return rounded<S>(relu(affine(x, scale, shift)));
-}
-
-// ``gradient`` where the ReLU's ``activation`` let it pass: not where activation <= 0, so NaN passes.
+// ``gradient`` where the ReLU's ``activation`` let it pass: not where activation <= ``zero``, so NaN passes. ``zero``
+// is the largest number that the activation's storage would round to zero.
 template <typename V>
-HOST_DEVICE V relu_mask(V activation, V gradient) {
-  return activation <= 0 ? V{} : gradient;
+HOST_DEVICE V relu_mask(V activation, V gradient, V zero = V{}) {
+  return activation <= zero ? V{} : gradient;
 }
 
 // The gradient of a channel's values after the batch norm's projection.

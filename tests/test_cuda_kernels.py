@@ -197,6 +197,20 @@ def test_the_first_of_equal_maxima(operators):
     assert grad[:, 0].tolist() == [0.25, 0, 0, 0]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_that_their_storage_rounds_to_zero(operators, dtype):
+    """Their gradient is masked as that of any other zero."""
+    smallest = 2.0 ** {torch.float16: -24, torch.bfloat16: -133, torch.float32: -149, torch.float64: -1074}[dtype]
+    shift = torch.tensor([0.5, 0.625, 1, -1, 0], dtype=torch.float64) * smallest
+    case = factory((1, 1, 1, 5)).bn_relu_avg_pool_backward((1, 1), accumulate=False)
+    arguments = operators.arguments_of(case._replace(arguments=case.arguments | {"shift": shift}), dtype)
+    arguments["x"].zero_()
+    expected = run(reference, case, arguments)
+    results = run(operators, case, arguments)
+    assert torch.equal(results["grad"] == 0, expected["grad"] == 0)
+    assert torch.equal(results["sum_grad"] == 0, expected["sum_grad"] == 0)
+
+
 def test_a_dtype_that_no_storage_has(operators):
     with pytest.raises(TypeError, match="expected float32, float64, bfloat16 or float16, got Int"):
         operators.channel_stats(

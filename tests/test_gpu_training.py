@@ -174,21 +174,20 @@ def test_a_full_memory_leaves_everything_usable(backend, level, during):
     """What cannot be allocated raises torch's own error; a smaller batch then trains as if nothing had been."""
     expected, training = Training(level), Training(level)
     expected.step()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
     images = torch.randn(64, 3, 128, 128, device="cuda")
     before = training.state()
-    step = functools.partial(training.model, images)
+    attempt = functools.partial(training.model, images)
     if during == "backward":
-        step = step().sum().backward
+        attempt = attempt().sum().backward
+    torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**20) / total)
     try:
         with pytest.raises(torch.OutOfMemoryError):
-            step()
+            attempt()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    del step
+    del attempt
     training.model.load_state_dict(before)  # the forward of a backward that failed has moved the running statistics
     training.step()
     assert_same_bits(training.state(), expected.state())

@@ -21,7 +21,8 @@ struct Maximum {
   }
 };
 
-template <typename S, bool kAligned>
+// Which of them is the first is asked of the activations as type T would store them.
+template <typename S, bool kAligned, typename T>
 __device__ Maximum<Accumulate<S>, kWidth<S>> maximum_of(const PooledImages& images, int image, int out_y, int out_x,
                                                         const S* x, int64_t stride, const Place& place,
                                                         const CoefficientsOf<S>& scale,
@@ -45,7 +46,7 @@ __device__ Maximum<Accumulate<S>, kWidth<S>> maximum_of(const PooledImages& imag
       values.load(from + at_x * stride, place.columns);
 #pragma unroll
       for (int j = 0; j < kWidth<S>; j++) {
-        maximum.take(j, activation<S>(values[j], scale[j], shift[j]), 3 * row + column);
+        maximum.take(j, rounded<T>(relu(affine(values[j], scale[j], shift[j]))), 3 * row + column);
       }
     }
   }
@@ -61,8 +62,9 @@ __global__ void __launch_bounds__(kThreads) pool(MaxPoolForward p, Tiling tiling
   S* out = static_cast<S*>(p.out.data) + place.column;
   for (int64_t output = place.row; output < place.end; output += tiling.lanes_y) {
     const int index = static_cast<int>(output), rest = index / p.images.out_width;
-    const auto maximum = maximum_of<S, kAligned>(p.images, rest / p.images.out_height, rest % p.images.out_height,
-                                                 index % p.images.out_width, x, p.x.stride, place, scale, shift);
+    const auto maximum =
+        maximum_of<S, kAligned, Accumulate<S>>(p.images, rest / p.images.out_height, rest % p.images.out_height,
+                                               index % p.images.out_width, x, p.x.stride, place, scale, shift);
     Columns<S, kAligned> pooled;
 #pragma unroll
     for (int j = 0; j < kWidth<S>; j++) pooled.values[j] = static_cast<S>(maximum.value[j]);
@@ -122,8 +124,8 @@ __global__ void __launch_bounds__(kThreads, 2)  // two blocks at a time, or too 
 #pragma unroll
       for (int j = 0; j < kWidth<S>; j++) found.of[j] = kNowhere;
       if (place.columns > 0 && out_y < p.images.out_height && out_x < p.images.out_width) {
-        const auto maximum =
-            maximum_of<S, kAligned>(p.images, image, out_y, out_x, x, p.x.stride, place, deposit.scale, deposit.shift);
+        const auto maximum = maximum_of<S, kAligned, S>(p.images, image, out_y, out_x, x, p.x.stride, place,
+                                                        deposit.scale, deposit.shift);
 #pragma unroll
         for (int j = 0; j < kWidth<S>; j++) found.of[j] = maximum.place[j];
       }

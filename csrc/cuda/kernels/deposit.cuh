@@ -19,7 +19,7 @@ struct Deposit {
 
   // For column j of a row: the value of x, and the gradient of its activation.
   __device__ A take(int j, A x, A gradient) {
-    const A masked = relu_mask(activation<S>(x, scale[j], shift[j]), gradient);
+    const A masked = relu_mask(affine(x, scale[j], shift[j]), gradient, kZero<S>);
     sums.sum_grad(j) += masked;
     sums.sum_grad_x(j) += masked * (x - mean[j]);
     return masked * scale[j];

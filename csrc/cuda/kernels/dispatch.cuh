@@ -14,6 +14,14 @@ namespace densenet_efficient::cuda {
 template <typename S>
 using Accumulate = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
+// The largest number that storage type S rounds to zero: half of its smallest, which ties to even.
+template <typename S>
+constexpr Accumulate<S> kZero = 0;
+template <>
+constexpr float kZero<c10::BFloat16> = 0x1p-134f;
+template <>
+constexpr float kZero<c10::Half> = 0x1p-25f;
+
 // Calls function.template operator()<S>() with the storage type S; the host has checked that it is one of these.
 template <typename Function>
 void dispatch_storage(c10::ScalarType dtype, Function function) {
