@@ -27,6 +27,8 @@ from . import results as results_file
 PYTHON = sys.executable
 TESTS = ("tests/test_cuda_kernels.py", "tests/triton_operations.py", "tests/test_gpu_training.py")
 SANITIZER = "compute-sanitizer"
+MEASUREMENTS, PARITY = "measurements", "parity"
+STAGES = ("build", "built with CUDA", "tests", "memcheck", "racecheck", MEASUREMENTS, PARITY)
 RESTARTS = 3  # of the measuring process, where a failure has left the GPU unusable for it
 
 
@@ -41,21 +43,22 @@ class Stage:
 
 
 def check_stages(architecture: str) -> list[Stage]:
-    """What comes before the measurements, in this order."""
+    """What comes before the measurements, in this order, and the parity suite, which comes after them."""
     install = [PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]
     jobs = str(len(os.sched_getaffinity(0)))
-    tests = [PYTHON, "-m", "pytest", "--numprocesses", "8", "-k", "not shim", "-rf", "--tb=short", *TESTS]
+    pytest = [PYTHON, "-m", "pytest", "--numprocesses", "4", "-rf", "--tb=short"]
     watched = [PYTHON, "tests/sanitized_operations.py"]
     # Memory of its own for each tensor: within the allocator's large blocks, no access is out of bounds.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
         Stage("build", install, 150, {"TORCH_CUDA_ARCH_LIST": architecture, "MAX_JOBS": jobs}),
         Stage("built with CUDA", [PYTHON, "-c", REQUIRE_CUDA], 30),
-        Stage("tests", tests, 120),
+        Stage("tests", [*pytest, "-k", "not shim", *TESTS], 120),
         *(
             Stage(tool, [SANITIZER, "--tool", tool, "--error-exitcode", "1", *watched], 45, uncached)
             for tool in ("memcheck", "racecheck")
         ),
+        Stage(PARITY, [*pytest, "-k", "(cuda or triton) and not reference", "tests/test_exactness.py"], 90),
     ]
 
 
@@ -70,8 +73,10 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs", "gpu"), metavar="DIR")
     parser.add_argument("--minutes", type=float, default=8.7, help="all of it ends by then")
-    parser.add_argument("--only-measure", action="store_true", help="no build, tests and sanitizer: take up measuring")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help=f"of: {', '.join(STAGES)}; default: all")
     options = parser.parse_args(arguments)
+    if options.only and not set(options.only) <= set(STAGES):
+        parser.error(f"--only takes {', '.join(STAGES)}; got {', '.join(options.only)}")
     device = torch.device("cuda", 0)
     reason = gpu.unsupported_card(device)
     if reason is not None:
@@ -81,24 +86,28 @@ def main(arguments: Sequence[str]) -> None:
     header = results_file.describe_machine("cuda")
     path = options.output / f"{header['machine']}.json"
     architecture = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    stages = [] if options.only_measure else check_stages(architecture)
+    stages = {stage.name: stage for stage in check_stages(architecture)}
+    outcomes: dict[str, str] = {}
     with (options.output / "gpu.log").open("ab") as log:
-        outcomes = check(stages, path, log, deadline)
-        outcomes["measurements"] = measure(path, log, deadline)
+        for name in STAGES:
+            if options.only and name not in options.only:
+                continue
+            if name == MEASUREMENTS:
+                rest = stages[PARITY].seconds if not options.only or PARITY in options.only else 0
+                outcomes[name] = measure(path, log, deadline - rest)
+            else:
+                outcomes[name] = run(stages[name], log, deadline)
+            keep(path, outcomes)
     failed = [name for name, outcome in outcomes.items() if outcome != "passed"]
     print(f"wrote {path} and {log.name}", flush=True)
     if failed:
         sys.exit(f"not passed: {', '.join(failed)}; see {log.name}")
 
 
-def check(stages: Sequence[Stage], path: Path, log: IO[bytes], deadline: float) -> dict[str, str]:
-    """Run the stages; their outcomes stand in the results file as soon as they are known."""
-    outcomes: dict[str, str] = {}
-    for stage in stages:
-        outcomes[stage.name] = run(stage, log, deadline)
-        results = results_file.load(path, results_file.describe_machine("cuda"))
-        results_file.save(path, {**results, "checks": results.get("checks", {}) | outcomes})
-    return outcomes
+def keep(path: Path, outcomes: dict[str, str]) -> None:
+    """Write the outcomes into the results file."""
+    results = results_file.load(path, results_file.describe_machine("cuda"))
+    results_file.save(path, {**results, "checks": results.get("checks", {}) | outcomes})
 
 
 def measure(path: Path, log: IO[bytes], deadline: float) -> str:
