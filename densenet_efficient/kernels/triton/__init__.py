@@ -6,6 +6,8 @@ from .bn_relu_avg_pool import bn_relu_avg_pool
 from .bn_relu_avg_pool_backward import bn_relu_avg_pool_backward
 from .bn_relu_conv1x1 import bn_relu_conv1x1
 from .bn_relu_conv1x1_backward import bn_relu_conv1x1_backward
+from .bn_relu_conv3x3 import bn_relu_conv3x3
+from .bn_relu_conv3x3_backward import bn_relu_conv3x3_backward
 from .bn_relu_max_pool import bn_relu_max_pool
 from .bn_relu_max_pool_backward import bn_relu_max_pool_backward
 from .channel_stats import channel_stats
@@ -18,6 +20,8 @@ __all__ = [
     "bn_relu_avg_pool_backward",
     "bn_relu_conv1x1",
     "bn_relu_conv1x1_backward",
+    "bn_relu_conv3x3",
+    "bn_relu_conv3x3_backward",
     "bn_relu_max_pool",
     "bn_relu_max_pool_backward",
     "channel_stats",

@@ -10,13 +10,13 @@ BLOCK = 256
 
 
 @triton.jit
-def _kernel(mean, variance, weight, bias, eps: tl.float64, affine, channels, CHANNELS: tl.constexpr):
+def _kernel(mean, variance, weight, bias, affine, channels, EPS: tl.constexpr, CHANNELS: tl.constexpr):
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     present = channel < channels
     dtype = affine.dtype.element_ty
     centre = tl.load(mean + channel, mask=present, other=0.0).to(dtype)
     spread = tl.load(variance + channel, mask=present, other=1.0).to(dtype)
-    rstd = 1.0 / tl.sqrt(spread + tl.cast(eps, dtype))
+    rstd = 1.0 / tl.sqrt(spread + EPS)
     scale = tl.load(weight + channel, mask=present, other=0.0).to(dtype) * rstd
     shift = tl.fma(-centre, scale, tl.load(bias + channel, mask=present, other=0.0).to(dtype))
     tl.store(affine + channel, centre, mask=present)
@@ -36,4 +36,4 @@ def batch_norm_affine(
     """affine = mean, ``rstd = 1 / sqrt(variance + eps)``, ``scale = weight * rstd``, ``shift``."""
     channels = affine.shape[1]
     with on_device(affine):
-        _kernel[(triton.cdiv(channels, BLOCK),)](mean, variance, weight, bias, eps, affine, channels, BLOCK)
+        _kernel[(triton.cdiv(channels, BLOCK),)](mean, variance, weight, bias, affine, channels, eps, BLOCK)

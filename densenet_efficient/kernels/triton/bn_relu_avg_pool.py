@@ -28,14 +28,13 @@ def _kernel(
     image, line = line // pooled_height, line % pooled_height
     first = (image * height + line * window_height) * width + column * window_width
     total = tl.zeros((ROWS, CHANNELS), dtype)
-    for tap in range(0, window_height * window_width):
+    for tap in range(window_height * window_width):
         pixel = first + tap // window_width * width + tap % window_width
         values = tl.load(x + pixel.to(tl.int64)[:, None] * x_stride + channel[None, :], mask=inside, other=0.0)
         total += activate(values, factor, summand, values.dtype).to(dtype)
     mean = total / tl.cast(window_height * window_width, dtype)
-    tl.store(
-        out + row.to(tl.int64)[:, None] * out_stride + channel[None, :], mean.to(out.dtype.element_ty), mask=inside
-    )
+    place = out + row.to(tl.int64)[:, None] * out_stride + channel[None, :]
+    tl.store(place, mean.to(out.dtype.element_ty), mask=inside)
 
 
 def bn_relu_avg_pool(

@@ -30,11 +30,9 @@ def _kernel(
     centre = tl.load(mean + channel, mask=present, other=0.0)[None, :]
     pooled_height, pooled_width = height // window_height, width // window_width
     image, line, column = row // width // height, row // width % height // window_height, row % width // window_width
-    window = (image * pooled_height + line) * pooled_width + column
+    window = ((image * pooled_height + line) * pooled_width + column).to(tl.int64)[:, None]
     covered = inside & ((line < pooled_height) & (column < pooled_width))[:, None]
-    spread = tl.load(
-        out_grad + window.to(tl.int64)[:, None] * out_grad_stride + channel[None, :], mask=covered, other=0.0
-    )
+    spread = tl.load(out_grad + window * out_grad_stride + channel[None, :], mask=covered, other=0.0)
     values = tl.load(x + row.to(tl.int64)[:, None] * x_stride + channel[None, :], mask=inside, other=0.0)
     gradient = spread.to(dtype) / tl.cast(window_height * window_width, dtype)
     gradient = mask_gradient(gradient, activate(values, factor, summand, values.dtype))

@@ -34,7 +34,7 @@ def _kernel(
     centre = tl.zeros((ROWS, OUTPUTS), dtype)
     right = tl.zeros((ROWS, OUTPUTS), dtype)
     chunks = tl.cdiv(channels, DEPTH)
-    for step in range(0, 3 * chunks):
+    for step in range(3 * chunks):
         line = step // chunks
         channel = step % chunks * DEPTH + tl.arange(0, DEPTH)
         within = channel < channels
@@ -77,7 +77,7 @@ def _tile(x: Tensor, outputs: int, precision: str) -> Tile:
         return Tile(64, columns, depth, warps=4, stages=3) if few_rows else Tile(128, columns, depth, 8, 1)
     if precision == "tf32":
         return Tile(128, columns, 32, warps=8, stages=1)
-    return Tile(64, min(columns, 32), 16, warps=8, stages=1)
+    return Tile(128, min(columns, 32), 32, warps=8, stages=1)
 
 
 def bn_relu_conv3x3(

@@ -68,8 +68,8 @@ def _tile(x: Tensor, precision: str) -> Tile:
     if precision == "tf32":
         return Tile(128, 64, 32, warps=8, stages=1, registers=128)
     if x.dtype.itemsize == 4:
-        return Tile(64, 64, 16, warps=8, stages=2)
-    return Tile(64, 32, 16, warps=8, stages=2)
+        return Tile(128, 64, 32, warps=8, stages=2)
+    return Tile(128, 32, 32, warps=8, stages=1)
 
 
 def input_gradient(

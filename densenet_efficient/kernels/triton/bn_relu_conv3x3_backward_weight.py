@@ -28,26 +28,20 @@ def _kernel(
     within, wanted = (channel < channels)[:, None], (output < outputs)[None, :]
     factor = tl.load(scale + channel, mask=channel < channels, other=0.0)[:, None]
     summand = tl.load(shift + channel, mask=channel < channels, other=0.0)[:, None]
-    sums = ()
-    for _ in tl.static_range(TAPS):
-        sums = sums + (tl.zeros((CHANNELS, OUTPUTS), dtype),)
+    sums = (tl.zeros((CHANNELS, OUTPUTS), dtype),) * TAPS
     for tile in range(part, tl.cdiv(rows, ROWS), parts):
         first = tl.cast(tile, tl.int64) * ROWS
         row = first + tl.arange(0, ROWS)
         neighbours = tl.where(row < rows, existing_neighbours(first, height, width, ROWS), 0)
-        inputs = tl.load(
-            x + row[None, :] * x_stride + channel[:, None], mask=(row < rows)[None, :] & within, other=0.0
-        )
+        inputs = tl.load(x + row[None, :] * x_stride + channel[:, None], mask=(row < rows)[None, :] & within, other=0.0)
         activation = activate(inputs, factor, summand, inputs.dtype)
-        updated = ()
         for index in tl.static_range(TAPS):
             neighbour = 8 - (first_tap + index)
             place = (row + row_offset(neighbour, width))[:, None] * out_grad_stride + output[None, :]
             exists = exists_at(neighbours, neighbour)[:, None] & wanted
             gradient = tl.load(out_grad + place, mask=exists, other=0.0)
-            total = tl.dot(activation, gradient, sums[index], input_precision=PRECISION, out_dtype=dtype)
-            updated = updated + (total,)
-        sums = updated
+            total = tl.dot(activation, gradient, sums[0], input_precision=PRECISION, out_dtype=dtype)
+            sums = sums[1:] + (total,)  # noqa: RUF005 (Triton knows no starred tuples)
     for index in tl.static_range(TAPS):
         tap = part.to(tl.int64) * 9 + first_tap + index
         place = partials + (tap * channels + channel[:, None]) * outputs + output[None, :]
@@ -67,7 +61,7 @@ def _tile(x: Tensor, outputs: int, precision: str) -> tuple[Tile, int]:
         return Tile(block, columns, 64, warps=8, stages=3), 3
     if precision == "tf32":
         return Tile(block, columns, 32, warps=8, stages=2), 3
-    return Tile(64, min(columns, 32 if x.dtype.itemsize == 4 else 16), 16, warps=8, stages=2), 3
+    return Tile(64, min(columns, 32), 32, warps=8, stages=2 if x.dtype.itemsize == 4 else 1), 3
 
 
 def weight_gradient(
@@ -87,8 +81,9 @@ def weight_gradient(
     programs = multiprocessors(x.device) * (1 if taps == 9 else 2)
     parts = programs_per_block(rows, tile.depth, groups * blocks[0] * blocks[1], programs)
     partials = grad_weight.new_empty(parts, 3, 3, channels, outputs)
+    grid = (parts * groups, *blocks)
     with on_device(x):
-        _kernel[parts * groups, *blocks](
+        _kernel[grid](
             out_grad, out_grad.stride(0), x, x.stride(0), scale, shift, partials,
             rows, height, width, channels, outputs, parts,
             precision, taps, tile.depth, tile.rows, tile.columns, **tile.options(),

@@ -23,7 +23,7 @@ def maximum_of_window(
     first = row // pooled_width // pooled_height * height * width
     best = tl.full((ROWS, CHANNELS), float("-inf"), dtype)
     winner = tl.zeros((ROWS, CHANNELS), tl.int32)
-    for tap in range(0, 9):
+    for tap in range(9):
         line, column = top + tap // 3, left + tap % 3
         exists = (row < pooled) & (line >= 0) & (line < height) & (column >= 0) & (column < width)
         inside = exists[:, None] & present[None, :]
@@ -50,9 +50,8 @@ def _kernel(
         x, x_stride, factor, summand, row, pooled, channel, present, height, width, ROWS, CHANNELS
     )
     inside = (row < pooled)[:, None] & present[None, :]
-    tl.store(
-        out + row.to(tl.int64)[:, None] * out_stride + channel[None, :], best.to(out.dtype.element_ty), mask=inside
-    )
+    place = out + row.to(tl.int64)[:, None] * out_stride + channel[None, :]
+    tl.store(place, best.to(out.dtype.element_ty), mask=inside)
 
 
 def bn_relu_max_pool(

@@ -42,7 +42,7 @@ def _gather_kernel(
     pooled_height, pooled_width = (height + 1) // 2, (width + 1) // 2
     image, line, column = row // width // height, row // width % height, row % width
     gradient = tl.zeros((ROWS, CHANNELS), dtype)
-    for candidate in range(0, 4):
+    for candidate in range(4):
         window_line, window_column = line // 2 + candidate // 2, column // 2 + candidate % 2
         tap_line, tap_column = line - 2 * window_line + 1, column - 2 * window_column + 1
         exists = (tap_line >= 0) & (window_line < pooled_height) & (tap_column >= 0) & (window_column < pooled_width)
