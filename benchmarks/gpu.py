@@ -27,8 +27,8 @@ from . import results as results_file
 PYTHON = sys.executable
 TESTS = ("tests/test_cuda_kernels.py", "tests/triton_operations.py", "tests/test_gpu_training.py")
 SANITIZER = "compute-sanitizer"
-MEASUREMENTS, PARITY = "measurements", "parity"
-STAGES = ("build", "built with CUDA", "tests", "memcheck", "racecheck", MEASUREMENTS, PARITY)
+KERNELS, MEASUREMENTS, PARITY = "kernels", "measurements", "parity"
+STAGES = ("build", "built with CUDA", "tests", "memcheck", "racecheck", KERNELS, MEASUREMENTS, PARITY)
 RESTARTS = 3  # of the measuring process, where a failure has left the GPU unusable for it
 
 
@@ -42,8 +42,8 @@ class Stage:
     variables: dict[str, str] = field(default_factory=dict)
 
 
-def check_stages(architecture: str) -> list[Stage]:
-    """What comes before the measurements, in this order, and the parity suite, which comes after them."""
+def fixed_stages(architecture: str, path: Path) -> list[Stage]:
+    """All but the measurements, which take the time that is left."""
     install = [PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]
     jobs = str(len(os.sched_getaffinity(0)))
     pytest = [PYTHON, "-m", "pytest", "--numprocesses", "4", "-rf", "--tb=short"]
@@ -58,6 +58,7 @@ def check_stages(architecture: str) -> list[Stage]:
             Stage(tool, [SANITIZER, "--tool", tool, "--error-exitcode", "1", *watched], 45, uncached)
             for tool in ("memcheck", "racecheck")
         ),
+        Stage(KERNELS, [PYTHON, "-m", "benchmarks.gpu_kernels", str(path)], 45),
         Stage(PARITY, [*pytest, "-k", "(cuda or triton) and not reference", "tests/test_exactness.py"], 90),
     ]
 
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str]) -> None:
     header = results_file.describe_machine("cuda")
     path = options.output / f"{header['machine']}.json"
     architecture = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    stages = {stage.name: stage for stage in check_stages(architecture)}
+    stages = {stage.name: stage for stage in fixed_stages(architecture, path)}
     outcomes: dict[str, str] = {}
     with (options.output / "gpu.log").open("ab") as log:
         for name in STAGES:

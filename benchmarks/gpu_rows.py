@@ -90,7 +90,7 @@ def make(
     return maker(model, cell.input_shape, batch, **options)
 
 
-def captured(step: Callable[[], Tensor]) -> Callable[[], None]:
+def captured(step: Callable[[], object]) -> Callable[[], None]:
     """The replay of ``step`` as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
