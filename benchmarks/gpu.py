@@ -7,6 +7,7 @@ then is kept if it is cut off, and a second call takes the measurements up where
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -27,8 +28,9 @@ from . import results as results_file
 PYTHON = sys.executable
 TESTS = ("tests/test_cuda_kernels.py", "tests/triton_operations.py", "tests/test_gpu_training.py")
 SANITIZER = "compute-sanitizer"
-KERNELS, MEASUREMENTS, PARITY = "kernels", "measurements", "parity"
-STAGES = ("build", "built with CUDA", "tests", "memcheck", "racecheck", KERNELS, MEASUREMENTS, PARITY)
+KERNELS, MEASUREMENTS, LARGE, PARITY = "kernels", "measurements", "large", "parity"
+STAGES = ("build", "backend", "tests", "memcheck", "racecheck", KERNELS, MEASUREMENTS, LARGE, PARITY)
+PROCESSES = 12  # of the tests; each has a context on the card, and compiles Triton kernels on a core
 RESTARTS = 3  # of the measuring process, where a failure has left the GPU unusable for it
 
 
@@ -46,20 +48,22 @@ def fixed_stages(architecture: str, path: Path) -> list[Stage]:
     """All but the measurements, which take the time that is left."""
     install = [PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]
     jobs = str(len(os.sched_getaffinity(0)))
-    pytest = [PYTHON, "-m", "pytest", "--numprocesses", "4", "-rf", "--tb=short"]
+    pytest = [PYTHON, "-m", "pytest", "-rf", "--tb=short"]
+    parallel = [*pytest, "--numprocesses", str(PROCESSES), "-m", "not large"]
     watched = [PYTHON, "tests/sanitized_operations.py"]
     # Memory of its own for each tensor: within the allocator's large blocks, no access is out of bounds.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
         Stage("build", install, 150, {"TORCH_CUDA_ARCH_LIST": architecture, "MAX_JOBS": jobs}),
-        Stage("built with CUDA", [PYTHON, "-c", REQUIRE_CUDA], 30),
-        Stage("tests", [*pytest, "-k", "not shim", *TESTS], 120),
+        Stage("backend", [PYTHON, "-c", REQUIRE_CUDA], 30),
+        Stage("tests", [*parallel, "-k", "not shim", *TESTS], 120),
         *(
             Stage(tool, [SANITIZER, "--tool", tool, "--error-exitcode", "1", *watched], 45, uncached)
             for tool in ("memcheck", "racecheck")
         ),
         Stage(KERNELS, [PYTHON, "-m", "benchmarks.gpu_kernels", str(path)], 45),
-        Stage(PARITY, [*pytest, "-k", "(cuda or triton) and not reference", "tests/test_exactness.py"], 90),
+        Stage(LARGE, [*pytest, "-k", "not shim", "-m", "large", *TESTS], 30),
+        Stage(PARITY, [*parallel, "-k", "(cuda or triton) and not reference", "tests/test_exactness.py"], 90),
     ]
 
 
@@ -83,23 +87,24 @@ def main(arguments: Sequence[str]) -> None:
     if reason is not None:
         sys.exit(f"benchmarks.gpu needs a GPU of compute capability 8.0 or newer: {reason}")
     deadline = time.monotonic() + options.minutes * 60
-    options.output.mkdir(parents=True, exist_ok=True)
+    folder = options.output.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     header = results_file.describe_machine("cuda")
-    path = options.output / f"{header['machine']}.json"
+    path = folder / f"{header['machine']}.json"
     architecture = ".".join(map(str, torch.cuda.get_device_capability(device)))
     stages = {stage.name: stage for stage in fixed_stages(architecture, path)}
+    todo = [name for name in STAGES if not options.only or name in options.only]
     outcomes: dict[str, str] = {}
-    with (options.output / "gpu.log").open("ab") as log:
-        for name in STAGES:
-            if options.only and name not in options.only:
-                continue
+    with (folder / "gpu.log").open("ab") as log:
+        for name in todo:
             if name == MEASUREMENTS:
-                rest = stages[PARITY].seconds if not options.only or PARITY in options.only else 0
-                outcomes[name] = measure(path, log, deadline - rest)
+                later = todo[todo.index(name) + 1 :]
+                outcomes[name] = measure(path, log, deadline - sum(stages[after].seconds for after in later))
             else:
                 outcomes[name] = run(stages[name], log, deadline)
             keep(path, outcomes)
-    failed = [name for name, outcome in outcomes.items() if outcome != "passed"]
+    failed = [name for name, outcome in outcomes.items() if outcome != "passed" and name != MEASUREMENTS]
+    failed += [f"{row['kind']} of {row['implementation']}" for row in json.loads(path.read_text()).get("failed", [])]
     print(f"wrote {path} and {log.name}", flush=True)
     if failed:
         sys.exit(f"not passed: {', '.join(failed)}; see {log.name}")

@@ -48,7 +48,7 @@ def test_the_stages_name_files_that_exist() -> None:
     assert stages["build"].variables["TORCH_CUDA_ARCH_LIST"] == "9.0"
     named = {part for stage in stages.values() for part in stage.command if part.startswith("tests/")}
     assert all((gpu.results_file.ROOT / name).exists() for name in named)
-    assert sum(stage.seconds for stage in stages.values()) < 9.5 * 60  # in practice they end much sooner
+    assert sum(stage.seconds for stage in stages.values()) < 10 * 60  # in practice they end much sooner
 
 
 def test_stages_are_kept_in_the_results_as_they_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

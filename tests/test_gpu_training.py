@@ -193,6 +193,7 @@ def test_a_full_memory_leaves_everything_usable(backend, level, during):
     assert_same_bits(training.state(), expected.state())
 
 
+@pytest.mark.large
 @every_level
 def test_larger_storages_than_32_bits_can_count(backend, level):
     """More than 2^31 elements in a block's storage: each image comes out as it does alone."""
