@@ -13,8 +13,13 @@ from densenet_efficient.measure import make_forward, make_step, peak_memory_per_
 from .implementations import build
 
 # Layout is part of an implementation: torchvision is timed in both, since neither is always the faster.
-LAYOUTS = {"torchvision": ("channels-last", "contiguous")}
+LAYOUTS = {
+    "torchvision": ("channels-last", "contiguous"),
+    "onnxruntime": ("contiguous",),
+    "openvino": ("contiguous",),
+}
 TRAINING_ONLY = ("torchvision-checkpoint", "compile-budget-0.5", "ours-bottleneck")
+INFERENCE_ONLY = ("onnxruntime", "openvino")
 COMPILED = ("compile", "compile-budget-0.5", "compile-max-autotune")
 ON_A_GPU = ("compile-max-autotune",)  # pays there alone
 
@@ -42,12 +47,13 @@ class Variant:
     layout: str
 
 
-def variants_of(implementations: Sequence[str], task: str) -> list[Variant]:
-    """The variants of these implementations; in inference only those that differ there."""
+def variants_of(implementations: Sequence[str], task: str, dtype: str = "float32") -> list[Variant]:
+    """The variants of these implementations that have this task and dtype."""
+    left_out = INFERENCE_ONLY if task == "train" else TRAINING_ONLY
     return [
         Variant(implementation, layout)
         for implementation in implementations
-        if task == "train" or implementation not in TRAINING_ONLY
+        if implementation not in left_out and (implementation, dtype) != ("onnxruntime", "bfloat16")
         for layout in LAYOUTS.get(implementation, ("channels-last",))
     ]
 

@@ -13,6 +13,8 @@ from densenet_efficient import EfficientDenseNet
 from densenet_efficient.models import create_model
 from densenet_efficient.reference import NaiveDenseNet
 
+from .runtimes import ExportedNetwork, onnxruntime_run, openvino_run
+
 TINY = {"growth_rate": 8, "block_config": (2, 2), "num_init_features": 16, "num_classes": 10}
 TORCHVISION_ARGUMENTS = (
     "growth_rate",
@@ -72,6 +74,8 @@ IMPLEMENTATIONS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "compile": lambda config: _compile(config, backend="inductor"),
     "compile-budget-0.5": lambda config: _compile(config, backend=_half_the_activation_memory),
     "compile-max-autotune": lambda config: _compile(config, mode="max-autotune"),
+    "onnxruntime": lambda config: ExportedNetwork(_torchvision(config), onnxruntime_run),
+    "openvino": lambda config: ExportedNetwork(_torchvision(config), openvino_run),
     "ours-none": lambda config: _ours(config, "none"),
     "ours-bottleneck": lambda config: _ours(config, "bottleneck"),
 }

@@ -13,8 +13,19 @@ from typing import Any
 from densenet_efficient.measure import DTYPES, TASKS, first_step_seconds
 
 from . import results as results_file
-from .cells import COMPILED, ON_A_GPU, Cell, Variant, measure_memory, measure_times, row_key, variants_of
+from .cells import (
+    COMPILED,
+    INFERENCE_ONLY,
+    ON_A_GPU,
+    Cell,
+    Variant,
+    measure_memory,
+    measure_times,
+    row_key,
+    variants_of,
+)
 from .implementations import IMPLEMENTATIONS
+from .runtimes import is_installed
 
 MEASUREMENTS = ("times", "memory", "first-step")
 FIRST_STEP = ("torchvision", "ours-none", "ours-bottleneck")
@@ -48,13 +59,13 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def plan(options: argparse.Namespace) -> list[Cell]:
-    """The cells to measure: every model in every dtype in training, and in the first dtype in inference."""
-    batches = {"train": options.batches or [8], "infer": options.batches or [1, 8]}
+    """The cells to measure: every task, model, dtype and batch."""
+    batches = {"train": options.batches or [8], "infer": options.batches or [1, 32]}
     return [
         Cell(task, model, dtype, batch, options.size)
         for task in options.tasks
         for model in options.models
-        for dtype in (options.dtypes if task == "train" else options.dtypes[:1])
+        for dtype in options.dtypes
         for batch in batches[task]
     ]
 
@@ -63,7 +74,10 @@ def variants_in(cell: Cell, options: argparse.Namespace) -> list[Variant]:
     """The variants of a cell. Compiling takes minutes: only the models and dtypes asked for are compiled."""
     compiled = cell.model in options.compile_models and cell.dtype in options.compile_dtypes
     names = [name for name in options.implementations if compiled or name not in COMPILED]
-    return variants_of(names, cell.task)
+    missing = [name for name in names if name in INFERENCE_ONLY and not is_installed(name)]
+    if missing and cell.task == "infer":
+        _report(f"left out, not installed: {', '.join(missing)} (pip install 'densenet-efficient[bench]')")
+    return variants_of([name for name in names if name not in missing], cell.task, cell.dtype)
 
 
 def measure_first_step(options: argparse.Namespace, batch: int = 2) -> list[dict[str, Any]]:
@@ -98,7 +112,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         default=[name for name in IMPLEMENTATIONS if name not in ON_A_GPU],
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--batches", nargs="+", type=int, help="default: 8 in training, 1 and 8 in inference")
+    parser.add_argument("--batches", nargs="+", type=int, help="default: 8 in training, 1 and 32 in inference")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-batches", nargs=2, type=int, default=[8, 16])

@@ -69,6 +69,13 @@ TORCH_LIBRARY(densenet_efficient, library) {
   library.def(
       "bn_relu_max_pool_backward(Tensor out_grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, int height, "
       "int width, Tensor(a!) grad, Tensor(b!) sum_grad, Tensor(c!) sum_grad_x) -> ()");
+  // At inference: weights packed once for many calls, and the loop over a block's layers.
+  library.def("packed_weight(Tensor weight, ScalarType dtype) -> Tensor");
+  library.def("bn_relu_conv1x1_packed(Tensor x, Tensor scale, Tensor shift, Tensor packed, Tensor(a!) out) -> ()");
+  library.def(
+      "dense_block_inference(Tensor(a!) storage, int channels, int height, int width, int bottleneck_channels, "
+      "Tensor[] affines, Tensor[] packed) -> ()");
+  library.def("cpu_product_rate(ScalarType dtype, float seconds) -> float");
 }
 
 PYBIND11_MODULE(_C, module) {

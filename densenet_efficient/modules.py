@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import fusion, operators
+from . import fusion, inference, operators
 from .dense_block import HEAD, NO_EXIT, TRANSITION, as_rows
 from .input_checks import as_compute_dtype, check_count, check_images, check_input, check_poolable, convolved_pixels
 from .running_statistics import update_running_statistics
@@ -51,12 +51,17 @@ class DenseLayer(nn.Module):
     @property
     def bottleneck(self) -> bool:
         """Whether the layer has the 1x1 convolution."""
-        return hasattr(self, "conv2")
+        return "conv2" in self._modules
 
     @property
     def norms(self) -> list[nn.BatchNorm2d]:
         """norm1 and, with a bottleneck, norm2."""
         return [self.norm1, self.norm2] if self.bottleneck else [self.norm1]
+
+    @property
+    def convolutions(self) -> list[nn.Conv2d]:
+        """conv1 and, with a bottleneck, conv2."""
+        return [self.conv1, self.conv2] if self.bottleneck else [self.conv1]
 
     def forward(self, x: Tensor | list[Tensor]) -> Tensor:
         """The k new channels [N, k, H, W] from all earlier ones [N, C, H, W], whole or as a list to concatenate."""
@@ -172,10 +177,12 @@ def run_stage(block: DenseBlock, consumer: nn.Module | None, x: Tensor) -> tuple
     Returns the consumer's output (empty without one) and the block's features [N, C, H, W], and updates the running
     statistics of every norm, once.
     """
+    if inference.applies(x):
+        plan = inference.kept_plan(block, consumer) or inference.make_plan(_stage_modules(block, consumer))
+        if plan is not None:
+            return _run_plan(plan, x)
     layers = block.layers
-    norms: list[nn.BatchNorm2d] = [
-        norm for layer in layers for norm in (layer.norm1, *([layer.norm2] if layer.bottleneck else []))
-    ]
+    norms: list[nn.BatchNorm2d] = [norm for layer in layers for norm in layer.norms]
     stage_exit, exit_norm, exit_parameters = _describe_exit(consumer)
     norms += [exit_norm] if exit_norm is not None else []
     check_input(layers[0].norm1, x)
@@ -199,6 +206,21 @@ def run_stage(block: DenseBlock, consumer: nn.Module | None, x: Tensor) -> tuple
     )
     _update_stage_statistics(layers, exit_norm, statistics, bottleneck_statistics, x)
     return out, features
+
+
+def _stage_modules(block: DenseBlock, consumer: nn.Module | None) -> inference.Stage:
+    convolutions = [conv for layer in block.layers for conv in layer.convolutions]
+    stage_exit, exit_norm, _ = _describe_exit(consumer)
+    exit_conv = consumer.conv if isinstance(consumer, Transition) else None
+    norms = [norm for layer in block.layers for norm in layer.norms]
+    return inference.Stage(block, consumer, norms, convolutions, stage_exit, exit_norm, exit_conv)
+
+
+def _run_plan(plan: inference.Plan, x: Tensor) -> tuple[Tensor, Tensor]:
+    check_input(plan.norms[0], x)
+    if plan.exit == TRANSITION:
+        check_poolable(plan.exit_norm, x)
+    return plan.run(as_compute_dtype(x, [plan.weight]))
 
 
 def run_stem(modules: list[nn.Module], x: Tensor, save_conv: bool) -> Tensor:
@@ -255,8 +277,7 @@ def _running(norm: nn.BatchNorm2d) -> list[Tensor]:
 
 
 def _convolution_weights(layers: list[DenseLayer], exit_parameters: list[Tensor]) -> list[Tensor]:
-    convolutions = [conv for layer in layers for conv in (layer.conv1, *([layer.conv2] if layer.bottleneck else []))]
-    return [*(conv.weight for conv in convolutions), *exit_parameters[2:]]
+    return [*(conv.weight for layer in layers for conv in layer.convolutions), *exit_parameters[2:]]
 
 
 def _draw_masks(layers: list[DenseLayer], x: Tensor) -> tuple[float, list[Tensor]]:

@@ -16,10 +16,11 @@ from torch._functorch import config as functorch_config
 
 from benchmarks import cells, implementations, report, run
 from benchmarks import results as results_file
-from benchmarks.cells import Cell, Variant, measure_memory, measure_times, variants_of
+from benchmarks.cells import COMPILED, INFERENCE_ONLY, Cell, Variant, measure_memory, measure_times, variants_of
 from benchmarks.implementations import IMPLEMENTATIONS, build
+from benchmarks.runtimes import ExportedNetwork
 
-EAGER = [name for name in IMPLEMENTATIONS if name not in cells.COMPILED]
+EAGER = [name for name in IMPLEMENTATIONS if name not in (*COMPILED, *INFERENCE_ONLY)]
 KEY = {
     "task": "train",
     "model": "tiny",
@@ -49,6 +50,35 @@ def test_all_implementations_are_the_same_network(name: str) -> None:
     network.load_state_dict(reference.state_dict())
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(network(images), reference(images))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", INFERENCE_ONLY)
+def test_exported_networks_give_the_same_logits(name: str) -> None:
+    network = build(name, "tiny").eval()
+    assert isinstance(network, ExportedNetwork)
+    for batch in (1, 2, 1):
+        images = torch.rand(batch, 3, 64, 64)
+        with torch.inference_mode():
+            torch.testing.assert_close(network(images), network.network(images), rtol=1e-4, atol=1e-5)
+    assert len(network.runs) == 2  # exported once per shape
+
+
+def test_which_runtime_takes_which_dtype() -> None:
+    names = list(INFERENCE_ONLY)
+    assert variants_of(names, "infer") == [Variant("onnxruntime", "contiguous"), Variant("openvino", "contiguous")]
+    assert variants_of(names, "infer", "bfloat16") == [Variant("openvino", "contiguous")]
+    assert variants_of(names, "train") == []
+
+
+def test_a_runtime_that_is_not_installed_is_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "is_installed", lambda package: package != "openvino")
+    options = run.parse(["--quick", "--output=quick.json", "--tasks=infer"])
+    variants = run.variants_in(run.plan(options)[0], options)
+    assert {"onnxruntime"} == {variant.implementation for variant in variants} & set(INFERENCE_ONLY)
+    assert "openvino" in capsys.readouterr().out
 
 
 def test_an_unknown_implementation_is_refused() -> None:

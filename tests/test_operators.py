@@ -161,11 +161,65 @@ def test_opcheck_of_a_native_operation(operation, dtype):
     torch.library.opcheck(getattr(torch.ops.densenet_efficient, operation).default, tuple(arguments.values()))
 
 
+def inference_arguments(dtype=torch.float32):
+    """Of a block of two layers, 6 + 2 * 4 channels on 2 images of 5x3, and of a 1x1 convolution."""
+    norms = [torch.rand(4, channels) for channels in (6, 8, 10, 8)]
+    weights = [torch.randn(shape) for shape in [(8, 6, 1, 1), (4, 8, 3, 3), (8, 10, 1, 1), (4, 8, 3, 3)]]
+    packed = [torch.ops.densenet_efficient.packed_weight(weight, dtype) for weight in weights]
+    block = (torch.rand(30, 14, dtype=dtype), 6, 5, 3, 8, norms, packed)
+    pointwise = (
+        torch.rand(30, 6, dtype=dtype),
+        torch.rand(6),
+        torch.rand(6),
+        packed[0],
+        torch.rand(30, 8, dtype=dtype),
+    )
+    return {"dense_block_inference": block, "bn_relu_conv1x1_packed": pointwise}
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operation", ["dense_block_inference", "bn_relu_conv1x1_packed"])
+def test_opcheck_of_the_inference(operation, dtype):
+    """They run outside autograd and every trace, so the schema is all there is."""
+    operator = getattr(torch.ops.densenet_efficient, operation).default
+    torch.library.opcheck(operator, inference_arguments(dtype)[operation], test_utils="test_schema")
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("operation", "index", "value", "message"),
+    [
+        ("dense_block_inference", 0, torch.rand(30, 15), "storage must have 6 channels and as many more"),
+        ("dense_block_inference", 0, torch.rand(31, 14), "storage must have one row per pixel"),
+        ("dense_block_inference", 0, torch.rand(30, 14, dtype=torch.float64), "affines must be contiguous"),
+        ("dense_block_inference", 4, 7, "packed must be what packed_weight gives"),
+        ("dense_block_inference", 4, 0, "packed must be what packed_weight gives"),
+        ("dense_block_inference", 5, [torch.rand(4, 6)], "one entry per convolution"),
+        ("bn_relu_conv1x1_packed", 0, torch.rand(30, 7), "scale must be contiguous of shape"),
+        ("bn_relu_conv1x1_packed", 3, torch.zeros(3, dtype=torch.uint8), "packed must be what packed_weight gives"),
+        ("bn_relu_conv1x1_packed", 4, torch.rand(29, 8), "out must have shape"),
+    ],
+)
+def test_impossible_arguments_of_the_inference(operation, index, value, message):
+    arguments = list(inference_arguments()[operation])
+    arguments[index] = value
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.densenet_efficient, operation)(*arguments)
+
+
+@needs_native
+def test_only_convolutions_of_a_dense_layer_are_packed():
+    with pytest.raises(RuntimeError, match=r"weight must have shape \[K, C, 1, 1\] or \[K, C, 3, 3\]"):
+        torch.ops.densenet_efficient.packed_weight(torch.rand(4, 4, 5, 5), torch.float32)
+
+
 def test_every_operator_is_checked_above():
     """Against the registry, so that a new operator cannot be forgotten."""
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "densenet_efficient" in name}
     ours = {"dense_stage", "dense_stage_backward", "stem", "stem_backward"}
-    assert registered <= ours | set(CONTRACT)
+    measured = {"cpu_product_rate"}  # in test_roofline.py
+    assert registered <= ours | set(CONTRACT) | {*inference_arguments(), "packed_weight"} | measured
     assert ours <= registered
 
 

@@ -17,11 +17,16 @@ constexpr int64_t kMicroRows = 6;  // of the micro-kernel: tiles are multiples o
 constexpr int64_t kTileRows = 72;  // at most
 constexpr int64_t kDepth = 512;    // channels per product: the activations of a tile stay in the second-level cache
 
-// The size of the parts when ``size`` is cut into an even number of parts of at most ``most``, about equal.
-int64_t even_share(int64_t size, int64_t most, int64_t multiple) {
-  size = std::max<int64_t>(size, 1);
-  return round_up(ceil_div(size, round_up(ceil_div(size, most), 2)), multiple);
+// The rows of a tile when ``rows`` are cut into an even number of tiles, about equal; few tiles are cut exactly.
+int64_t rows_of_a_tile(int64_t rows) {
+  constexpr int64_t few = 8;
+  const int64_t tiles = round_up(ceil_div(std::max<int64_t>(rows, 1), kTileRows), 2);
+  const int64_t share = std::max<int64_t>(1, ceil_div(rows, tiles));
+  return tiles <= few ? share : round_up(share, kMicroRows);
 }
+
+// The elements that pack_weight writes.
+int64_t packed_size(int64_t channels, int64_t outputs) { return round_up(channels, 2) * outputs; }
 
 // weight^T [channels, outputs] as the right operand of a product, chunk of channels by chunk.
 template <typename T, typename A>
@@ -45,9 +50,10 @@ void forward(const Conv1x1Forward& p) {
   const auto *scale = static_cast<const A*>(p.scale), *shift = static_cast<const A*>(p.shift);
   auto* out = static_cast<S*>(p.out);
   const int64_t outputs = p.outputs;
-  const int64_t tile_rows = even_share(p.rows, kTileRows, kMicroRows), tiles = ceil_div(p.rows, tile_rows);
-  Scratch<T> weight(round_up(p.channels, 2) * outputs);
-  pack_weight(static_cast<const A*>(p.weight), p.channels, outputs, weight.get());
+  const int64_t tile_rows = rows_of_a_tile(p.rows), tiles = ceil_div(p.rows, tile_rows);
+  const Scratch<T> packed_here(p.packed ? 0 : packed_size(p.channels, outputs));
+  if (!p.packed) pack_weight(static_cast<const A*>(p.weight), p.channels, outputs, packed_here.get());
+  const T* weight = p.packed ? static_cast<const T*>(p.packed) : packed_here.get();
   TileStatistics<A> statistics(p.mean ? tiles : 0, outputs);
 
   parallel_tasks(tiles, [&](TaskRun& run) {
@@ -72,8 +78,8 @@ void forward(const Conv1x1Forward& p) {
         const int64_t next_row = last ? row + tile_rows : row, next_channel = last ? 0 : c + depth;
         prefetch.add(x + next_row * p.x_stride + next_channel, p.x_stride, std::min(tile_rows, p.rows - next_row),
                      std::min(kDepth, p.channels - next_channel));
-        multiply(rows, outputs, depth, activations.get(), stride, weight.get() + c * outputs, outputs, sums,
-                 sums_stride, c > 0, prefetch);
+        multiply(rows, outputs, depth, activations.get(), stride, weight + c * outputs, outputs, sums, sums_stride,
+                 c > 0, prefetch);
       }
       if constexpr (!std::is_same_v<S, A>) store_rows(sums, outputs, rows, outputs, tile_out, p.out_stride);
       if (p.mean) statistics.take(tile, tile_out, p.out_stride, rows);
@@ -351,6 +357,20 @@ class Backward {
 
 void bn_relu_conv1x1_backward(const Conv1x1Backward& arguments) {
   dispatch_product(arguments.dtype, [&]<typename S, typename T>() { Backward<S, T>(arguments).run(); });
+}
+
+int64_t conv1x1_packed_bytes(c10::ScalarType dtype, int64_t channels, int64_t outputs) {
+  int64_t bytes = 0;
+  dispatch_product(dtype, [&]<typename S, typename T>() {
+    bytes = packed_size(channels, outputs) * sizeof(T) + Scratch<T>::kSlack;
+  });
+  return bytes;
+}
+
+void pack_conv1x1(c10::ScalarType dtype, const void* weight, int64_t channels, int64_t outputs, void* packed) {
+  dispatch_product(dtype, [&]<typename S, typename T>() {
+    pack_weight(static_cast<const Accumulate<S>*>(weight), channels, outputs, static_cast<T*>(packed));
+  });
 }
 
 void bn_relu_conv1x1(const Conv1x1Forward& arguments) {

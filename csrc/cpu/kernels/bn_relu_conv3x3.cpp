@@ -43,7 +43,11 @@ template <typename S, typename T>
 void forward(const Conv3x3Forward& p) {
   using A = Accumulate<S>;
   const ImageTiles tiles(p.images, p.height, p.width);
-  const ForwardWeight<T> weight(static_cast<const A*>(p.weight), p.outputs, p.channels);
+  const Scratch<T> packed_here(p.packed ? 0 : ForwardWeight<T>::packed_size(p.outputs, p.channels));
+  if (!p.packed) {
+    ForwardWeight<T>::pack(static_cast<const A*>(p.weight), p.outputs, p.channels, packed_here.get());
+  }
+  const ForwardWeight<T> weight(p.packed ? static_cast<const T*>(p.packed) : packed_here.get(), p.outputs, p.channels);
   TileStatistics<A> statistics(p.mean ? tiles.tiles() : 0, p.outputs);
 
   parallel_tasks(tiles.tiles(), [&](TaskRun& run) {
@@ -52,7 +56,7 @@ void forward(const Conv3x3Forward& p) {
     Scratch<A> products(pixels * p.outputs), compact(p.mean ? pixels * p.outputs : 0);
     Prefetch prefetch;
     for (int64_t tile; run.next(tile);) {
-      const int64_t rows = tiles.rows(tile);
+      const int64_t rows = tiles.rows(tile), step = tiles.rows_of_a_product(tile);
       for (int64_t index = 0; index < weight.chunks(); index++) {
         const ChannelChunk chunk = weight.chunk(index);
         activate_tile<S, T, A>(p, tiles, tile, chunk, padded.get());
@@ -60,9 +64,11 @@ void forward(const Conv3x3Forward& p) {
         ask_ahead<S>(p, tiles, last ? tile + 1 : tile, weight.chunk(last ? 0 : index + 1), prefetch);
         for (int64_t ky = 0; ky < 3; ky++) {
           // Three horizontal neighbours are contiguous in the scratch: one product takes all three taps.
-          multiply(rows * pitch - 1, p.outputs, 3 * chunk.padded, padded.get() + ky * pitch * chunk.padded,
-                   chunk.padded, weight.taps(index, ky), p.outputs, products.get(), p.outputs, index + ky > 0,
-                   prefetch);
+          for (int64_t row = 0; row < rows; row += step) {
+            multiply(step * pitch - 1, p.outputs, 3 * chunk.padded, padded.get() + (row + ky) * pitch * chunk.padded,
+                     chunk.padded, weight.taps(index, ky), p.outputs, products.get() + row * pitch * p.outputs,
+                     p.outputs, index + ky > 0, prefetch);
+          }
         }
       }
       int64_t pixel_count = 0;
@@ -83,6 +89,20 @@ void forward(const Conv3x3Forward& p) {
 }
 
 }  // namespace
+
+int64_t conv3x3_packed_bytes(c10::ScalarType dtype, int64_t channels, int64_t outputs) {
+  int64_t bytes = 0;
+  dispatch_product(dtype, [&]<typename S, typename T>() {
+    bytes = ForwardWeight<T>::packed_size(outputs, channels) * sizeof(T) + Scratch<T>::kSlack;
+  });
+  return bytes;
+}
+
+void pack_conv3x3(c10::ScalarType dtype, const void* weight, int64_t channels, int64_t outputs, void* packed) {
+  dispatch_product(dtype, [&]<typename S, typename T>() {
+    ForwardWeight<T>::pack(static_cast<const Accumulate<S>*>(weight), outputs, channels, static_cast<T*>(packed));
+  });
+}
 
 void bn_relu_conv3x3(const Conv3x3Forward& arguments) {
   dispatch_product(arguments.dtype, [&]<typename S, typename T>() { forward<S, T>(arguments); });

@@ -15,7 +15,8 @@ struct Conv3x3Forward {
   int64_t x_stride;
   int64_t images, height, width, channels, outputs;
   const void *scale, *shift;  // [channels], accumulation type, as all below
-  const void* weight;         // [outputs, channels, 3, 3], contiguous
+  const void* weight;         // [outputs, channels, 3, 3], contiguous; not read where it is given packed
+  const void* packed;         // what pack_conv3x3 has written, or null
   void* out;                  // [images * height * width, outputs]
   int64_t out_stride;
   void *mean, *variance;  // [outputs], or null
@@ -37,6 +38,10 @@ struct Conv3x3Backward {
   void *sum_grad, *sum_grad_x;  // [channels], or null where no gradient of x is needed
 };
 
+// The weight as a forward's products take it, packed once for many calls.
+DECLARE_KERNEL(int64_t conv3x3_packed_bytes(c10::ScalarType dtype, int64_t channels, int64_t outputs);)
+DECLARE_KERNEL(void pack_conv3x3(c10::ScalarType dtype, const void* weight, int64_t channels, int64_t outputs,
+                                 void* packed);)
 DECLARE_KERNEL(void bn_relu_conv3x3(const Conv3x3Forward& arguments);)
 DECLARE_KERNEL(void bn_relu_conv3x3_backward(const Conv3x3Backward& arguments);)
 

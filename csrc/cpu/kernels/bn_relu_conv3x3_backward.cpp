@@ -115,11 +115,15 @@ class Backward {
     workspace.prefetch.add(x + pixel * p_.x_stride + chunk.first, p_.x_stride, pixels, chunk.channels);
     workspace.prefetch.add(grad ? grad + pixel * p_.grad_stride + chunk.first : nullptr, p_.grad_stride, pixels,
                            chunk.channels);
+    const int64_t step = tiles_.rows_of_a_product(tile);
     for (int64_t vertical = 0; vertical < 3; vertical++) {
-      multiply(tiles_.rows(tile) * pitch - 1, chunk.channels, 3 * stride,
-               static_cast<const T*>(workspace.out_grad.get() + vertical * pitch * stride), stride,
-               static_cast<const T*>(weight_.taps(index, vertical)), chunk.channels, workspace.products.get(),
-               chunk.channels, vertical > 0, workspace.prefetch);
+      for (int64_t row = 0; row < tiles_.rows(tile); row += step) {
+        multiply(step * pitch - 1, chunk.channels, 3 * stride,
+                 static_cast<const T*>(workspace.out_grad.get() + (row + vertical) * pitch * stride), stride,
+                 static_cast<const T*>(weight_.taps(index, vertical)), chunk.channels,
+                 workspace.products.get() + row * pitch * chunk.channels, chunk.channels, vertical > 0,
+                 workspace.prefetch);
+      }
     }
   }
 

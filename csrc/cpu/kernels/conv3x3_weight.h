@@ -39,16 +39,24 @@ Scratch<A> transposed_weight(const A* weight, int64_t outputs, int64_t channels)
 template <typename T>
 class ForwardWeight : public ChannelChunks<T> {
  public:
+  // Reads what ``pack`` has written.
+  ForwardWeight(const T* packed, int64_t outputs, int64_t channels)
+      : ChannelChunks<T>(channels), outputs_(outputs), packed_(packed) {}
+
+  static int64_t packed_size(int64_t outputs, int64_t channels) {
+    return 9 * (channels + ChannelChunks<T>(channels).chunks()) * outputs;
+  }
+
   template <typename A>
-  ForwardWeight(const A* weight, int64_t outputs, int64_t channels)
-      : ChannelChunks<T>(channels), outputs_(outputs), packed_(9 * (channels + this->chunks()) * outputs) {
+  static void pack(const A* weight, int64_t outputs, int64_t channels, T* packed) {
+    const ForwardWeight places(packed, outputs, channels);
     const Scratch<A> transposed = transposed_weight(weight, outputs, channels);
     const Scratch<A> zeros(outputs);
     std::fill_n(zeros.get(), outputs, A(0));
-    for (int64_t index = 0; index < this->chunks(); index++) {
-      const ChannelChunk chunk = this->chunk(index);
+    for (int64_t index = 0; index < places.chunks(); index++) {
+      const ChannelChunk chunk = places.chunk(index);
       for (int64_t ky = 0; ky < 3; ky++) {
-        pack_gathered(3 * chunk.padded, outputs, taps(index, ky), [&](int64_t row) -> const A* {
+        pack_gathered(3 * chunk.padded, outputs, packed + places.offset(index, ky), [&](int64_t row) -> const A* {
           const int64_t kx = row / chunk.padded, channel = row % chunk.padded;
           return channel < chunk.channels ? transposed.get() + ((chunk.first + channel) * 9 + ky * 3 + kx) * outputs
                                           : zeros.get();
@@ -57,14 +65,16 @@ class ForwardWeight : public ChannelChunks<T> {
     }
   }
 
-  T* taps(int64_t index, int64_t ky) const {
-    const ChannelChunk chunk = this->chunk(index);
-    return packed_.get() + (9 * (chunk.first + index) + 3 * ky * chunk.padded) * outputs_;
-  }
+  const T* taps(int64_t index, int64_t ky) const { return packed_ + offset(index, ky); }
 
  private:
+  int64_t offset(int64_t index, int64_t ky) const {
+    const ChannelChunk chunk = this->chunk(index);
+    return (9 * (chunk.first + index) + 3 * ky * chunk.padded) * outputs_;
+  }
+
   int64_t outputs_;
-  Scratch<T> packed_;
+  const T* packed_;
 };
 
 // For the gradient of the input: per chunk and vertical tap, rows (horizontal tap, output) of [channels of the chunk],

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/kernels/multiply.h"
 #include "cpu/kernels/tile.h"
 
 namespace densenet_efficient::CPU_CAPABILITY {
@@ -17,17 +18,14 @@ class ImageTiles {
  public:
   ImageTiles(int64_t images, int64_t height, int64_t width)
       : images_(images), height_(height), width_(width), pitch_(width + 1) {
-    constexpr int64_t wanted_pixels = 400;
+    constexpr int64_t wanted_pixels = 400, wanted_tiles = 4, least_rows = 3;
     const int64_t whole = (height + 1) * pitch_;
-    if (whole <= wanted_pixels) {
-      tiles_ = ceil_div(images, std::max<int64_t>(1, wanted_pixels / whole));
-      if (tiles_ % 2 == 1 && tiles_ < images) tiles_++;
-      images_per_tile_ = std::max<int64_t>(1, ceil_div(images, std::max<int64_t>(1, tiles_)));
-      tiles_ = ceil_div(images, images_per_tile_);
+    if (images > 1 && whole <= wanted_pixels) {
+      stack(std::clamp<int64_t>(images / wanted_tiles, 1, wanted_pixels / whole));
     } else {
-      tiles_per_image_ = std::min(height, ceil_div(whole, wanted_pixels));
-      rows_per_tile_ = ceil_div(height, tiles_per_image_);
-      tiles_per_image_ = ceil_div(height, rows_per_tile_);
+      int64_t parts = ceil_div(whole, wanted_pixels);
+      if (images * parts < wanted_tiles) parts = std::min(wanted_tiles, height / least_rows);
+      tiles_per_image_ = std::clamp<int64_t>(parts, 1, std::max<int64_t>(height, 1));
       tiles_ = images * tiles_per_image_;
     }
   }
@@ -37,12 +35,18 @@ class ImageTiles {
   int64_t pitch() const { return pitch_; }
 
   // The most rows that any tile has, zero rows between images included.
-  int64_t most_rows() const { return stacked() ? images_per_tile_ * (height_ + 1) - 1 : rows_per_tile_; }
+  int64_t most_rows() const {
+    return stacked() ? images_per_tile_ * (height_ + 1) - 1 : ceil_div(height_, tiles_per_image_);
+  }
 
   int64_t rows(int64_t tile) const {
     if (stacked()) return std::min(images_per_tile_, images_ - tile * images_per_tile_) * (height_ + 1) - 1;
-    return std::min(rows_per_tile_, height_ - tile % tiles_per_image_ * rows_per_tile_);
+    return first_row(tile % tiles_per_image_ + 1) - first_row(tile % tiles_per_image_);
   }
+
+  // How many of a tile's rows one product takes: one where its pixels fill the micro-kernel's blocks, so that padding
+  // is not multiplied, else all.
+  int64_t rows_of_a_product(int64_t tile) const { return fills_blocks(width_) ? 1 : rows(tile); }
 
   // The number of a tile's pixels that belong to images.
   int64_t pixels(int64_t tile) const {
@@ -57,7 +61,7 @@ class ImageTiles {
       const int64_t y = row < 0 ? -1 : row % (height_ + 1);
       return y < 0 || y == height_ || image >= images_ ? -1 : (image * height_ + y) * width_;
     }
-    const int64_t y = tile % tiles_per_image_ * rows_per_tile_ + row;
+    const int64_t y = first_row(tile % tiles_per_image_) + row;
     return y < 0 || y >= height_ ? -1 : (tile / tiles_per_image_ * height_ + y) * width_;
   }
 
@@ -70,10 +74,21 @@ class ImageTiles {
  private:
   bool stacked() const { return images_per_tile_ > 0; }
 
+  // Takes at most ``most`` whole images per tile: about as many in each, and an even number of tiles.
+  void stack(int64_t most) {
+    tiles_ = ceil_div(images_, most);
+    if (tiles_ % 2 == 1 && tiles_ < images_) tiles_++;
+    images_per_tile_ = ceil_div(images_, tiles_);
+    tiles_ = ceil_div(images_, images_per_tile_);
+  }
+
+  // The image's row with which its part ``part`` begins; the parts differ by one row at most.
+  int64_t first_row(int64_t part) const { return height_ * part / tiles_per_image_; }
+
   int64_t images_, height_, width_, pitch_;
   int64_t tiles_ = 0;
-  int64_t images_per_tile_ = 0;                      // of stacked images, else 0
-  int64_t tiles_per_image_ = 1, rows_per_tile_ = 0;  // of tiles within an image
+  int64_t images_per_tile_ = 0;  // of stacked images, else 0
+  int64_t tiles_per_image_ = 1;  // of tiles within an image
 };
 
 }  // namespace densenet_efficient::CPU_CAPABILITY

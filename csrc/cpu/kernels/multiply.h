@@ -10,6 +10,9 @@
 
 namespace densenet_efficient::CPU_CAPABILITY {
 
+// Whether blocks of seven or fourteen rows leave no rest: so it is with rows of the images DenseNets were made for.
+constexpr bool fills_blocks(int64_t rows) { return rows == 7 || rows % 14 == 0; }
+
 // Blocks of matrices whose cache lines are to be asked for, one line at a time, in the order of their addition.
 class Prefetch {
  public:
@@ -83,7 +86,7 @@ ALWAYS_INLINE void multiply_block(int64_t steps, const typename Step::T* left, i
     Vector<float> row[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) std::memcpy(&row[v], right + (k * right_stride + v * 16) * Step::depth, sizeof(row[v]));
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       float element;
       std::memcpy(&element, left + r * left_stride + k * Step::depth, sizeof(element));
@@ -92,7 +95,7 @@ ALWAYS_INLINE void multiply_block(int64_t steps, const typename Step::T* left, i
     }
     if (k % 2 == 0) prefetch.next();
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) {
@@ -126,10 +129,11 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const typename Step:
               const typename Step::T* b, int64_t b_stride, float* c, int64_t c_stride, bool accumulate,
               Prefetch& prefetch) {
   const int64_t steps = (depth + Step::depth - 1) / Step::depth;
-  const bool few_rows = rows <= 32;
+  const bool few_rows = rows <= 32, sevens = fills_blocks(rows);
   for (int64_t column = 0; column < columns;) {
-    const int64_t rest = columns - column, width = rest >= 64 && !few_rows ? 64 : rest > 16 ? 32 : 16;
-    const auto run = width == 64               ? &multiply_columns<Step, 6, 4>
+    const int64_t rest = columns - column, width = rest >= 64 && (sevens || !few_rows) ? 64 : rest > 16 ? 32 : 16;
+    const auto run = width == 64             ? (sevens ? &multiply_columns<Step, 7, 4> : &multiply_columns<Step, 6, 4>)
+                     : width == 32 && sevens ? &multiply_columns<Step, 14, 2>
                      : width == 32 && few_rows ? &multiply_columns<Step, 8, 2>
                      : width == 32             ? &multiply_columns<Step, 12, 2>
                                                : &multiply_columns<Step, 12, 1>;

@@ -24,8 +24,9 @@ class Scratch {
   }
   T* get() const { return data_.get(); }
 
+  static constexpr int64_t kSlack = 256;  // bytes
+
  private:
-  static constexpr int64_t kSlack = 256;
   struct Free {
     void operator()(T* data) const { std::free(data); }
   };

@@ -1,0 +1,270 @@
+"""Inference without a gradient: what is prepared once gives the same results, and never outlives its sources."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from cases import FLOAT64_TOLERANCE, VARIANTS, make_images, make_pair, needs_native, norms_of, randomise
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from densenet_efficient import inference, operators
+from densenet_efficient.modules import DenseBlock
+
+pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
+
+
+def blocks_of(model):
+    return [module for module in model.modules() if isinstance(module, DenseBlock)]
+
+
+def logits_of(model, images):
+    with torch.inference_mode():
+        return model(images)
+
+
+def assert_equal_to_a_fresh_copy(model, images):
+    """A copy has nothing prepared, and is put together anew."""
+    torch.testing.assert_close(logits_of(model, images), logits_of(copy.deepcopy(model), images), rtol=0, atol=0)
+
+
+@pytest.fixture
+def no_operator(monkeypatch):
+    """Lets a test fail that runs a stage as it is run in training."""
+
+    def refuse(*args):
+        raise AssertionError("a stage ran as in training")
+
+    monkeypatch.setattr(operators, "dense_stage", refuse)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [(1, 3, 33, 47), (3, 3, 64, 40), (2, 3, 224, 32)], ids=str)
+def test_float64(no_operator, variant, shape):
+    naive, efficient = make_pair(mode="eval", **VARIANTS[variant])
+    images = make_images(*shape)
+    for x in (images, images.to(memory_format=torch.channels_last), images[:, :, ::2]):
+        torch.testing.assert_close(logits_of(efficient, x), logits_of(naive, x), rtol=FLOAT64_TOLERANCE, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_low_precision(no_operator, variant, dtype):
+    """At most twice the naive model's error, plus a floor for what rounding does to a sum of few terms."""
+    arguments = {"growth_rate": 16, "num_init_features": 32} | VARIANTS[variant]
+    truth, _ = make_pair(mode="eval", **arguments)
+    naive, efficient = make_pair(mode="eval", dtype=dtype, **arguments)
+    images = make_images(4, 3, 64, 64, dtype=dtype)
+    expected = logits_of(truth, images.double())
+    naive_error, error = ((logits_of(model, images).double() - expected).norm() for model in (naive, efficient))
+    assert error <= 2 * naive_error + torch.finfo(dtype).eps * expected.norm()
+
+
+def test_autocast_prepares_each_dtype(no_operator):
+    _, model = make_pair(mode="eval", dtype=torch.float32)
+    images = make_images(2, 3, 64, 64, dtype=torch.float32)
+    exact = logits_of(model, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = logits_of(model, images)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), exact, rtol=0.1, atol=0.1)
+    assert set(inference.kept_plan(blocks_of(model)[-1], model.features.norm5).prepared) == {
+        torch.float32,
+        torch.bfloat16,
+    }
+
+
+def test_what_was_prepared_is_kept(no_operator):
+    _, model = make_pair(mode="eval")
+    images = make_images(2, 3, 64, 64)
+    first = logits_of(model, images)
+    consumers = [model.features.transition1, model.features.norm5]
+    plans = [inference.kept_plan(*pair) for pair in zip(blocks_of(model), consumers, strict=True)]
+    assert None not in plans
+    torch.testing.assert_close(logits_of(model, images), first, rtol=0, atol=0)
+    assert plans == [inference.kept_plan(*pair) for pair in zip(blocks_of(model), consumers, strict=True)]
+
+
+def scale_weight(model):
+    with torch.no_grad():
+        model.features.denseblock1.denselayer2.conv1.weight.mul_(2)
+
+
+def take_an_optimizer_step(model):
+    model(make_images(2, 3, 64, 64)).square().sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def assign_data(model):
+    weight = model.features.denseblock2.denselayer1.conv2.weight
+    weight.data = weight.data * 2
+
+
+def replace_parameter(model):
+    conv = model.features.transition1.conv
+    conv.weight = nn.Parameter(conv.weight.detach() * 2)
+
+
+def replace_module(model):
+    layer = model.features.denseblock1.denselayer1
+    conv = nn.Conv2d(layer.conv2.in_channels, layer.conv2.out_channels, 3, padding=1, bias=False)
+    layer.conv2 = conv.double().eval()
+
+
+def replace_layer(model):
+    layer = copy.deepcopy(model.features.denseblock1.denselayer1)
+    with torch.no_grad():
+        layer.conv1.weight.mul_(2)
+    model.features.denseblock1.denselayer1 = layer
+
+
+def load_another_state(model):
+    other = copy.deepcopy(model)
+    randomise(other, seed=5)
+    model.load_state_dict(other.state_dict())
+
+
+def load_another_state_by_assignment(model):
+    other = copy.deepcopy(model)
+    randomise(other, seed=6)
+    model.load_state_dict(other.state_dict(), assign=True)
+
+
+def train_the_statistics(model):
+    with torch.no_grad():
+        model.train()(make_images(4, 3, 64, 64, seed=3))
+    model.eval()
+
+
+def change_epsilon(model):
+    model.features.norm5.eps = 0.5
+
+
+def update_in_inference_mode(model):
+    with torch.inference_mode():
+        model.features.denseblock2.denselayer2.norm2.weight.mul_(3)
+
+
+def move_to_another_dtype_and_back(model):
+    scale_weight(model.float())
+    model.double()
+
+
+CHANGES = [
+    scale_weight,
+    take_an_optimizer_step,
+    assign_data,
+    replace_parameter,
+    replace_module,
+    replace_layer,
+    load_another_state,
+    load_another_state_by_assignment,
+    train_the_statistics,
+    change_epsilon,
+    update_in_inference_mode,
+    move_to_another_dtype_and_back,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_of_the_model_shows(change):
+    _, model = make_pair(mode="eval")
+    images = make_images(2, 3, 64, 64)
+    before = logits_of(model, images)
+    change(model)
+    assert not torch.equal(logits_of(model, images), before)
+    assert_equal_to_a_fresh_copy(model, images)
+
+
+def test_batch_statistics_are_not_prepared():
+    naive, efficient = make_pair(mode="mixed")
+    images = make_images(3, 3, 64, 64)
+    for _ in range(2):
+        torch.testing.assert_close(logits_of(efficient, images), logits_of(naive, images), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(efficient.state_dict(), naive.state_dict(), rtol=1e-9, atol=1e-9)
+
+
+def test_parameters_made_in_inference_mode():
+    """They tell nobody when they change, so nothing of them is kept."""
+    naive, _ = make_pair(mode="eval")
+    with torch.inference_mode():
+        _, model = make_pair(mode="eval")
+    images = make_images(2, 3, 64, 64)
+    torch.testing.assert_close(logits_of(model, images), logits_of(naive, images), rtol=1e-9, atol=1e-9)
+    with torch.inference_mode():
+        for norm in norms_of(model):
+            norm.bias.add_(1)
+    assert not torch.allclose(logits_of(model, images), logits_of(naive, images))
+
+
+def test_nothing_prepared_is_saved():
+    _, model = make_pair(mode="eval")
+    size = len(pickle.dumps(model))
+    logits_of(model, make_images(2, 3, 64, 64))
+    assert len(pickle.dumps(model)) == size
+
+
+def test_features_alone(no_operator):
+    naive, efficient = make_pair(mode="eval")
+    images = make_images(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(efficient.features(images), naive.features(images), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [(1, 3, 40, 40), (2, 3, 64, 64)], ids=str)
+def test_bad_images_are_refused_as_in_training(size):
+    _, model = make_pair(mode="eval", dtype=torch.float32)
+    logits_of(model, make_images(*size, dtype=torch.float32))
+    for wrong, error in [
+        (torch.zeros(2, 3, 4, 4), "too small"),
+        (torch.zeros(2, 4, 64, 64), "channels"),
+        (torch.zeros(2, 3, 64, 64, dtype=torch.float64), "same"),
+    ]:
+        with pytest.raises(RuntimeError, match=error):
+            logits_of(model, wrong)
+
+
+def test_threads_that_share_a_model():
+    """Each gets the bits of a serial run, also where they all come first."""
+    _, model = make_pair(mode="eval", dtype=torch.float32, growth_rate=16, num_init_features=32)
+    images = [make_images(2, 3, 64, 64, seed=seed, dtype=torch.float32) for seed in range(8)]
+    expected = [logits_of(copy.deepcopy(model), x) for x in images]
+    found = [None] * len(images)
+    barrier = threading.Barrier(len(images))
+
+    def run(index):
+        barrier.wait()
+        for _ in range(5):
+            found[index] = logits_of(model, images[index])
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(images))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+class Embedded(Dataset):
+    """A data set whose items pass through a model, in whichever process reads them."""
+
+    def __init__(self, model, images):
+        self.model, self.images = model, images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return logits_of(self.model, self.images[index : index + 1])[0].clone()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_workers_forked_after_the_parent_has_run(threads):
+    torch.set_num_threads(threads)
+    _, model = make_pair(mode="eval", dtype=torch.float32)
+    images = make_images(6, 3, 64, 64, dtype=torch.float32)
+    expected = torch.stack([logits_of(model, images[index : index + 1])[0] for index in range(6)])
+    loader = DataLoader(Embedded(model, images), 2, num_workers=2, multiprocessing_context="fork", timeout=60)
+    torch.testing.assert_close(torch.cat(list(loader)), expected, rtol=0, atol=0)
