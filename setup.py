@@ -32,6 +32,7 @@ COMPILER_FLAGS = ["-std=c++20", "-O3", "-g0", "-DNDEBUG", "-fopenmp", "-fvisibil
 WARNING_FLAGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: GCC bug 105593
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-DNDEBUG", "-Xcompiler", "-fvisibility=hidden,-Wall,-Wextra"]
 NVCC_ERROR_FLAGS = ["--Werror", "all-warnings", "-Xcompiler", "-Werror"]
+NVCC_ERROR_FLAGS += ["-Xptxas", "--warn-on-spills,--warn-on-local-memory-usage"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]

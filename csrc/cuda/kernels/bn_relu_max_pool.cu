@@ -101,78 +101,98 @@ struct alignas(kWidth<S>) Places {
   uint8_t of[kWidth<S>];
 };
 
+// The places of the maxima in a square, with its reach: of each output and each thread of a row.
+template <typename S>
+using Maxima = Places<S>[kReach * kReach][kMostLanesX];
+
+struct Square {
+  int image, out_y, out_x;  // its first output
+};
+
 template <typename S, bool kAligned>
-__global__ void __launch_bounds__(kThreads, 2)  // two blocks at a time, or too little is in flight
-    pool_backward(MaxPoolBackward p, Tiling tiling, Strips strips, Accumulate<S>* partials) {
+__device__ void find_maxima(const MaxPoolBackward& p, const Square& square, const Place& place, int lanes_y,
+                            const Deposit<S>& deposit, Maxima<S>& maxima) {
+  const S* x = static_cast<const S*>(p.x.data) + place.column;
+  for (int w = place.lane_y; w < kReach * kReach; w += lanes_y) {
+    const int out_y = square.out_y + w / kReach, out_x = square.out_x + w % kReach;
+    Places<S> found;
+#pragma unroll
+    for (int j = 0; j < kWidth<S>; j++) found.of[j] = kNowhere;
+    if (place.columns > 0 && out_y < p.images.out_height && out_x < p.images.out_width) {
+      const auto maximum = maximum_of<S, kAligned, S>(p.images, square.image, out_y, out_x, x, p.x.stride, place,
+                                                      deposit.scale, deposit.shift);
+#pragma unroll
+      for (int j = 0; j < kWidth<S>; j++) found.of[j] = maximum.place[j];
+    }
+    maxima[w][place.lane_x] = found;
+  }
+}
+
+// Gathers, masks and sums the gradient of the 2x2 inputs of each output, and leaves scale times it in grad.
+template <typename S, bool kAligned>
+__device__ void gather(const MaxPoolBackward& p, const Square& square, const Place& place, int lanes_y,
+                       const Maxima<S>& maxima, Deposit<S>& deposit) {
   using A = Accumulate<S>;
-  __shared__ Places<S> maxima[kReach * kReach][kMostLanesX];
-  const Place place = Place::of<S>(tiling);
-  const int strip = static_cast<int>(place.tile % strips.per_row), row = static_cast<int>(place.tile / strips.per_row);
-  const int image = row / strips.down, first_y = row % strips.down * kSide;
+  const PooledImages& images = p.images;
   const S* x = static_cast<const S*>(p.x.data) + place.column;
   const S* out_grad = static_cast<const S*>(p.out_grad.data) + place.column;
   S* grad = static_cast<S*>(p.grad.data) + place.column;
-  Deposit<S> deposit(p.mean, p.scale, p.shift, place);
-
-  const int begin = strip * strips.length;
-  const int end = begin + strips.length < strips.across ? begin + strips.length : strips.across;
-  for (int square = begin; square < end; square++) {
-    const int first_x = square * kSide;
-    for (int w = place.lane_y; w < kReach * kReach; w += tiling.lanes_y) {
-      const int out_y = first_y + w / kReach, out_x = first_x + w % kReach;
-      Places<S> found;
+  for (int output = place.lane_y; place.columns > 0 && output < kSide * kSide; output += lanes_y) {
+    const int out_y = square.out_y + output / kSide, out_x = square.out_x + output % kSide;
+    if (out_y >= images.out_height || out_x >= images.out_width) continue;
+    Places<S> places[2][2];  // of this output and its neighbours, below and to the right
+    Columns<S, kAligned> flows[2][2];
 #pragma unroll
-      for (int j = 0; j < kWidth<S>; j++) found.of[j] = kNowhere;
-      if (place.columns > 0 && out_y < p.images.out_height && out_x < p.images.out_width) {
-        const auto maximum = maximum_of<S, kAligned, S>(p.images, image, out_y, out_x, x, p.x.stride, place,
-                                                        deposit.scale, deposit.shift);
+    for (int down = 0; down < 2; down++) {
 #pragma unroll
-        for (int j = 0; j < kWidth<S>; j++) found.of[j] = maximum.place[j];
+      for (int right = 0; right < 2; right++) {
+        places[down][right] = maxima[(output / kSide + down) * kReach + output % kSide + right][place.lane_x];
+        if (out_y + down >= images.out_height || out_x + right >= images.out_width) continue;
+        const int64_t row = (int64_t{square.image} * images.out_height + out_y + down) * images.out_width + out_x;
+        flows[down][right].load(out_grad + (row + right) * p.out_grad.stride, place.columns);
       }
-      maxima[w][place.lane_x] = found;
     }
-    __syncthreads();
-    for (int quad = place.lane_y; place.columns > 0 && quad < kSide * kSide; quad += tiling.lanes_y) {
-      const int out_y = first_y + quad / kSide, out_x = first_x + quad % kSide;
-      if (out_y >= p.images.out_height || out_x >= p.images.out_width) continue;
-      Places<S> places[2][2];
-      Columns<S, kAligned> flows[2][2];
 #pragma unroll
-      for (int dy = 0; dy < 2; dy++) {
+    for (int dy = 0; dy < 2; dy++) {
 #pragma unroll
-        for (int dx = 0; dx < 2; dx++) {
-          places[dy][dx] = maxima[(quad / kSide + dy) * kReach + quad % kSide + dx][place.lane_x];
-          if (out_y + dy >= p.images.out_height || out_x + dx >= p.images.out_width) continue;
-          const int64_t output = (int64_t{image} * p.images.out_height + out_y + dy) * p.images.out_width + out_x + dx;
-          flows[dy][dx].load(out_grad + output * p.out_grad.stride, place.columns);
-        }
-      }
+      for (int dx = 0; dx < 2; dx++) {
+        const int in_y = 2 * out_y + dy, in_x = 2 * out_x + dx;
+        if (in_y >= images.height || in_x >= images.width) continue;
+        const int64_t input = (int64_t{square.image} * images.height + in_y) * images.width + in_x;
+        Columns<S, kAligned> values, scaled;
+        values.load(x + input * p.x.stride, place.columns);
 #pragma unroll
-      for (int dy = 0; dy < 2; dy++) {
+        for (int j = 0; j < kWidth<S>; j++) {
+          A gradient = 0;
 #pragma unroll
-        for (int dx = 0; dx < 2; dx++) {
-          const int in_y = 2 * out_y + dy, in_x = 2 * out_x + dx;
-          if (in_y >= p.images.height || in_x >= p.images.width) continue;
-          const int64_t input = (int64_t{image} * p.images.height + in_y) * p.images.width + in_x;
-          Columns<S, kAligned> values, scaled;
-          values.load(x + input * p.x.stride, place.columns);
+          for (int down = 0; down <= dy; down++) {
 #pragma unroll
-          for (int j = 0; j < kWidth<S>; j++) {
-            A gradient = 0;
-#pragma unroll
-            for (int down = 0; down <= dy; down++) {
-#pragma unroll
-              for (int right = 0; right <= dx; right++) {
-                const int expected = 3 * (dy - 2 * down + 1) + (dx - 2 * right + 1);
-                if (places[down][right].of[j] == expected) gradient += flows[down][right][j];
-              }
+            for (int right = 0; right <= dx; right++) {
+              const int here = 3 * (dy - 2 * down + 1) + (dx - 2 * right + 1);  // this input, in that window
+              if (places[down][right].of[j] == here) gradient += flows[down][right][j];
             }
-            scaled.values[j] = static_cast<S>(deposit.take(j, values[j], gradient));
           }
-          scaled.store(grad + input * p.grad.stride, place.columns);
+          scaled.values[j] = static_cast<S>(deposit.take(j, values[j], gradient));
         }
+        scaled.store(grad + input * p.grad.stride, place.columns);
       }
     }
+  }
+}
+
+template <typename S, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 2)  // two blocks at a time, or too little is in flight
+    pool_backward(MaxPoolBackward p, Tiling tiling, Strips strips, Accumulate<S>* partials) {
+  __shared__ Maxima<S> maxima;
+  const Place place = Place::of<S>(tiling);
+  const int strip = static_cast<int>(place.tile % strips.per_row), row = static_cast<int>(place.tile / strips.per_row);
+  const int begin = strip * strips.length, end = begin + strips.length;
+  Deposit<S> deposit(p.mean, p.scale, p.shift, place);
+  for (int index = begin; index < end && index < strips.across; index++) {
+    const Square square{row / strips.down, row % strips.down * kSide, index * kSide};
+    find_maxima<S, kAligned>(p, square, place, tiling.lanes_y, deposit, maxima);
+    __syncthreads();
+    gather<S, kAligned>(p, square, place, tiling.lanes_y, maxima, deposit);
     __syncthreads();
   }
   deposit.finish(partials, place, tiling);
