@@ -57,14 +57,15 @@ def test_stages_are_kept_in_the_results_as_they_end(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     header = gpu.results_file.describe_machine("cpu") | {"machine": "a-card"}
     monkeypatch.setattr(gpu.results_file, "describe_machine", lambda device: header)
-    monkeypatch.setattr(gpu, "run", lambda stage, log, deadline: "failed" if stage.name == "tests" else "passed")
+    fate = {"tests": "failed with status 1", "measurements 1": "stopped after 99 s"}
+    monkeypatch.setattr(gpu, "run", lambda stage, log, deadline: fate.get(stage.name, "passed"))
     path = tmp_path / "a-card.json"
     gpu.main(["--output", str(tmp_path), "--only", "memcheck"])
     assert json.loads(path.read_text())["checks"] == {"memcheck": "passed"}
     with pytest.raises(SystemExit, match=r"^not passed: tests; see .*gpu\.log$"):
         gpu.main(["--output", str(tmp_path), "--only", "tests", "measurements"])
     checks = json.loads(path.read_text())["checks"]
-    assert checks == {"memcheck": "passed", "tests": "failed", "measurements": "passed"}
+    assert checks == {"memcheck": "passed", "tests": fate["tests"], "measurements": "stopped after 99 s"}
     with pytest.raises(SystemExit):
         gpu.main(["--output", str(tmp_path), "--only", "everything"])
 
