@@ -28,8 +28,10 @@ bench: venv
 	$(BIN)/python -m benchmarks.run
 
 # With what is installed: a machine with a GPU need not reach a package registry.
+gpu: GPU_PYTHON := $(or $(wildcard $(BIN)/python),$(PYTHON))
 gpu:
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu --output runs/gpu
+	@$(GPU_PYTHON) -c 'import torch' 2>/dev/null || { echo 'make gpu: $(GPU_PYTHON) has no torch; name one that has with PYTHON=' >&2; exit 1; }
+	@$(GPU_PYTHON) -m benchmarks.gpu --output runs/gpu
 
 readme: venv
 	$(BIN)/python -m benchmarks.report
