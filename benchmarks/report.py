@@ -103,6 +103,8 @@ def tables(results: Results, task: str) -> str:
         lines += [f"![step time against memory]({picture_path(results).as_posix()})", ""]
     for _, workload in itertools.groupby(sorted(rows, key=_workload), key=_workload):
         lines += table(list(workload))
+    if task == "train" and results.get("largest_batch"):
+        lines += [largest_batches(results["largest_batch"]), ""]
     return "\n".join(lines)
 
 
@@ -141,6 +143,14 @@ def table(rows: Sequence[Row]) -> list[str]:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def largest_batches(rows: Sequence[Row]) -> str:
+    """The largest batch of each implementation, of one model."""
+    first = rows[0]
+    batches = ", ".join(f"{row['implementation']} {row['batch']}" for row in rows)
+    images = f"{first['size']}x{first['size']}"
+    return f"The largest batch of {images} images whose {first['dtype']} step of {first['model']} fits: {batches}."
 
 
 def _workload(row: Row) -> tuple[Any, ...]:
