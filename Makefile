@@ -1,13 +1,14 @@
 # make demo   set everything up, then train on handwritten digits: the results are in runs/demo
 # make test   set everything up, then run every test
-# Both need nothing but Python 3.10 to 3.13 (PYTHON=python3.x names one) and a C++ compiler.
+# make gpu    build for the GPU that is here, test and measure, with the installed packages: results in runs/gpu
+# The first two need nothing but Python 3.10 to 3.13 (PYTHON=python3.x names one) and a C++ compiler.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip --disable-pip-version-check install --constraint constraints.txt
 NATIVE_SOURCES := $(shell find csrc -type f)
 
-.PHONY: venv demo test lint bench readme clean
+.PHONY: venv demo test lint bench gpu readme clean
 
 venv: .venv/installed
 
@@ -25,6 +26,12 @@ lint: venv
 
 bench: venv
 	$(BIN)/python -m benchmarks.run
+
+# With what is installed: a machine with a GPU need not reach a package registry.
+gpu: GPU_PYTHON := $(or $(wildcard $(BIN)/python),$(PYTHON))
+gpu:
+	@$(GPU_PYTHON) -c 'import torch' 2>/dev/null || { echo 'make gpu: $(GPU_PYTHON) has no torch; name one that has with PYTHON=' >&2; exit 1; }
+	@$(GPU_PYTHON) -m benchmarks.gpu --output runs/gpu
 
 readme: venv
 	$(BIN)/python -m benchmarks.report

@@ -2,21 +2,25 @@
 
 Kernel sources (csrc/cpu/kernels) are compiled once per CPU capability, with that capability's compiler flags;
 the choice between them is made at run time (csrc/cpu/capability.h). All other sources are compiled once, for
-any CPU.
+any CPU. The CUDA operators (csrc/cuda) are built where nvcc works and is of the CUDA version of torch.
 
 Environment variables:
     DENSENET_EFFICIENT_NATIVE=0  install without the native operators
     DENSENET_EFFICIENT_CUDA=0    leave the CUDA operators out where they could be built
+    CUDA_HOME                    folder of the CUDA toolkit, where nvcc on PATH is not the one to use
     TORCH_CUDA_ARCH_LIST         CUDA architectures, default "8.0;9.0+PTX"
     MAX_JOBS                     number of compilations at a time
 """
 
 import os
 import platform
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import torch
@@ -26,6 +30,9 @@ from torch.utils import cpp_extension
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 COMPILER_FLAGS = ["-std=c++20", "-O3", "-g0", "-DNDEBUG", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast"]
 WARNING_FLAGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: GCC bug 105593
+NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-DNDEBUG", "-Xcompiler", "-fvisibility=hidden,-Wall,-Wextra"]
+NVCC_ERROR_FLAGS = ["--Werror", "all-warnings", "-Xcompiler", "-Werror"]
+NVCC_ERROR_FLAGS += ["-Xptxas", "--warn-on-spills,--warn-on-local-memory-usage"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
@@ -53,35 +60,101 @@ def why_not_native() -> str | None:
     return None
 
 
-def with_cuda() -> bool:
-    """Decided by what can be compiled, never by the presence of a GPU."""
-    wanted = os.environ.get("DENSENET_EFFICIENT_CUDA") != "0"
-    return (
-        wanted and bool(sources("cuda/*.cu")) and torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
-    )
+def find_nvcc() -> str | None:
+    """The CUDA compiler: that of CUDA_HOME, else the one on PATH, else the one where the toolkit puts it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home, "bin")))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def run(*command: str) -> tuple[int, str]:
+    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return process.returncode, process.stdout
+
+
+def toolkit_of(nvcc: str) -> str:
+    """The folder of nvcc's toolkit, which it tells itself: nvcc on PATH may be a script or a link from elsewhere."""
+    top = re.search(r"^#\$ TOP=(.+)$", run(nvcc, "--dryrun", "-c", "none.cu")[1], re.MULTILINE)
+    return os.path.realpath(top[1].strip() if top else Path(nvcc).resolve().parents[1])
+
+
+def why_not_cuda() -> str | None:
+    """The reason to leave the CUDA operators out, with its remedy; None when they are built.
+
+    Decided by what can be compiled, never by the presence of a GPU.
+    """
+    if os.environ.get("DENSENET_EFFICIENT_CUDA") == "0":
+        return "DENSENET_EFFICIENT_CUDA=0 was set: unset it and install again"
+    wanted = torch.version.cuda
+    if wanted is None:
+        return "this torch is a build without CUDA: install one with CUDA, then this package again"
+    nvcc = find_nvcc()
+    remedy = f"install the CUDA toolkit {wanted} or name its folder in CUDA_HOME, then install again"
+    if nvcc is None:
+        return f"nvcc was not found: {remedy}"
+    status, text = run(nvcc, "--version")
+    release = re.search(r"release (\d+)\.(\d+)", text)
+    if status != 0 or release is None:
+        return f"{nvcc} does not run ({last_line(text)}): {remedy}"
+    if release[1] != wanted.split(".")[0]:
+        return f"{nvcc} is of CUDA {release[1]}.{release[2]}, this torch of CUDA {wanted}: {remedy}"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text("#include <cuda_runtime.h>\n__global__ void probe() {}\nvoid run() { probe<<<1, 1>>>(); }\n")
+        host_compiler = ["-ccbin", os.environ["CC"]] if "CC" in os.environ else []  # as torch chooses it
+        flags = [*host_compiler, "-std=c++20", "-arch=sm_80", "-cudart=shared", "-shared", "-Xcompiler=-fPIC"]
+        status, text = run(nvcc, *flags, str(source), "-o", str(Path(folder, "probe.so")))
+    if status != 0:
+        return f"{nvcc} cannot compile and link ({last_line(text)}): {remedy}"
+    return None
+
+
+def last_line(text: str) -> str:
+    return ([line.strip() for line in text.splitlines() if line.strip()] or ["no output"])[-1]
 
 
 def native_extension() -> Extension:
     macros = [(f"WITH_CPU_CAPABILITY_{name}", None) for name in CPU_CAPABILITIES]
     host_sources = sources("*.cpp") + sources("cpu/*.cpp")
-    extension_type = cpp_extension.CppExtension
-    if with_cuda():
-        extension_type = cpp_extension.CUDAExtension
-        host_sources += sources("cuda/*.cpp") + sources("cuda/*.cu")
+    without_cuda = why_not_cuda()
+    if without_cuda is not None:
+        print(f"densenet_efficient is built without its CUDA operators: {without_cuda}.")
+        facts = [f'-DWHY_NOT_CUDA="{escaped(without_cuda)}"']
+        extension_type, device = cpp_extension.CppExtension, "cpu"
+    else:
+        nvcc = find_nvcc()
+        assert nvcc is not None
+        cpp_extension.CUDA_HOME = toolkit_of(nvcc)
+        os.environ.setdefault("TORCH_DONT_CHECK_COMPILER_ABI", "1")  # nvcc was tried, which tells more than a table
+        host_sources += sources("cuda/*.cpp") + sources("cuda/kernels/*.cu")
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
-        macros.append(("CUDA_ARCHITECTURES", f'"{architectures}"'))
-    # Declared as system headers, torch's own are exempt from our warnings.
-    system_headers = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-    return extension_type(
+        facts = [f'-DCUDA_ARCHITECTURES="{escaped(architectures)}"']
+        extension_type, device = cpp_extension.CUDAExtension, "cuda"
+    # Declared as system headers, those of torch and CUDA are exempt from our warnings.
+    system_headers = [flag for path in cpp_extension.include_paths(device) for flag in ("-isystem", path)]
+    extension = extension_type(
         name="densenet_efficient._C",
         sources=host_sources,
         include_dirs=[str(Path("csrc").resolve())],
         define_macros=macros,
         extra_compile_args={
             "cxx": [*COMPILER_FLAGS, *WARNING_FLAGS, *system_headers],
-            "nvcc": ["-std=c++20", "-O3", "-lineinfo"],
+            "nvcc": [*NVCC_FLAGS, *system_headers, *(NVCC_ERROR_FLAGS if warnings_are_errors() else [])],
         },
     )
+    extension.facts = facts
+    return extension
+
+
+def escaped(text: str) -> str:
+    """The inside of a string literal of C."""
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def warnings_are_errors() -> bool:
+    """As CFLAGS has it for the host compiler; it does not reach nvcc by itself."""
+    return "-Werror" in shlex.split(os.environ.get("CFLAGS", ""))
 
 
 class NativeBuild(cpp_extension.BuildExtension):
@@ -98,6 +171,8 @@ class NativeBuild(cpp_extension.BuildExtension):
             extension.extra_objects += self.compile_kernels(extension, name, flags)
         version = self.distribution.get_version()
         extension.define_macros.append(("DENSENET_EFFICIENT_VERSION", f'"{version}"'))
+        # Not among the macros, for nvcc would get them too, and the shells it starts do not keep their quotes.
+        extension.extra_compile_args["cxx"] += extension.facts
         super().build_extension(extension)
 
     def compile_kernels(self, extension: Extension, capability: str, flags: list[str]) -> list[str]:
@@ -116,9 +191,10 @@ class NativeBuild(cpp_extension.BuildExtension):
         )
 
 
-# Ninja lies beside this Python, which need not be an activated environment.
-os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
-reason = why_not_native()
-if reason is not None:
-    print(f"densenet_efficient is built without its native operators: {reason}.")
-setup(ext_modules=[] if reason else [native_extension()], cmdclass={"build_ext": NativeBuild})
+if __name__ == "__main__":
+    # Ninja lies beside this Python, which need not be an activated environment.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    reason = why_not_native()
+    if reason is not None:
+        print(f"densenet_efficient is built without its native operators: {reason}.")
+    setup(ext_modules=[] if reason else [native_extension()], cmdclass={"build_ext": NativeBuild})

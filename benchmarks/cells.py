@@ -20,7 +20,8 @@ LAYOUTS = {
 }
 TRAINING_ONLY = ("torchvision-checkpoint", "compile-budget-0.5", "ours-bottleneck")
 INFERENCE_ONLY = ("onnxruntime", "openvino")
-COMPILED = ("compile", "compile-budget-0.5")
+COMPILED = ("compile", "compile-budget-0.5", "compile-max-autotune")
+ON_A_GPU = ("compile-max-autotune",)  # pays there alone
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,19 @@ import pytest
 
 from densenet_efficient.measure import DTYPES
 
-from .cells import Cell, variants_of
+from .cells import ON_A_GPU, Cell, variants_of
 from .implementations import IMPLEMENTATIONS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("densenets")
     group.addoption("--models", nargs="+", default=["densenet121"])
-    group.addoption("--implementations", nargs="+", choices=list(IMPLEMENTATIONS), default=list(IMPLEMENTATIONS))
+    group.addoption(
+        "--implementations",
+        nargs="+",
+        choices=list(IMPLEMENTATIONS),
+        default=[name for name in IMPLEMENTATIONS if name not in ON_A_GPU],
+    )
     group.addoption("--dtype", choices=DTYPES, default="float32")
     group.addoption("--batch", type=int, default=8)
     group.addoption("--size", type=int, default=224, help="height and width of the images")

@@ -50,8 +50,8 @@ def _torchvision(config: dict[str, Any], memory_efficient: bool = False) -> nn.M
     return torchvision.models.DenseNet(**arguments, memory_efficient=memory_efficient)
 
 
-def _compile(config: dict[str, Any], backend: str | Callable[..., Any]) -> nn.Module:
-    return cast(nn.Module, torch.compile(_torchvision(config), dynamic=False, backend=backend))
+def _compile(config: dict[str, Any], **options: Any) -> nn.Module:
+    return cast(nn.Module, torch.compile(_torchvision(config), dynamic=False, **options))
 
 
 def _half_the_activation_memory(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
@@ -67,13 +67,13 @@ def _ours(config: dict[str, Any], checkpointing: str) -> nn.Module:
     return EfficientDenseNet(**config | {"checkpointing": checkpointing})
 
 
-# The name "torchvision-graph" (CUDA graphs) is kept for the results of a GPU.
 IMPLEMENTATIONS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "naive": lambda config: NaiveDenseNet(**config),
     "torchvision": _torchvision,
     "torchvision-checkpoint": lambda config: _torchvision(config, memory_efficient=True),
-    "compile": lambda config: _compile(config, "inductor"),
-    "compile-budget-0.5": lambda config: _compile(config, _half_the_activation_memory),
+    "compile": lambda config: _compile(config, backend="inductor"),
+    "compile-budget-0.5": lambda config: _compile(config, backend=_half_the_activation_memory),
+    "compile-max-autotune": lambda config: _compile(config, mode="max-autotune"),
     "onnxruntime": lambda config: ExportedNetwork(_torchvision(config), onnxruntime_run),
     "openvino": lambda config: ExportedNetwork(_torchvision(config), openvino_run),
     "ours-none": lambda config: _ours(config, "none"),

@@ -17,6 +17,10 @@ MARKS = {
     "compile-budget-0.5": ("#D55E00", "v"),
     "ours-none": ("#009E73", "D"),
     "ours-bottleneck": ("#0072B2", "P"),
+    "compile-max-autotune": ("#CC79A7", "<"),
+    # captured in a CUDA graph
+    "ours-none-graph": ("#009E73", "d"),
+    "ours-bottleneck-graph": ("#0072B2", "p"),
 }
 
 

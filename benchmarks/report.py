@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report`: the README's benchmark sections, and the pictures, from the results files.
+"""`python -m benchmarks.report`: the benchmark sections of the documents, and the pictures, from the results files.
 
 A section replaces what stands between `<!-- benchmarks:begin NAME -->` and `<!-- benchmarks:end -->`.
 """
@@ -16,6 +16,8 @@ from typing import Any
 
 from .picture import draw, picture_path
 from .results import RESULTS, ROOT, write_atomically
+from .roofline import COLUMNS as ROOFLINE_COLUMNS
+from .roofline import Line, Roofline, table_cells, title, without_small_lines
 
 SECTION = re.compile(r"(<!-- benchmarks:begin (\S+) -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
 WORKLOAD = ("model", "dtype", "batch", "size")
@@ -35,36 +37,60 @@ Results = dict[str, Any]
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is out of date")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a document is out of date")
+    parser.add_argument("--documents", type=Path, nargs="+", default=[ROOT / "README.md", ROOT / "docs/performance.md"])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results files")
     options = parser.parse_args(arguments)
-    all_results = [json.loads(path.read_text()) for path in sorted(options.results.glob("*.json"))]
-    before = options.readme.read_text()
-    after = fill(before, all_results)
+    paths = sorted(options.results.glob("*.json"))
+    rooflines = [json.loads(path.read_text()) for path in paths if path.stem.endswith("-roofline")]
+    results = [json.loads(path.read_text()) for path in paths if not path.stem.endswith("-roofline")]
+    texts = {document: document.read_text() for document in options.documents}
+    filled = {document: fill(text, results, rooflines) for document, text in texts.items()}
     if options.check:
-        if after != before:
-            sys.exit(f"{options.readme} does not match the results files; run: python -m benchmarks.report")
+        outdated = [str(document) for document in texts if filled[document] != texts[document]]
+        if outdated:
+            sys.exit(f"{', '.join(outdated)} does not match the results files; run: python -m benchmarks.report")
         return
-    for results in all_results:
-        draw(results, options.results / picture_path(results).name)
-    write_atomically(options.readme, after)
+    for machine in results:
+        draw(machine, options.results / picture_path(machine).name)
+    for document, text in filled.items():
+        write_atomically(document, text)
 
 
-def fill(readme: str, all_results: Sequence[Results]) -> str:
-    """The README with every section generated anew. Raises ValueError for a section it does not know."""
+def fill(text: str, all_results: Sequence[Results], all_rooflines: Sequence[Results] = ()) -> str:
+    """The document with every section generated anew. Raises ValueError for a section it does not know."""
 
     def section(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
         if name not in SECTIONS:
             raise ValueError(f"unknown benchmarks section {name!r}; expected one of {', '.join(SECTIONS)}")
         device, task = SECTIONS[name]
-        texts = [tables(results, task) for results in all_results if _runs_on(device, results)]
+        if task == "roofline":
+            texts = [roofline_tables(results) for results in all_rooflines]
+        else:
+            texts = [tables(results, task) for results in all_results if _runs_on(device, results)]
         return f"{begin}{chr(10).join(filter(None, texts)) or f'Not measured yet on a {device}.'}\n{end}"
 
-    if readme.count("<!-- benchmarks:begin") != len(SECTION.findall(readme)):
-        raise ValueError("a benchmarks section of the README lacks its name or its <!-- benchmarks:end -->")
-    return SECTION.sub(section, readme)
+    if text.count("<!-- benchmarks:begin") != len(SECTION.findall(text)):
+        raise ValueError("a benchmarks section lacks its name or its <!-- benchmarks:end -->")
+    return SECTION.sub(section, text)
+
+
+def roofline_tables(results: Results) -> str:
+    """Where each step's time goes, by operation and size of images, under what the machine can do."""
+    lines = [figures_line(results), ""]
+    for row in results["rows"]:
+        roofline = Roofline(**row | {"lines": [Line(**line) for line in row["lines"]]})
+        lines += [f"**{title(roofline)}**", ""]
+        lines += [
+            f"Roof {roofline.product_rate / 1e9:.0f} GFLOP/s, copy rate {roofline.copy_rate / 1e9:.0f} GB/s.",
+            "",
+            "| " + " | ".join(ROOFLINE_COLUMNS) + " |",
+            "|---|" + "---:|" * (len(ROOFLINE_COLUMNS) - 1),
+        ]
+        lines += ["| " + " | ".join(cells) + " |" for cells in table_cells(without_small_lines(roofline))]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def tables(results: Results, task: str) -> str:
@@ -77,12 +103,14 @@ def tables(results: Results, task: str) -> str:
         lines += [f"![step time against memory]({picture_path(results).as_posix()})", ""]
     for _, workload in itertools.groupby(sorted(rows, key=_workload), key=_workload):
         lines += table(list(workload))
+    if task == "train" and results.get("largest_batch"):
+        lines += [largest_batches(results["largest_batch"]), ""]
     return "\n".join(lines)
 
 
 def figures_line(results: Results) -> str:
     """Machine, versions, commit and date, and the time to the first step."""
-    header, first_steps = results["header"], results["first_step"]
+    header, first_steps = results["header"], results.get("first_step", [])
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
     device = "" if header["device"] == "cpu" else f"{header['device']}, driver {header['driver']}, "
     machine = f"{device}{header['cpu']}, {header['cores']} cores, {header['instructions']}"
@@ -117,6 +145,14 @@ def table(rows: Sequence[Row]) -> list[str]:
     return [*lines, ""]
 
 
+def largest_batches(rows: Sequence[Row]) -> str:
+    """The largest batch of each implementation, of one model."""
+    first = rows[0]
+    batches = ", ".join(f"{row['implementation']} {row['batch']}" for row in rows)
+    images = f"{first['size']}x{first['size']}"
+    return f"The largest batch of {images} images whose {first['dtype']} step of {first['model']} fits: {batches}."
+
+
 def _workload(row: Row) -> tuple[Any, ...]:
     return tuple(row[name] for name in WORKLOAD)
 
@@ -138,6 +174,7 @@ SECTIONS = {
     "training-gpu": ("GPU", "train"),
     "inference-cpu": ("CPU", "infer"),
     "inference-gpu": ("GPU", "infer"),
+    "roofline-cpu": ("CPU", "roofline"),
 }
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -156,13 +156,18 @@ def _step_flops(network: nn.Module, size: int, batch: int, dtype: torch.dtype) -
     return 3 * sum(forward) - forward[0]
 
 
-def as_table(roofline: Roofline) -> Table:
-    """For the terminal."""
+def title(roofline: Roofline) -> str:
+    """The workload, its time and its share of the roof."""
     share = roofline.step_flops / roofline.step_seconds / roofline.product_rate
-    table = Table(
-        title=f"{roofline.model}, {roofline.dtype}, batch {roofline.batch}, {roofline.size}x{roofline.size}, "
+    return (
+        f"{roofline.model}, {roofline.dtype}, batch {roofline.batch}, {roofline.size}x{roofline.size}, "
         f"{roofline.level}: {roofline.step_seconds * 1e3:.0f} ms, {share:.0%} of the roof"
     )
+
+
+def as_table(roofline: Roofline) -> Table:
+    """For the terminal."""
+    table = Table(title=title(roofline))
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "operation" else "right")
     for cells in table_cells(roofline):
@@ -187,6 +192,19 @@ def _cells(line: Line, roofline: Roofline) -> list[str]:
     return cells
 
 
+def without_small_lines(roofline: Roofline, least: float = 0.01) -> Roofline:
+    """The same, all lines below this share of the step in one."""
+    small = Line("operations below 1 % each", 0)
+    kept = []
+    for line in roofline.lines:
+        if line.operation == REST or line.seconds >= least * roofline.step_seconds:
+            kept.append(line)
+        else:
+            small.calls += line.calls
+            small.seconds += line.seconds
+    return replace(roofline, lines=[*kept[:-1], small, kept[-1]])
+
+
 def merged_by_operation(roofline: Roofline) -> Roofline:
     """The same with the sizes of one operation in one line."""
     totals: dict[str, Line] = defaultdict(lambda: Line("", 0))
@@ -196,7 +214,7 @@ def merged_by_operation(roofline: Roofline) -> Roofline:
         for field in ("calls", "seconds", "flops", "bytes"):
             setattr(total, field, getattr(total, field) + getattr(line, field))
     lines = sorted(totals.values(), key=lambda line: (line.operation == REST, -line.seconds))
-    return Roofline(**{**asdict(roofline), "lines": lines})
+    return replace(roofline, lines=lines)
 
 
 def main(arguments: Sequence[str]) -> None:

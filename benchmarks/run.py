@@ -13,7 +13,17 @@ from typing import Any
 from densenet_efficient.measure import DTYPES, TASKS, first_step_seconds
 
 from . import results as results_file
-from .cells import COMPILED, INFERENCE_ONLY, Cell, Variant, measure_memory, measure_times, row_key, variants_of
+from .cells import (
+    COMPILED,
+    INFERENCE_ONLY,
+    ON_A_GPU,
+    Cell,
+    Variant,
+    measure_memory,
+    measure_times,
+    row_key,
+    variants_of,
+)
 from .implementations import IMPLEMENTATIONS
 from .runtimes import is_installed
 
@@ -95,7 +105,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--measure", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--models", nargs="+", default=["densenet121", "densenet201"])
-    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
+    parser.add_argument(
+        "--implementations",
+        nargs="+",
+        choices=IMPLEMENTATIONS,
+        default=[name for name in IMPLEMENTATIONS if name not in ON_A_GPU],
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--batches", nargs="+", type=int, help="default: 8 in training, 1 and 32 in inference")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")

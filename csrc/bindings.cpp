@@ -22,8 +22,10 @@ py::dict build_info() {
   info["cpu_capabilities"] = compiled_cpu_capabilities();
 #if defined(CUDA_ARCHITECTURES)
   info["cuda_architectures"] = CUDA_ARCHITECTURES;
+  info["why_not_cuda"] = py::none();
 #else
   info["cuda_architectures"] = py::none();
+  info["why_not_cuda"] = WHY_NOT_CUDA;
 #endif
   return info;
 }

@@ -8,6 +8,7 @@ class BuildInfo(TypedDict):
     compiler: str
     cpu_capabilities: list[str]  # ascending: "default", and on x86-64 "avx2", "avx512", "avx512_bf16"
     cuda_architectures: str | None  # as in TORCH_CUDA_ARCH_LIST; None: built without CUDA
+    why_not_cuda: str | None  # the reason and its remedy; None: built with CUDA
 
 def build_info() -> BuildInfo: ...
 def cpu_capability() -> str:

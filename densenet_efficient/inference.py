@@ -2,8 +2,8 @@
 
 Prepared are the affine maps of its norms (they use their running statistics) and its weights, packed as the kernels
 read them. All of it is kept beside the block for as long as every parameter and buffer is what it was; nothing needs
-to be converted, and nothing of it is saved or copied with the model. A batch norm needs no folding into the weights:
-the kernels apply its map while they load, at no cost that could be measured.
+to be converted, and nothing of it is saved or copied with the model. No batch norm is folded into the weights: the
+kernels apply its map while they load, one multiply-add per element.
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ from densenet_efficient.reference import NaiveDenseNet
 needs_native = pytest.mark.skipif(
     not kernels.cpu.is_available(), reason=f"no native backend: {kernels.cpu.unavailable_reason()}"
 )
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+CPU_BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
+GPU_BACKENDS = ["triton", "cuda"] if torch.cuda.is_available() else []
 LEVELS = ["none", "bottleneck"]
 VARIANTS = {
     "bc": {"bottleneck": True, "compression": 0.5},
@@ -24,18 +27,26 @@ FLOAT64_TOLERANCE = 1e-9
 FLOAT64_FLOOR = 1e-12  # of what is zero but for rounding, as the gradient of a bias that a norm follows
 
 
+def use_backend(name, monkeypatch):
+    """Runs a test on this backend; on the GPU where it is one of a GPU, for models and images are made there."""
+    monkeypatch.setenv(kernels.BACKEND_VARIABLE, name)
+    with torch.device("cuda" if name in GPU_BACKENDS else "cpu"):
+        yield name
+
+
 def randomise(model, seed=0):
     """Affine parameters of both signs and running statistics unlike fresh ones, in the model's own dtype."""
     generator = torch.Generator().manual_seed(seed)
+    random = {"generator": generator, "device": "cpu"}  # the same on every device
     for norm in norms_of(model):
         size = norm.num_features
         with torch.no_grad():
             if norm.affine:
-                norm.weight.copy_(torch.randn(size, generator=generator) + 0.5)
-                norm.bias.copy_(torch.randn(size, generator=generator) * 0.3)
+                norm.weight.copy_(torch.randn(size, **random) + 0.5)
+                norm.bias.copy_(torch.randn(size, **random) * 0.3)
             if norm.running_mean is not None:
-                norm.running_mean.copy_(torch.randn(size, generator=generator))
-                norm.running_var.copy_(torch.rand(size, generator=generator) * 3 + 0.2)
+                norm.running_mean.copy_(torch.randn(size, **random))
+                norm.running_var.copy_(torch.rand(size, **random) * 3 + 0.2)
                 norm.num_batches_tracked.fill_(7)
 
 
@@ -66,7 +77,8 @@ def set_mode(model, mode):
 def make_images(*shape, seed=0, dtype=torch.float64, mean=0.0):
     """Random images [N, C, H, W] of standard deviation 1."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator, dtype=torch.float64) + mean).to(dtype)
+    images = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") + mean
+    return images.to(torch.get_default_device(), dtype)
 
 
 def step(model, images, seed=None):
@@ -95,8 +107,8 @@ def trained(model, images, steps=3):
 def loss_of(outputs):
     """A scalar with another gradient for each element of ``outputs``."""
     generator = torch.Generator().manual_seed(99)
-    weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
-    return (outputs * weights).sum()
+    weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64, device="cpu")
+    return (outputs * weights.to(outputs.device)).sum()
 
 
 def state_of(model):

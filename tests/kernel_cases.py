@@ -4,9 +4,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from densenet_efficient.kernels import accumulation_dtype
+from densenet_efficient.kernels import CONTRACT, accumulation_dtype, reference
 
 BOUNDARY = 3.0  # stands around every slot, and must stand there afterwards
+# What storing a result costs in 16 bits; in float32, what another order of summation costs where terms cancel.
+FLOORS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# The operations on matrices of rows; the other ones compute with vectors of channels only.
+OVER_ROWS = [name for name in CONTRACT if not name.startswith("batch_norm")]
 
 
 class Case(NamedTuple):
@@ -175,14 +179,14 @@ def in_slot(matrix):
     return slot
 
 
-def cast(case, dtype):
+def cast(case, dtype, device="cpu"):
     """The case's arguments rounded to ``dtype``; what is only written starts as NaN."""
     arguments = dict(case.arguments)
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
             continue
         accumulated = value.dim() == 1 or name in ("grad_weight", "affine")
-        value = value.to(accumulation_dtype(dtype) if accumulated else dtype)
+        value = value.to(device, accumulation_dtype(dtype) if accumulated else dtype)
         arguments[name] = torch.full_like(value, torch.nan) if case.written.get(name) is False else value
     return arguments
 
@@ -216,3 +220,46 @@ def assert_boundary(name, slot):
     storage = slot._base
     outside = torch.cat([storage[:, :5], storage[:, 5 + slot.shape[1] :]], 1)
     assert (outside == BOUNDARY).all(), f"{name} was written outside its slot"
+
+
+def upcast(arguments):
+    return {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+
+
+def errors(actual, expected):
+    """The error of a result in the Euclidean and in the maximum norm, relative to the expected."""
+    difference, expected = actual.double() - expected, expected
+    return [float(difference.norm(p=norm) / expected.norm(p=norm).clamp_min(1e-30)) for norm in (2, torch.inf)]
+
+
+def assert_exact(backend, case, dtype, place=in_slot, floors=FLOORS, device="cpu"):
+    """The backend against float64 on the same rounded arguments, its error bounded by that of plain torch."""
+    arguments = cast(case, dtype, device)
+    truth = run(reference, case, upcast(arguments))
+    results = run(backend, case, arguments, place)
+    plain = run(reference, case, arguments)
+    for name, expected in truth.items():
+        assert results[name].isfinite().all(), f"{name} has elements that nobody wrote"
+        bounds = [2 * error + floors[dtype] for error in errors(plain[name], expected)]
+        found = errors(results[name], expected)
+        assert all(error <= bound for error, bound in zip(found, bounds, strict=True)), (name, found, bounds)
+
+
+def assert_same_finite(results, expected):
+    """Non-finite values where plain torch has them and nowhere else: neither hidden by a mask nor spread by padding."""
+    for name, value in expected.items():
+        assert torch.equal(are_finite(results[name]), are_finite(value)), name
+
+
+def are_finite(result):
+    """By element; of a weight's gradient by pair of channels, for torch's own convolutions differ in single taps."""
+    return result.isfinite() if result.dim() < 4 else result.isfinite().flatten(2).all(2)
+
+
+def assert_statistics_of_stored(results):
+    """The statistics are those of ``out`` as stored, to the accuracy of their own dtype."""
+    variance, mean = torch.var_mean(results["out"].double(), 0, correction=0)
+    tolerance = 1e-12 if results["out"].dtype == torch.float64 else 1e-6
+    spread = variance.sqrt() + mean.abs()
+    assert ((results["mean"] - mean).abs() <= tolerance * spread).all()
+    assert ((results["variance"] - variance).abs() <= 2 * tolerance * variance + 1e-30).all()

@@ -270,10 +270,19 @@ def published(tmp_path: Path) -> tuple[Path, list[str]]:
         if mib_per_image is not None:
             results_file.record(results, key, mib_per_image=mib_per_image)
     results_file.save(folder / "machine.json", results)
+    lines = [
+        {"operation": "bn_relu_conv1x1", "rows": 512, "calls": 4, "seconds": 0.06, "flops": 6e9, "bytes": 3e8},
+        {"operation": "channel_stats", "rows": 512, "calls": 1, "seconds": 0.0005, "flops": 0.0, "bytes": 1e6},
+        {"operation": "the rest", "rows": 0, "calls": 0, "seconds": 0.0395, "flops": 0.0, "bytes": 0.0},
+    ]
+    step = {"model": "tiny", "dtype": "float32", "batch": 2, "size": 64, "level": "none", "step_seconds": 0.1}
+    rates = {"step_flops": 7.5e9, "product_rate": 2e11, "copy_rate": 2e10}
+    roofline = {"header": HEADER, "rows": [step | rates | {"lines": lines}]}
+    results_file.save(folder / "machine-roofline.json", roofline)
     readme = tmp_path / "README.md"
     sections = [f"<!-- benchmarks:begin {name} -->\nold\n<!-- benchmarks:end -->\n" for name in report.SECTIONS]
     readme.write_text("before\n" + "between\n".join(sections) + "after\n")
-    return readme, [f"--readme={readme}", f"--results={folder}"]
+    return readme, [f"--documents={readme}", f"--results={folder}"]
 
 
 def test_the_report_fills_the_sections_and_then_checks(published: tuple[Path, list[str]]) -> None:
@@ -285,7 +294,7 @@ def test_the_report_fills_the_sections_and_then_checks(published: tuple[Path, li
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert text.count("between\n") == 3
+    assert text.count("between\n") == 4
     assert "old" not in text
     readme.write_text(text.replace("62 ms", "61 ms"))
     with pytest.raises(SystemExit, match="does not match the results files"):
@@ -305,6 +314,17 @@ def test_the_tables_compare_with_the_best_of_torchvision(published: tuple[Path, 
         assert fact in figures
     assert lines.count("Not measured yet on a GPU.") == 2
     assert lines.count("Not measured yet on a CPU.") == 1  # the fixture has no inference
+
+
+def test_the_roofline_stands_in_the_document(published: tuple[Path, list[str]]) -> None:
+    readme, arguments = published
+    report.main(arguments)
+    lines = readme.read_text().splitlines()
+    assert "**tiny, float32, batch 2, 64x64, none: 100 ms, 38% of the roof**" in lines
+    assert "Roof 200 GFLOP/s, copy rate 20 GB/s." in lines
+    assert "| bn_relu_conv1x1 | 512 | 4 | 60.0 | 60.0% | 100 | 50% | 5 | 25% |" in lines
+    assert "| operations below 1 % each |  | 1 | 0.5 | 0.5% |  |  |  |  |" in lines
+    assert "| the rest |  |  | 39.5 | 39.5% |  |  |  |  |" in lines
 
 
 def test_the_report_draws_the_picture_it_shows(published: tuple[Path, list[str]]) -> None:

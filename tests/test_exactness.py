@@ -10,6 +10,8 @@ import statistics
 import pytest
 import torch
 from cases import (
+    CPU_BACKENDS,
+    GPU_BACKENDS,
     LEVELS,
     MODES,
     VARIANTS,
@@ -23,6 +25,7 @@ from cases import (
     randomise,
     set_mode,
     step,
+    use_backend,
 )
 from torch import nn
 
@@ -33,6 +36,11 @@ pytestmark = pytest.mark.usefixtures("one_thread", "nan_memory")
 
 every_level = pytest.mark.parametrize("level", LEVELS)
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@pytest.fixture(params=[*CPU_BACKENDS, *GPU_BACKENDS])
+def backend(request, monkeypatch):
+    yield from use_backend(request.param, monkeypatch)
 
 
 def assert_same_steps(pair, images, steps=1, seed=None):
@@ -299,7 +307,7 @@ LOW_PRECISION = {
 def low_precision_step(model, images, dtype, autocast):
     model = copy.deepcopy(model).to(dtype)
     leaf = images.to(dtype, copy=True).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
         logits = model(leaf)
     loss_of(logits).backward()
     gradients = {f"{name}.grad": parameter.grad for name, parameter in model.named_parameters()}

@@ -4,22 +4,22 @@ In float64 they agree; in float32, bfloat16 and float16 the native error against
 plain torch in the same dtype, plus a floor of `FLOORS`.
 """
 
+import functools
 import os
 import subprocess
 import sys
 
+import kernel_cases
 import pytest
 import torch
 from cases import needs_native
-from kernel_cases import Factory, cast, in_slot, run
+from kernel_cases import OVER_ROWS, Factory, assert_same_finite, assert_statistics_of_stored, cast, run
 
 from densenet_efficient import kernels
 from densenet_efficient.kernels import CONTRACT, cpu, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# What storing a result costs in 16 bits; in float32, what another order of summation costs where terms cancel.
-FLOORS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 # images, height, width, input channels, output channels
 GEOMETRIES = [
     (1, 1, 1, 1, 1),
@@ -37,31 +37,7 @@ GEOMETRIES = [
     (2, 2, 3, 1, 513),
 ]
 
-# The operations on matrices of rows; the other ones compute with vectors of channels only.
-OVER_ROWS = [name for name in CONTRACT if not name.startswith("batch_norm")]
-
-
-def upcast(arguments):
-    return {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
-
-
-def errors(actual, expected):
-    """The error of a result in the Euclidean and in the maximum norm, relative to the expected."""
-    difference, expected = actual.double() - expected, expected
-    return [float(difference.norm(p=norm) / expected.norm(p=norm).clamp_min(1e-30)) for norm in (2, torch.inf)]
-
-
-def assert_exact(case, dtype, place=in_slot, floors=FLOORS):
-    """The native backend against float64 on the same rounded arguments."""
-    arguments = cast(case, dtype)
-    truth = run(reference, case, upcast(arguments))
-    native = run(cpu, case, arguments, place)
-    plain = run(reference, case, arguments)
-    for name, expected in truth.items():
-        assert native[name].isfinite().all(), f"{name} has elements that nobody wrote"
-        bounds = [2 * error + floors[dtype] for error in errors(plain[name], expected)]
-        found = errors(native[name], expected)
-        assert all(error <= bound for error, bound in zip(found, bounds, strict=True)), (name, found, bounds)
+assert_exact = functools.partial(kernel_cases.assert_exact, cpu)
 
 
 def test_native_backend_was_built():
@@ -153,12 +129,7 @@ def test_statistics_are_those_of_the_stored_values(operation, dtype):
     """To the accuracy of their own dtype, also where rounding has moved the values."""
     for geometry in GEOMETRIES[2:]:
         case = getattr(Factory(*geometry), operation)()
-        results = run(cpu, case, cast(case, dtype))
-        variance, mean = torch.var_mean(results["out"].double(), 0, correction=0)
-        tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-        spread = variance.sqrt() + mean.abs()
-        assert ((results["mean"] - mean).abs() <= tolerance * spread).all()
-        assert ((results["variance"] - variance).abs() <= 2 * tolerance * variance + 1e-30).all()
+        assert_statistics_of_stored(run(cpu, case, cast(case, dtype)))
 
 
 @needs_native
@@ -190,7 +161,6 @@ def test_float32_weights_beside_low_precision_activations(operation, dtype):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("operation", OVER_ROWS)
 def test_non_finite_values_come_out(operation, value, dtype):
-    """Where plain torch has them and nowhere else: neither hidden by a mask nor spread by padding."""
     case = getattr(Factory(2, 7, 5, 19, 13), operation)()
     for name in ("x", "out_grad"):
         if name not in case.arguments:
@@ -198,15 +168,7 @@ def test_non_finite_values_come_out(operation, value, dtype):
         arguments = cast(case, dtype)
         arguments[name] = arguments[name].clone()
         arguments[name][1, 2] = value
-        expected = run(reference, case, arguments)
-        results = run(cpu, case, arguments)
-        for result in case.written:
-            assert torch.equal(are_finite(results[result]), are_finite(expected[result])), (name, result)
-
-
-def are_finite(result):
-    """By element; of a weight's gradient by pair of channels, for torch's own convolutions differ in single taps."""
-    return result.isfinite() if result.dim() < 4 else result.isfinite().flatten(2).all(2)
+        assert_same_finite(run(cpu, case, arguments), run(reference, case, arguments))
 
 
 @needs_native

@@ -78,6 +78,7 @@ def test_build_info_matches_what_is_running() -> None:
     assert info["compiler"]
     assert info["cpu_capabilities"][0] == "default"
     assert info["cuda_architectures"] is None or torch.version.cuda is not None
+    assert (info["cuda_architectures"] is None) == (info["why_not_cuda"] is not None)
 
 
 @needs_compiler

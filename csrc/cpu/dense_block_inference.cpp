@@ -35,29 +35,39 @@ void check_packed(const Tensor& packed, at::ScalarType dtype, int64_t kernel, in
               kernel, ", ", kernel, "]: ", bytes, " bytes, got ", packed.scalar_type(), " of shape ", packed.sizes());
 }
 
+// Columns of a matrix in memory.
+struct Columns {
+  void* data;
+  int64_t stride, columns;
+};
+
 // What the two convolutions have in common: their input, its affine map, the packed weight and the output.
 template <typename Forward>
-Forward arguments_of(const Tensor& x, const void* scale, const void* shift, const Tensor& packed, const Tensor& out) {
+Forward arguments_of(at::ScalarType dtype, const Columns& x, const void* scale, const void* shift, const Tensor& packed,
+                     const Columns& out) {
   Forward arguments{};
-  arguments.dtype = x.scalar_type();
-  arguments.x = x.const_data_ptr();
-  arguments.x_stride = x.stride(0);
-  arguments.channels = x.size(1);
-  arguments.outputs = out.size(1);
+  arguments.dtype = dtype;
+  arguments.x = x.data;
+  arguments.x_stride = x.stride;
+  arguments.channels = x.columns;
+  arguments.outputs = out.columns;
   arguments.scale = scale;
   arguments.shift = shift;
   arguments.packed = packed.const_data_ptr();
-  arguments.out = out.data_ptr();
-  arguments.out_stride = out.stride(0);
+  arguments.out = out.data;
+  arguments.out_stride = out.stride;
   return arguments;
 }
 
-void conv1x1(const Tensor& x, const void* scale, const void* shift, const Tensor& packed, const Tensor& out) {
-  check_packed(packed, x.scalar_type(), 1, x.size(1), out.size(1));
-  auto arguments = arguments_of<Conv1x1Forward>(x, scale, shift, packed, out);
-  arguments.rows = x.size(0);
+void conv1x1(at::ScalarType dtype, int64_t rows, const Columns& x, const void* scale, const void* shift,
+             const Tensor& packed, const Columns& out) {
+  check_packed(packed, dtype, 1, x.columns, out.columns);
+  auto arguments = arguments_of<Conv1x1Forward>(dtype, x, scale, shift, packed, out);
+  arguments.rows = rows;
   DISPATCH_CAPABILITY(bn_relu_conv1x1)(arguments);
 }
+
+Columns all_columns(const Tensor& matrix) { return {matrix.data_ptr(), matrix.stride(0), matrix.size(1)}; }
 
 void conv1x1_packed(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& packed,
                     const Tensor& out) {
@@ -65,7 +75,8 @@ void conv1x1_packed(const Tensor& x, const Tensor& scale, const Tensor& shift, c
   check_matrix(out, "out", x.size(0), out.size(1), x);
   check_vector(scale, "scale", x.size(1), x);
   check_vector(shift, "shift", x.size(1), x);
-  conv1x1(x, scale.const_data_ptr(), shift.const_data_ptr(), packed, out);
+  conv1x1(x.scalar_type(), x.size(0), all_columns(x), scale.const_data_ptr(), shift.const_data_ptr(), packed,
+          all_columns(out));
 }
 
 // One image after the other at this size.
@@ -73,10 +84,10 @@ struct Images {
   int64_t number, height, width;
 };
 
-void conv3x3(const Tensor& x, const void* scale, const void* shift, const Tensor& packed, const Images& images,
-             const Tensor& out) {
-  check_packed(packed, x.scalar_type(), 3, x.size(1), out.size(1));
-  auto arguments = arguments_of<Conv3x3Forward>(x, scale, shift, packed, out);
+void conv3x3(at::ScalarType dtype, const Images& images, const Columns& x, const void* scale, const void* shift,
+             const Tensor& packed, const Columns& out) {
+  check_packed(packed, dtype, 3, x.columns, out.columns);
+  auto arguments = arguments_of<Conv3x3Forward>(dtype, x, scale, shift, packed, out);
   arguments.images = images.number;
   arguments.height = images.height;
   arguments.width = images.width;
@@ -84,10 +95,10 @@ void conv3x3(const Tensor& x, const void* scale, const void* shift, const Tensor
 }
 
 // The scale and shift of an affine map [4, channels] (see batch_norm_affine).
-std::pair<const void*, const void*> scale_and_shift(const Tensor& affine, int64_t channels, const Tensor& x) {
+std::pair<const void*, const void*> scale_and_shift(const Tensor& affine, int64_t channels, const Tensor& storage) {
   TORCH_CHECK(affine.dim() == 2 && affine.size(0) == 4 && affine.size(1) == channels && affine.is_contiguous() &&
-                  affine.scalar_type() == accumulation_dtype(x),
-              "affines must be contiguous ", accumulation_dtype(x), " of shape [4, ", channels, "], got ",
+                  affine.scalar_type() == accumulation_dtype(storage),
+              "affines must be contiguous ", accumulation_dtype(storage), " of shape [4, ", channels, "], got ",
               affine.scalar_type(), " of shape ", affine.sizes());
   const auto* rows = static_cast<const char*>(affine.const_data_ptr());
   const int64_t row = channels * static_cast<int64_t>(affine.element_size());
@@ -108,16 +119,20 @@ void block(const Tensor& storage, int64_t channels, int64_t height, int64_t widt
               "storage must have ", channels, " channels and as many more from each of ", layers, " layers, got ",
               total);
   const int64_t growth_rate = (total - channels) / static_cast<int64_t>(layers);
-  const Tensor bottleneck = at::empty({bottleneck_channels > 0 ? rows : 0, bottleneck_channels}, storage.options());
+  const Tensor scratch = at::empty({bottleneck_channels > 0 ? rows : 0, bottleneck_channels}, storage.options());
+  const Columns bottleneck = all_columns(scratch);
+  const auto dtype = storage.scalar_type();
+  auto* const data = static_cast<char*>(storage.data_ptr());
   for (size_t index = 0; index < packed.size(); channels += growth_rate) {
-    Tensor x = storage.narrow(1, 0, channels);
+    Columns x{data, storage.stride(0), channels};
     if (bottleneck_channels > 0) {
-      const auto [scale, shift] = scale_and_shift(affines[index], channels, x);
-      conv1x1(x, scale, shift, packed[index++], bottleneck);
+      const auto [scale, shift] = scale_and_shift(affines[index], channels, storage);
+      conv1x1(dtype, rows, x, scale, shift, packed[index++], bottleneck);
       x = bottleneck;
     }
-    const auto [scale, shift] = scale_and_shift(affines[index], x.size(1), x);
-    conv3x3(x, scale, shift, packed[index++], images, storage.narrow(1, channels, growth_rate));
+    const auto [scale, shift] = scale_and_shift(affines[index], x.columns, storage);
+    const Columns slot{data + channels * static_cast<int64_t>(storage.element_size()), storage.stride(0), growth_rate};
+    conv3x3(dtype, images, x, scale, shift, packed[index++], slot);
   }
 }
 

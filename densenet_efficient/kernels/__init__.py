@@ -20,13 +20,14 @@ Conventions, the same for every backend:
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from types import ModuleType
 
 import torch
 
-from . import cpu, reference
+from . import cpu, cuda, gpu, reference
 
 CONTRACT = (
     "batch_norm_affine",
@@ -43,7 +44,9 @@ CONTRACT = (
     "bn_relu_max_pool_backward",
 )
 BACKEND_VARIABLE = "DENSENET_EFFICIENT_BACKEND"
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
+BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "cuda": cuda}  # triton joins when first used
+DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by type of device, the best first
 
 _announced: set[str] = set()
 
@@ -56,7 +59,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def backend_name(device: torch.device | str) -> str:
     """The name of the backend that serves ``device``.
 
-    Chosen by the device, or by the environment variable DENSENET_EFFICIENT_BACKEND, which works or raises.
+    Chosen by the device, or by the environment variable DENSENET_EFFICIENT_BACKEND, which works or raises. By default
+    the CPU is served by "cpu"; a GPU by "cuda", or by "triton" where the native extension was built without CUDA.
+    Where none of them can, "reference" serves, and says so once.
 
     Raises:
         ValueError: the variable names no backend.
@@ -67,32 +72,47 @@ def backend_name(device: torch.device | str) -> str:
     if requested:
         _check_requested(requested, device)
         return requested
-    if device.type != "cpu":
-        return "reference"
-    if not cpu.is_available():
-        _announce_once(
-            f"densenet_efficient runs on its slower plain-torch backend: {cpu.unavailable_reason()}. "
-            "Remedy: with a C++ compiler (g++ or clang++), install the package again for this torch "
-            "(pip install --force-reinstall --no-deps --no-build-isolation)."
-        )
-        return "reference"
-    return "cpu"
+    reason = None
+    for name in DEFAULTS.get(device.type, ()):
+        reason = _why_not(name, device)
+        if reason is None:
+            return name
+    if reason is not None:
+        _announce_once(f"densenet_efficient runs on its slower plain-torch backend: {reason}.")
+    return "reference"
 
 
 def backend_for(device: torch.device) -> ModuleType:
     """The backend module that serves ``device``; raises as `backend_name` does."""
-    return BACKENDS[backend_name(device)]
+    name = backend_name(device)
+    if name not in BACKENDS:
+        BACKENDS[name] = importlib.import_module(f"{__name__}.{name}")
+    return BACKENDS[name]
 
 
 def _check_requested(requested: str, device: torch.device) -> None:
-    if requested not in BACKENDS:
-        raise ValueError(f"{BACKEND_VARIABLE}={requested!r} names no backend; expected one of {sorted(BACKENDS)}")
-    if requested == "cpu" and device.type != "cpu":
-        raise RuntimeError(
-            f"{BACKEND_VARIABLE}=cpu cannot serve a tensor on {device}; unset it or move the model to the CPU"
-        )
-    if requested == "cpu" and not cpu.is_available():
-        raise RuntimeError(f"{BACKEND_VARIABLE}=cpu is not available: {cpu.unavailable_reason()}")
+    if requested not in BACKEND_NAMES:
+        raise ValueError(f"{BACKEND_VARIABLE}={requested!r} names no backend; expected one of {sorted(BACKEND_NAMES)}")
+    reason = _why_not(requested, device)
+    if reason is not None:
+        raise RuntimeError(f"{BACKEND_VARIABLE}={requested} cannot serve a tensor on {device}: {reason}")
+
+
+def _why_not(name: str, device: torch.device) -> str | None:
+    """Why a backend cannot serve ``device``, with the remedy; None where it can."""
+    if name == "reference":
+        return None
+    if name == "cpu":
+        return cpu.obstacle() if device.type == "cpu" else _wrong_device("cpu", "the CPU")
+    if device.type == "cuda":
+        return cuda.obstacle(device) if name == "cuda" else gpu.obstacle(device)
+    if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return gpu.missing_triton()
+    return _wrong_device(name, "a CUDA device")
+
+
+def _wrong_device(name: str, served: str) -> str:
+    return f"{name} serves {served} alone. Remedy: unset {BACKEND_VARIABLE} or move the model and its input there"
 
 
 def _announce_once(message: str) -> None:

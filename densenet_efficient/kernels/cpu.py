@@ -31,6 +31,14 @@ def unavailable_reason() -> str | None:
     return _unavailable_reason
 
 
+def obstacle() -> str | None:
+    """`unavailable_reason` with its remedy."""
+    return _unavailable_reason and (
+        f"{_unavailable_reason}. Remedy: with a C++ compiler (g++ or clang++), install the package again for this "
+        "torch (pip install --force-reinstall --no-deps --no-build-isolation)"
+    )
+
+
 def __getattr__(name: str) -> Any:
     """The operator ``torch.ops.densenet_efficient.<name>``, whose arguments are those of the reference function."""
     from . import CONTRACT

@@ -1,0 +1,44 @@
+#include "cuda/kernels/batch_norm_affine.h"
+
+#include <torch/library.h>
+
+#include "cuda/host.h"
+
+namespace densenet_efficient::cuda {
+namespace {
+
+using at::Tensor;
+
+// A vector [channels] of any floating dtype, contiguous.
+AnyVector checked_vector(const Tensor& vector, const char* name, const Tensor& affine) {
+  TORCH_CHECK(vector.dim() == 1 && vector.size(0) == affine.size(1) && vector.is_contiguous(), name,
+              " must be contiguous of shape [", affine.size(1), "], got ", vector.sizes());
+  TORCH_CHECK(vector.device() == affine.device(), "Expected all tensors to be on the same device, but ", name,
+              " is on ", vector.device(), " and affine on ", affine.device());
+  check_storage_dtype(vector);
+  return {vector.const_data_ptr(), vector.scalar_type()};
+}
+
+void affine_map(const Tensor& mean, const Tensor& variance, const Tensor& weight, const Tensor& bias, double eps,
+                const Tensor& affine) {
+  TORCH_CHECK(affine.dim() == 2 && affine.size(0) == 4 && affine.is_contiguous(),
+              "affine must be contiguous of shape [4, C], got ", affine.sizes());
+  check_accumulation_dtype(affine, "affine");
+  const BatchNormAffine arguments{
+      .dtype = affine.scalar_type(),
+      .columns = affine.size(1),
+      .mean = checked_vector(mean, "mean", affine),
+      .variance = checked_vector(variance, "variance", affine),
+      .weight = checked_vector(weight, "weight", affine),
+      .bias = checked_vector(bias, "bias", affine),
+      .eps = eps,
+      .affine = affine.data_ptr(),
+  };
+  launch_for(affine, [&](cudaStream_t stream) { batch_norm_affine(arguments, stream); });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(densenet_efficient, CUDA, library) { library.impl("batch_norm_affine", &affine_map); }
+
+}  // namespace densenet_efficient::cuda

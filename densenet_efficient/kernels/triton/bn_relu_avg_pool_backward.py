@@ -1,0 +1,71 @@
+"""Backward of the average pooling."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import activate, deposit, mask_gradient
+from .launch import on_device, pixel_tile
+from .statistics import finish_sums, store_sums
+
+ELEMENTS = 4096
+WARPS = 8
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _kernel(
+    out_grad, out_grad_stride, x, x_stride, mean, scale, shift, grad, grad_stride, partials, rows, channels,
+    height, width, window_height, window_width,
+    ACCUMULATE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """A tile of pixels; those outside every window get zero."""
+    dtype = scale.dtype.element_ty
+    part = tl.program_id(1)
+    row = part * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    present = channel < channels
+    inside = (row < rows)[:, None] & present[None, :]
+    factor = tl.load(scale + channel, mask=present, other=0.0)[None, :]
+    summand = tl.load(shift + channel, mask=present, other=0.0)[None, :]
+    centre = tl.load(mean + channel, mask=present, other=0.0)[None, :]
+    pooled_height, pooled_width = height // window_height, width // window_width
+    image, line, column = row // width // height, row // width % height // window_height, row % width // window_width
+    window = ((image * pooled_height + line) * pooled_width + column).to(tl.int64)[:, None]
+    covered = inside & ((line < pooled_height) & (column < pooled_width))[:, None]
+    spread = tl.load(out_grad + window * out_grad_stride + channel[None, :], mask=covered, other=0.0)
+    values = tl.load(x + row.to(tl.int64)[:, None] * x_stride + channel[None, :], mask=inside, other=0.0)
+    gradient = spread.to(dtype) / tl.cast(window_height * window_width, dtype)
+    gradient = mask_gradient(gradient, activate(values, factor, summand, values.dtype))
+    sum_grad_x = tl.sum(gradient * (values.to(dtype) - centre), 0)
+    store_sums(partials, part, tl.num_programs(1), channels, channel, tl.sum(gradient, 0), sum_grad_x)
+    if grad is not None:
+        deposit(grad, row.to(tl.int64)[:, None] * grad_stride + channel[None, :], gradient, factor, inside, ACCUMULATE)
+
+
+def bn_relu_avg_pool_backward(
+    out_grad: Tensor,  # [N*(H//wh)*(W//ww), C]
+    x: Tensor,  # [M, C]
+    mean: Tensor,  # [C]
+    scale: Tensor,  # [C]
+    shift: Tensor,  # [C]
+    height: int,
+    width: int,
+    window_height: int,
+    window_width: int,
+    grad: Tensor | None,  # [M, C]
+    accumulate: bool,
+    sum_grad: Tensor,  # [C]
+    sum_grad_x: Tensor,  # [C]
+) -> None:
+    """The sums, and ``grad = scale * masked gradient``, or added to what is there."""
+    rows, channels = x.shape
+    tile_rows, columns = pixel_tile(channels, ELEMENTS)
+    grid = triton.cdiv(channels, columns), triton.cdiv(rows, tile_rows)
+    partials = sum_grad.new_empty(2, grid[1], channels)
+    with on_device(x):
+        _kernel[grid](
+            out_grad, out_grad.stride(0), x, x.stride(0), mean, scale, shift,
+            grad, 0 if grad is None else grad.stride(0), partials, rows, channels,
+            height, width, window_height, window_width, accumulate, tile_rows, columns, num_warps=WARPS,
+        )  # fmt: skip
+    finish_sums(partials, sum_grad, sum_grad_x)

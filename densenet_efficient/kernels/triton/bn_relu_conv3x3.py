@@ -1,0 +1,109 @@
+"""3x3 convolution of relu(x * scale + shift): one activation, in registers, serves the three taps of an image line."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import activate
+from .launch import Tile, dot_precision, on_device
+from .statistics import finish_statistics, store_statistics, tile_statistics
+from .taps import existing_neighbours, exists_at
+
+MANY_ROWS = 2**15
+
+
+@triton.jit(do_not_specialize=["rows", "height", "width"])
+def _kernel(
+    x, x_stride, scale, shift, weight, out, out_stride, partials, rows, height, width, channels,
+    OUT_CHANNELS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """ROWS - 2 pixels of the result, and their statistics.
+
+    Each pixel's activation is multiplied with the three taps of a line. The products with the left and the right tap
+    belong to its neighbours, and move there once, at the end; so the tile has one pixel more at either end.
+    """
+    dtype = scale.dtype.element_ty
+    part = tl.program_id(0)
+    first = part.to(tl.int64) * (ROWS - 2)
+    pixel = tl.arange(0, ROWS)
+    row = first - 1 + pixel
+    valid = (row >= 0) & (row < rows)
+    neighbours = tl.where(valid, existing_neighbours(first + height * width - 1, height, width, ROWS), 0)
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    wanted = (output < OUT_CHANNELS)[None, :]
+
+    left = tl.zeros((ROWS, OUTPUTS), dtype)
+    centre = tl.zeros((ROWS, OUTPUTS), dtype)
+    right = tl.zeros((ROWS, OUTPUTS), dtype)
+    chunks = tl.cdiv(channels, DEPTH)
+    for step in range(3 * chunks):
+        line = step // chunks
+        channel = step % chunks * DEPTH + tl.arange(0, DEPTH)
+        within = channel < channels
+        exists = exists_at(neighbours, 3 * line + 1)[:, None]
+        place = (row + (line - 1) * width)[:, None] * x_stride + channel[None, :]
+        inputs = tl.load(x + place, mask=exists & within[None, :], other=0.0)
+        factor = tl.load(scale + channel, mask=within, other=0.0)[None, :]
+        summand = tl.load(shift + channel, mask=within, other=0.0)[None, :]
+        activation = tl.where(exists, activate(inputs, factor, summand, inputs.dtype), 0.0)
+
+        taps = weight + (3 * line * OUT_CHANNELS + output[None, :]) * channels + channel[:, None]
+        present = within[:, None] & wanted
+        weights = tl.load(taps, mask=present, other=0.0)
+        left = tl.dot(activation, weights, left, input_precision=PRECISION, out_dtype=dtype)
+        weights = tl.load(taps + OUT_CHANNELS * channels, mask=present, other=0.0)
+        centre = tl.dot(activation, weights, centre, input_precision=PRECISION, out_dtype=dtype)
+        weights = tl.load(taps + 2 * OUT_CHANNELS * channels, mask=present, other=0.0)
+        right = tl.dot(activation, weights, right, input_precision=PRECISION, out_dtype=dtype)
+
+    before = tl.broadcast_to(tl.maximum(pixel - 1, 0)[:, None], (ROWS, OUTPUTS))
+    after = tl.broadcast_to(tl.minimum(pixel + 1, ROWS - 1)[:, None], (ROWS, OUTPUTS))
+    result = centre + tl.where(exists_at(neighbours, 3)[:, None], tl.gather(left, before, 0), 0.0)
+    result += tl.where(exists_at(neighbours, 5)[:, None], tl.gather(right, after, 0), 0.0)
+
+    own = (valid & (pixel > 0) & (pixel < ROWS - 1))[:, None]
+    stored = result.to(out.dtype.element_ty)
+    tl.store(out + row[:, None] * out_stride + output[None, :], stored, mask=own & wanted)
+    if partials is not None:
+        count = tl.minimum(rows - first, ROWS - 2).to(dtype)
+        mean, m2 = tile_statistics(stored.to(dtype), own, count)
+        store_statistics(partials, part, tl.num_programs(0), OUT_CHANNELS, output, count, mean, m2)
+
+
+def _tile(x: Tensor, outputs: int, precision: str) -> Tile:
+    """One stage, where rows are many: a line is read for three taps above each other, two times from the L1 cache."""
+    columns = min(max(triton.next_power_of_2(outputs), 16), 64)
+    depth = 128 // x.dtype.itemsize // (1 if columns < 64 else 2)
+    if x.dtype.itemsize == 2:
+        rows, stages = (128, 1) if x.shape[0] >= MANY_ROWS else (64, 3)
+        return Tile(rows, columns, depth, warps=8, stages=stages)
+    if precision == "tf32":
+        return Tile(128, columns, depth, warps=8, stages=1)
+    return Tile(64, min(columns, 32), 32, warps=8, stages=1)
+
+
+def bn_relu_conv3x3(
+    x: Tensor,  # [M, C]
+    scale: Tensor,  # [C]
+    shift: Tensor,  # [C]
+    weight: Tensor,  # [K, C, 3, 3]
+    height: int,
+    width: int,
+    out: Tensor,  # [M, K]
+    mean: Tensor | None,  # [K]
+    variance: Tensor | None,  # [K]
+) -> None:
+    """out = conv3x3(relu(x * scale + shift)), zero padding after the ReLU, and the statistics of ``out`` as stored."""
+    (rows, channels), outputs = x.shape, out.shape[1]
+    precision = dot_precision(x.dtype)
+    tile = _tile(x, outputs, precision)
+    grid = triton.cdiv(rows, tile.rows - 2), triton.cdiv(outputs, tile.columns)
+    partials = None if mean is None else mean.new_empty(3, grid[0], outputs)
+    taps = weight.new_empty(3, 3, outputs, channels, dtype=x.dtype).copy_(weight.permute(2, 3, 0, 1))
+    with on_device(x):
+        _kernel[grid](
+            x, x.stride(0), scale, shift, taps, out, out.stride(0), partials, rows, height, width, channels, outputs,
+            precision, tile.rows, tile.columns, tile.depth, **tile.options(),
+        )  # fmt: skip
+    if partials is not None and mean is not None and variance is not None:
+        finish_statistics(partials, mean, variance)

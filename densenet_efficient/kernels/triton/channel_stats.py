@@ -1,0 +1,41 @@
+"""Mean and variance of each channel."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import on_device, pixel_tile
+from .statistics import finish_statistics, store_statistics, tile_statistics
+
+ELEMENTS = 16384
+WARPS = 8
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _kernel(x, x_stride, partials, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The statistics of one tile."""
+    dtype = partials.dtype.element_ty
+    part = tl.program_id(1)
+    row = part.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    valid = (row < rows)[:, None]
+    inside = valid & (channel < channels)[None, :]
+    values = tl.load(x + row[:, None] * x_stride + channel[None, :], mask=inside, other=0.0).to(dtype)
+    count = tl.minimum(rows - part.to(tl.int64) * ROWS, ROWS).to(dtype)
+    mean, m2 = tile_statistics(values, valid, count)
+    store_statistics(partials, part, tl.num_programs(1), channels, channel, count, mean, m2)
+
+
+def channel_stats(
+    x: Tensor,  # [M, C]
+    mean: Tensor,  # [C]
+    variance: Tensor,  # [C]
+) -> None:
+    """Mean and biased variance of each column of ``x``."""
+    rows, channels = x.shape
+    tile_rows, columns = pixel_tile(channels, ELEMENTS)
+    grid = triton.cdiv(channels, columns), triton.cdiv(rows, tile_rows)
+    partials = mean.new_empty(3, grid[1], channels)
+    with on_device(x):
+        _kernel[grid](x, x.stride(0), partials, rows, channels, tile_rows, columns, num_warps=WARPS)
+    finish_statistics(partials, mean, variance)

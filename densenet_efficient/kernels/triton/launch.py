@@ -1,0 +1,67 @@
+"""What every launch needs: its device, the precision of its products, the size of its tiles.
+
+Kernels count pixels in 32 bits and elements in 64.
+"""
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Where there is no card: few multiprocessors, so that in the interpreter too a program works through several tiles.
+INTERPRETED_MULTIPROCESSORS = 4
+INTERPRETED_CAPABILITY = 9
+
+
+class Tile(NamedTuple):
+    """A program's tile: rows x columns of the result, ``depth`` of the product at a time; how it is compiled."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    registers: int | None = None  # at most, of a thread
+
+    def options(self) -> dict[str, int | None]:
+        """The options of a launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """Makes the tensor's device the current one, on which Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How products of ``dtype`` are taken: float32 in tf32 where torch's own convolutions may do so."""
+    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return "tf32" if tf32 else "ieee"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at a time, one on each multiprocessor."""
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def has_warpgroup_products(device: torch.device) -> bool:
+    """Whether the tensor cores take operands of a group of warps from shared memory, as Hopper's (9.x) do."""
+    capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else INTERPRETED_CAPABILITY
+    return capability == 9
+
+
+def programs_per_block(rows: int, tile_rows: int, blocks: int, programs: int) -> int:
+    """How many programs share the rows of each of ``blocks`` so that ``programs`` run at a time; none without rows."""
+    return min((rows + tile_rows - 1) // tile_rows, max(programs // blocks, 1))
+
+
+def pixel_tile(channels: int, elements: int) -> tuple[int, int]:
+    """(rows, columns), powers of two, of a tile of ``elements`` of an operation that bandwidth bounds."""
+    columns = min(1 << (channels - 1).bit_length(), 64)
+    return min(elements // columns, 1024), columns

@@ -1,0 +1,128 @@
+"""Reductions over rows in stages: partial results per program, merged in a fixed order by further kernels.
+
+Statistics travel as (count, mean, M2), M2 being the sum of squared deviations from the mean (Chan et al. 1979), so that
+nothing cancels where the mean is far from zero. Which rows a partial result covers depends on the shapes and the card,
+never on timing.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import on_device
+
+BLOCK_PARTS = 512
+BLOCK_CHANNELS = 8
+WARPS = 8
+
+
+@triton.jit
+def tile_statistics(values, valid, count):
+    """Mean and M2 of each column of ``values`` over its ``count`` rows where ``valid`` [rows, 1]."""
+    mean = tl.sum(tl.where(valid, values, 0.0), 0) / count
+    deviation = tl.where(valid, values - mean[None, :], 0.0)
+    return mean, tl.sum(deviation * deviation, 0)
+
+
+@triton.jit
+def store_statistics(partials, part, parts, channels, column, count, mean, m2):
+    """Stores one program's result for its columns into ``partials`` [3, parts, channels]."""
+    plane = parts.to(tl.int64) * channels
+    place = partials + part.to(tl.int64) * channels + column
+    within = column < channels
+    tl.store(place, tl.zeros_like(mean) + count, mask=within)
+    tl.store(place + plane, mean, mask=within)
+    tl.store(place + 2 * plane, m2, mask=within)
+
+
+@triton.jit
+def store_sums(partials, part, parts, channels, column, first, second):
+    """Stores one program's two sums for its columns into ``partials`` [2, parts, channels]."""
+    place = partials + part.to(tl.int64) * channels + column
+    within = column < channels
+    tl.store(place, first, mask=within)
+    tl.store(place + parts.to(tl.int64) * channels, second, mask=within)
+
+
+@triton.jit
+def _block_of_parts(parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Where a program's parts and columns lie in a plane [parts, channels], which of them exist, and the columns."""
+    column = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
+    part = tl.program_id(1).to(tl.int64) * PARTS + tl.arange(0, PARTS)
+    return part[:, None] * channels + column[None, :], (part < parts)[:, None] & (column < channels)[None, :], column
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _merge_statistics_kernel(
+    partials, count, mean, m2_or_variance, parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """PARTS parts become one row of the results; without a ``count`` it is the last, and the variance is wanted."""
+    place, exists, column = _block_of_parts(parts, channels, PARTS, CHANNELS)
+    plane = tl.cast(parts, tl.int64) * channels
+    counts = tl.load(partials + place, mask=exists, other=0.0)
+    means = tl.load(partials + plane + place, mask=exists, other=0.0)
+    m2s = tl.load(partials + 2 * plane + place, mask=exists, other=0.0)
+
+    total = tl.sum(counts, 0)
+    near = tl.sum(tl.where(tl.arange(0, PARTS)[:, None] == 0, means, 0.0), 0)  # a mean, so differences are small
+    merged = near + tl.sum(tl.where(exists, counts * (means - near[None, :]), 0.0), 0) / total
+    delta = means - merged[None, :]
+    m2 = tl.sum(tl.where(exists, m2s + counts * delta * delta, 0.0), 0)
+
+    row = tl.program_id(1).to(tl.int64) * channels + column
+    within = column < channels
+    tl.store(mean + row, merged, mask=within)
+    if count is None:
+        tl.store(m2_or_variance + row, m2 / total, mask=within)
+    else:
+        tl.store(count + row, total, mask=within)
+        tl.store(m2_or_variance + row, m2, mask=within)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _merge_sums_kernel(partials, first, second, parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
+    """PARTS parts become one row of ``first``, and those of the second plane one of ``second``."""
+    place, exists, column = _block_of_parts(parts, channels, PARTS, CHANNELS)
+    row = tl.program_id(1).to(tl.int64) * channels + column
+    within = column < channels
+    tl.store(first + row, tl.sum(tl.load(partials + place, mask=exists, other=0.0), 0), mask=within)
+    if second is not None:
+        plane = tl.cast(parts, tl.int64) * channels
+        tl.store(second + row, tl.sum(tl.load(partials + plane + place, mask=exists, other=0.0), 0), mask=within)
+
+
+def _blocks(parts: int, channels: int) -> tuple[int, int]:
+    return triton.cdiv(channels, BLOCK_CHANNELS), max(triton.cdiv(parts, BLOCK_PARTS), 1)
+
+
+def finish_statistics(
+    partials: Tensor,  # [3, parts, C]: count, mean, M2
+    mean: Tensor,  # [C]
+    variance: Tensor,  # [C]
+) -> None:
+    """Merges partial statistics into the mean and the biased variance."""
+    _, parts, channels = partials.shape
+    grid = _blocks(parts, channels)
+    is_last = grid[1] == 1
+    merged = (None, mean, variance) if is_last else partials.new_empty(3, grid[1], channels)
+    with on_device(partials):
+        _merge_statistics_kernel[grid](partials, *merged, parts, channels, BLOCK_PARTS, BLOCK_CHANNELS, num_warps=WARPS)
+    if isinstance(merged, Tensor):
+        finish_statistics(merged, mean, variance)
+
+
+def finish_sums(
+    partials: Tensor,  # [1, parts, C], or [2, parts, C] with a second
+    first: Tensor,  # [C]
+    second: Tensor | None = None,  # [C]
+) -> None:
+    """Adds partial sums in a fixed order."""
+    kinds, parts, channels = partials.shape
+    grid = _blocks(parts, channels)
+    is_last = grid[1] == 1
+    merged = None if is_last else partials.new_empty(kinds, grid[1], channels)
+    sums = (first, second) if merged is None else (merged[0], None if second is None else merged[1])
+    with on_device(partials):
+        _merge_sums_kernel[grid](partials, *sums, parts, channels, BLOCK_PARTS, BLOCK_CHANNELS, num_warps=WARPS)
+    if merged is not None:
+        finish_sums(merged, first, second)

@@ -1,0 +1,210 @@
+"""The command for a machine with a GPU, as far as it goes without one."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_kernels, gpu_rows, report
+from benchmarks.cells import Cell, Variant
+from benchmarks.gpu import Stage
+from benchmarks.gpu_rows import GRAPH, Measurement, plan
+from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.picture import MARKS
+from densenet_efficient import kernels
+from densenet_efficient.kernels import CONTRACT
+
+CELL = Cell("train", "tiny", "float32", 2, 32)
+
+
+def a_measurement(kind: str = "times", implementation: str = "ours-none") -> Measurement:
+    return Measurement(kind, CELL, Variant(implementation, "channels-last"))
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As most machines are; the question is asked once per process."""
+    gpu.gpu.unsupported_card.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    yield
+    gpu.gpu.unsupported_card.cache_clear()
+
+
+def test_without_a_gpu_it_says_so_in_one_line(no_gpu: None, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^benchmarks.gpu needs a GPU of compute capability 8.0 or newer: .*$"):
+        gpu.main(["--output", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_stages_name_files_that_exist() -> None:
+    stages = {stage.name: stage for stage in gpu.fixed_stages("9.0", Path("card.json"))}
+    assert {*stages, gpu.MEASUREMENTS} == set(gpu.STAGES)
+    assert stages["build"].variables["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    named = {part for stage in stages.values() for part in stage.command if part.startswith("tests/")}
+    assert all((gpu.results_file.ROOT / name).exists() for name in named)
+    assert sum(stage.seconds for stage in stages.values()) < 10 * 60  # in practice they end much sooner
+
+
+def test_stages_are_kept_in_the_results_as_they_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a card that is made up, with stages that do nothing."""
+    monkeypatch.setattr(gpu.gpu, "unsupported_card", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    header = gpu.results_file.describe_machine("cpu") | {"machine": "a-card"}
+    monkeypatch.setattr(gpu.results_file, "describe_machine", lambda device: header)
+    fate = {"tests": "failed with status 1", "measurements 1": "stopped after 99 s"}
+    monkeypatch.setattr(gpu, "run", lambda stage, log, deadline: fate.get(stage.name, "passed"))
+    path = tmp_path / "a-card.json"
+    gpu.main(["--output", str(tmp_path), "--only", "memcheck"])
+    assert json.loads(path.read_text())["checks"] == {"memcheck": "passed"}
+    with pytest.raises(SystemExit, match=r"^not passed: tests; see .*gpu\.log$"):
+        gpu.main(["--output", str(tmp_path), "--only", "tests", "measurements"])
+    checks = json.loads(path.read_text())["checks"]
+    assert checks == {"memcheck": "passed", "tests": fate["tests"], "measurements": "stopped after 99 s"}
+    with pytest.raises(SystemExit):
+        gpu.main(["--output", str(tmp_path), "--only", "everything"])
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds", "outcome"),
+    [
+        ("print('fine')", 60, "passed"),
+        ("import sys; sys.exit(3)", 60, "failed with status 3"),
+        ("import time; time.sleep(60)", 1, "stopped after 1 s"),
+    ],
+)
+def test_the_outcome_of_a_stage(tmp_path: Path, code: str, seconds: float, outcome: str) -> None:
+    with (tmp_path / "log").open("ab") as log:
+        assert gpu.run(Stage("a stage", [sys.executable, "-c", code], seconds), log, time.monotonic() + 60) == outcome
+    assert (tmp_path / "log").read_text() == ("fine\n" if outcome == "passed" else "")
+
+
+def test_a_stage_that_cannot_run(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("ab") as log:
+        later = time.monotonic() + 60
+        assert gpu.run(Stage("memcheck", ["no-such-sanitizer"], 60), log, later) == "no-such-sanitizer was not found"
+        assert gpu.run(Stage("late", [sys.executable], 60), log, time.monotonic() - 1) == "no time was left"
+
+
+def test_measuring_is_taken_up_where_the_gpu_was_lost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    outcomes = iter(["failed with status 1", "failed with status 1", "passed"])
+    names = []
+    monkeypatch.setattr(gpu, "run", lambda stage, log, deadline: names.append(stage.name) or next(outcomes))
+    assert gpu.measure(tmp_path / "card.json", None, 0) == "passed"  # type: ignore[arg-type]
+    assert names == ["measurements 1", "measurements 2", "measurements 3"]
+
+
+def test_the_plan_begins_with_what_matters_and_ends_with_what_takes_minutes() -> None:
+    measurements = plan()
+    assert len(set(measurements)) == len(measurements)
+    first = measurements[:6]
+    assert {(measurement.cell.task, measurement.cell.model, measurement.cell.batch) for measurement in first} == {
+        ("train", "densenet121", 128)
+    }
+    assert {measurement.variant.implementation for measurement in first} == {*gpu_rows.EAGER, *gpu_rows.GRAPHS}
+    compiled = ["compile" in measurement.variant.implementation for measurement in measurements]
+    assert compiled == sorted(compiled)
+    implementations = {measurement.variant.implementation for measurement in measurements}
+    assert {name.removesuffix(GRAPH) for name in implementations} <= IMPLEMENTATIONS.keys()
+    assert implementations <= MARKS.keys()
+
+
+@pytest.mark.parametrize("operation", CONTRACT)
+def test_a_kernel_by_itself(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_kernels, "CALLS", 1)
+    sizes = {size for name, size in gpu_kernels.plan(images=1) if name == operation and size.side < 28}
+    for size in sizes or {gpu_kernels.Size(1, 12, 64, 64)}:
+        row = gpu_kernels.measure(kernels.reference, operation, size, "cpu")
+        assert row["microseconds"] > 0
+        assert row["gigabytes_per_second"] > 0
+        assert (row["teraflops"] > 0) == ("conv" in operation)
+
+
+def test_the_bytes_and_operations_of_a_kernel() -> None:
+    size = gpu_kernels.Size(2, 7, 96, 160)
+    arguments = gpu_kernels.arguments_of("bn_relu_conv1x1", size, torch.bfloat16, "cpu")
+    assert arguments["x"].shape == (98, 96)
+    assert arguments["x"].stride() == (160, 1)
+    vectors, statistics, weight = 2 * 96 * 4, 2 * 128 * 4, 96 * 128 * 4
+    assert gpu_kernels.bytes_of("bn_relu_conv1x1", arguments) == 98 * (96 + 128) * 2 + vectors + statistics + weight
+    assert gpu_kernels.operations_of("bn_relu_conv1x1", arguments) == 2 * 98 * 96 * 128
+    arguments = gpu_kernels.arguments_of("project_gradient", size, torch.bfloat16, "cpu")
+    assert gpu_kernels.bytes_of("project_gradient", arguments) == 98 * 32 * 2 * 3 + 3 * 32 * 4
+
+
+def test_times_of_a_tiny_network() -> None:
+    row = gpu_rows.measure_times(CELL, Variant("ours-none", "channels-last"), "cpu", seconds=0.05)
+    assert list(row) == ["step_ms", "forward_ms", "images_per_second"]
+    assert row["forward_ms"] > 0
+    assert row["images_per_second"] == pytest.approx(2e3 / row["step_ms"], rel=0.05)
+
+
+def test_steps_are_timed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 10**6, 10))
+    calls = []
+    monkeypatch.setattr(gpu_rows.time, "perf_counter", lambda: next(now) / 1e3)
+    assert gpu_rows.time_step(lambda: calls.append(1), seconds=0.2, rounds=5) == pytest.approx(10 / 4)
+    assert len(calls) == gpu_rows.WARM_UP + 1 + 5 * 4
+
+
+def test_memory_is_the_slope_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_rows, "peak_bytes", lambda cell, variant, batch, device: (7 + 3 * batch) * 2**20)
+    assert gpu_rows.measure_memory(CELL, Variant("ours-none", "channels-last"), "cuda") == {"mib_per_image": 3.0}
+
+
+def test_the_largest_batch_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def peak_bytes(cell: Cell, variant: Variant, batch: int, device: str) -> int:
+        tried.append(batch)
+        if batch > 970:
+            raise torch.OutOfMemoryError
+        return batch * 2**20
+
+    monkeypatch.setattr(gpu_rows, "peak_bytes", peak_bytes)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000 * 2**20, 0))
+    largest = gpu_rows.measure_largest_batch(CELL, Variant("ours-none", "channels-last"), "cuda")
+    assert largest == {"largest_batch": 960}
+    assert tried[2:] == [1000, 980, 960]
+
+
+@pytest.fixture
+def measures(monkeypatch: pytest.MonkeyPatch) -> list[Measurement]:
+    """Records what is measured instead of measuring it; the times of torchvision fail."""
+    asked: list[Measurement] = []
+
+    def fake(kind: str, measured: dict[str, float]) -> Any:
+        def measure(cell: Cell, variant: Variant, device: str) -> dict[str, float]:
+            asked.append(Measurement(kind, cell, variant))
+            if (kind, variant.implementation) == ("times", "torchvision"):
+                raise ValueError("no such thing\non line 2")
+            return measured
+
+        return measure
+
+    results = {"times": {"step_ms": 5.0}, "memory": {"mib_per_image": 3.0}, "largest_batch": {"largest_batch": 99}}
+    monkeypatch.setattr(gpu_rows, "MEASURES", {kind: fake(kind, row) for kind, row in results.items()})
+    return asked
+
+
+def test_every_figure_and_failure_is_kept_at_once_and_measured_once(
+    measures: list[Measurement], tmp_path: Path
+) -> None:
+    path = tmp_path / "card.json"
+    todo = [a_measurement(implementation="torchvision"), *map(a_measurement, ["times", "memory", "largest_batch"])]
+    for number in range(1, len(todo) + 1):
+        gpu_rows.run(path, todo[:number], "cpu")
+        results = json.loads(path.read_text())
+        assert measures == todo[:number]
+    assert [(row["implementation"], row["reason"]) for row in results["failed"]] == [
+        ("torchvision", "ValueError: no such thing")
+    ]
+    assert [(row["step_ms"], row["mib_per_image"]) for row in results["rows"]] == [(5.0, 3.0)]
+    assert [(row["implementation"], row["batch"]) for row in results["largest_batch"]] == [("ours-none", 99)]
+    text = report.tables(results, "train")
+    assert "The largest batch of 32x32 images whose float32 step of tiny fits: ours-none 99." in text

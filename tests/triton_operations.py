@@ -1,0 +1,251 @@
+"""Every operation of the contract on the Triton backend, against the formulas in plain torch.
+
+On a card, or in Triton's interpreter where TRITON_INTERPRET=1 is set. The interpreter has to be chosen before anything
+imports Triton, so `test_triton_kernels.py` runs this file in a process of its own. The cases, the measure of the errors
+and their bounds are those of the other backends.
+"""
+
+import importlib
+import os
+
+import kernel_cases
+import pytest
+import torch
+from kernel_cases import OVER_ROWS, Factory, assert_same_finite, assert_statistics_of_stored, cast, run
+
+from densenet_efficient.kernels import CONTRACT, reference
+from densenet_efficient.kernels import triton as backend
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+if INTERPRETED:
+    import triton_interpreter
+
+    triton_interpreter.mend()
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# images, height, width, input channels, output channels
+GEOMETRIES = [
+    (1, 1, 1, 1, 1),
+    (1, 1, 2, 3, 3),
+    (2, 5, 4, 32, 48),
+    (1, 9, 8, 150, 12),
+    (1, 4, 5, 33, 150),
+    (3, 7, 7, 70, 32),
+]
+ON_A_CARD = [
+    (4, 7, 7, 128, 32),
+    (1, 8, 9, 513, 48),
+    (2, 2, 3, 1, 513),
+    (2, 1, 300, 24, 16),
+    (1, 33, 47, 64, 128),
+    (2, 56, 56, 224, 128),
+]
+GEOMETRIES += [] if INTERPRETED else ON_A_CARD
+# The kernels of float16 are those of bfloat16: one geometry is enough where time is short.
+GEOMETRIES_AND_DTYPES = [
+    (geometry, dtype)
+    for geometry in GEOMETRIES
+    for dtype in DTYPES
+    if not INTERPRETED or dtype != torch.float16 or geometry == (2, 5, 4, 32, 48)
+]
+SMALL_SIZES = (
+    [(1, 1), (1, 5), (2, 3), (3, 2), (5, 4)] if INTERPRETED else [(h, w) for h in range(1, 8) for w in (1, 2, 7)]
+)
+
+
+def assert_exact(case, dtype, **others):
+    kernel_cases.assert_exact(backend, case, dtype, device=DEVICE, **others)
+
+
+def arguments_of(case, dtype):
+    return cast(case, dtype, DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """float32 is not rounded to tf32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.mark.parametrize(("geometry", "dtype"), GEOMETRIES_AND_DTYPES, ids=str)
+@pytest.mark.parametrize("operation", CONTRACT)
+def test_operation_is_exact(operation, geometry, dtype):
+    assert_exact(getattr(Factory(*geometry), operation)(), dtype)
+
+
+@pytest.mark.parametrize("operation", [name for name in CONTRACT if "conv" in name])
+def test_more_outputs_than_one_program_computes(operation):
+    """The 1x1's joint backward ends at 256."""
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_exact(getattr(Factory(1, 2, 3, 5, 261), operation)(), dtype)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a card takes them where rows are many")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("operation", ["bn_relu_conv3x3", "bn_relu_conv3x3_backward"])
+def test_tiles_for_many_rows(operation, dtype, monkeypatch):
+    for name in ("bn_relu_conv3x3", "bn_relu_conv3x3_backward_input", "bn_relu_conv3x3_backward_weight"):
+        module = importlib.import_module(f"densenet_efficient.kernels.triton.{name}")
+        monkeypatch.setattr(module, "MANY_ROWS", 0)
+    for geometry in [(2, 9, 8, 150, 12), (3, 9, 7, 70, 48)]:
+        assert_exact(getattr(Factory(*geometry), operation)(), dtype)
+
+
+@pytest.mark.parametrize("operation", OVER_ROWS)
+def test_packed_matrices(operation):
+    assert_exact(getattr(Factory(2, 3, 5, 24, 16), operation)(), torch.float32, place=torch.Tensor.clone)
+
+
+@pytest.mark.parametrize("size", SMALL_SIZES, ids=str)
+@pytest.mark.parametrize("operation", [name for name in CONTRACT if "3x3" in name or "pool" in name])
+def test_small_images(operation, size):
+    case = getattr(Factory(2, *size, 12, 5), operation)()
+    assert_exact(case, torch.float64)
+    assert_exact(case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("window", [(1, 1), (3, 2), (7, 9), (1, 9)], ids=str)
+def test_windows_of_the_average_pooling(window):
+    factory = Factory(2, 7, 9, 17, 1)
+    for dtype in (torch.float64, torch.float16):
+        assert_exact(factory.bn_relu_avg_pool(window), dtype)
+        assert_exact(factory.bn_relu_avg_pool_backward(window, accumulate=False), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operation", ["bn_relu_conv3x3_backward", "bn_relu_avg_pool_backward"])
+def test_gradient_is_assigned_where_it_does_not_accumulate(operation, dtype):
+    assert_exact(getattr(Factory(2, 5, 4, 32, 48), operation)(accumulate=False), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("operation", "unneeded"),
+    [
+        ("bn_relu_conv1x1", ["mean", "variance"]),
+        ("bn_relu_conv3x3", ["mean", "variance"]),
+        *(
+            (operation, unneeded)
+            for operation in ("bn_relu_conv1x1_backward", "bn_relu_conv3x3_backward")
+            for unneeded in (["grad"], ["grad_weight"], ["grad", "grad_weight"], ["grad", "sum_grad", "sum_grad_x"])
+        ),
+        ("bn_relu_avg_pool_backward", ["grad"]),
+        ("batch_norm_gradients", ["grad_weight"]),
+        ("batch_norm_gradients", ["slope", "offset"]),
+    ],
+    ids=str,
+)
+def test_results_that_nobody_needs(operation, unneeded, dtype):
+    assert_exact(getattr(Factory(2, 5, 4, 33, 48), operation)().without(*unneeded), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("operation", CONTRACT)
+def test_means_far_from_zero(operation, dtype):
+    case = getattr(Factory(2, 9, 8, 33, 12, mean=1e3), operation)()
+    assert_exact(case, dtype, floors={torch.float64: 1e-12, torch.float32: 2e-5})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operation", ["bn_relu_conv1x1", "bn_relu_conv3x3"])
+def test_statistics_are_those_of_the_stored_values(operation, dtype):
+    """Also where rounding has moved the values."""
+    case = getattr(Factory(1, 13, 11, 24, 16), operation)()
+    assert_statistics_of_stored(run(backend, case, arguments_of(case, dtype)))
+
+
+def test_statistics_far_from_zero_of_many_tiles():
+    """Mean 1e3, standard deviation 1: what the difference of two sums of squares would get wrong by 5 %."""
+    case = Factory(3, 33, 47, 17, 1, mean=1e3).channel_stats()
+    arguments = arguments_of(case, torch.float32)
+    results = run(backend, case, arguments)
+    variance, mean = torch.var_mean(arguments["x"].double(), 0, correction=0)
+    torch.testing.assert_close(results["mean"].double(), mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(results["variance"].double(), variance, rtol=2e-5, atol=0)
+
+
+def test_partial_results_of_more_programs_than_are_merged_at_once():
+    """Merged by merging the merged: statistics and sums of 1100 rows, each a part."""
+    from densenet_efficient.kernels.triton.statistics import finish_statistics, finish_sums
+
+    parts = torch.randn(2, 1100, 3, dtype=torch.float64, device=DEVICE) + 1e3
+    statistics = torch.stack([torch.full_like(parts[0], 7), parts[0], parts[1]])
+    mean, variance, first, second = torch.empty(4, 3, dtype=torch.float64, device=DEVICE)
+    finish_statistics(statistics, mean, variance)
+    finish_sums(parts, first, second)
+    torch.testing.assert_close(mean, parts[0].mean(0))
+    torch.testing.assert_close(variance, parts[0].var(0, correction=0) + parts[1].mean(0) / 7)
+    torch.testing.assert_close(torch.stack([first, second]), parts.sum(1))
+
+
+@pytest.mark.parametrize("operation", [name for name in CONTRACT if "conv" in name])
+def test_float32_weights_beside_low_precision_activations(operation):
+    """As autocast keeps them."""
+    case = getattr(Factory(2, 3, 6, 48, 32), operation)()
+    for dtype in (torch.bfloat16, torch.float16):
+        arguments = arguments_of(case, dtype)
+        expected = run(backend, case, arguments)
+        results = run(backend, case, arguments | {"weight": arguments["weight"].float()})
+        assert all(torch.equal(results[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operation", OVER_ROWS)
+def test_non_finite_values_come_out(operation, dtype):
+    case = getattr(Factory(2, 4, 5, 19, 13), operation)()
+    for value in (torch.nan, torch.inf) if INTERPRETED else (torch.nan, torch.inf, -torch.inf):
+        for name in ("x", "out_grad"):
+            if name not in case.arguments:
+                continue
+            arguments = arguments_of(case, dtype)
+            arguments[name] = arguments[name].clone()
+            arguments[name][1, 2] = value
+            assert_same_finite(run(backend, case, arguments), run(reference, case, arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operation", CONTRACT)
+def test_the_same_bits_in_every_run(operation, dtype):
+    case = getattr(Factory(1, 13, 11, 40, 24) if INTERPRETED else Factory(4, 33, 31, 224, 128), operation)()
+    arguments = arguments_of(case, dtype)
+    expected = run(backend, case, arguments)
+    for _ in range(1 if INTERPRETED else 5):
+        results = run(backend, case, arguments)
+        assert all(torch.equal(results[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("operation", OVER_ROWS)
+def test_no_images(operation):
+    """An empty batch: what is summed over it is zero."""
+    case = getattr(Factory(0, 4, 6, 5, 3), operation)()
+    results = run(backend, case, arguments_of(case, torch.float32))
+    assert all(not results[name].any() for name in ("grad_weight", "sum_grad", "sum_grad_x") if name in results)
+
+
+# A row stride of 2^25 elements puts the last of 70 rows beyond 2^31; of each row a page is touched.
+@pytest.mark.large
+@pytest.mark.parametrize("operation", OVER_ROWS)
+def test_more_than_2_to_the_31_elements_in_one_storage(operation):
+    rows, stride = 70, 2**25
+    assert (rows - 1) * stride > 2**31
+
+    def place(matrix):
+        storage = torch.empty(rows * stride, dtype=matrix.dtype, device=DEVICE)
+        return storage.as_strided(matrix.shape, (stride, 1)).copy_(matrix)
+
+    case = getattr(Factory(1, 7, 10, 24, 8), operation)()
+    arguments = arguments_of(case, torch.bfloat16)
+    expected = run(backend, case, arguments)
+    results = run(backend, case, arguments, place)
+    assert all(torch.equal(results[name], value) for name, value in expected.items())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter multiplies in float32")
+@pytest.mark.parametrize("operation", [name for name in CONTRACT if "conv" in name])
+def test_tf32(operation, monkeypatch):
+    """Where torch's own convolutions may round float32 operands to ten bits of mantissa, ours do."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for geometry in [(2, 13, 11, 96, 128), (2, 9, 8, 150, 12)]:
+        assert_exact(getattr(Factory(*geometry), operation)(), torch.float32, floors={torch.float32: 2**-9})
