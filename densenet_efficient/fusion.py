@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from torch import nn
+from torch.fx import Proxy
 from torch.nn.modules import module as module_hooks
 
 BATCH_NORM_WITH_ACTIVATION = ("timm.layers.norm_act", "BatchNormAct2d")
@@ -26,6 +27,11 @@ def is_observed(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in vars(module)
     )
+
+
+def is_traced(x: object) -> bool:
+    """Whether torch.fx traces the forward of ``x``, and wants to see its modules."""
+    return isinstance(x, Proxy)
 
 
 def any_global_hook() -> bool:

@@ -28,6 +28,7 @@ from conversion_cases import (
 )
 from timm.layers import BlurPool2d
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from densenet_efficient import EfficientDenseNet, convert, inference, revert
 from densenet_efficient.conversion.modules import Converted, ConvertedBlock
@@ -263,6 +264,20 @@ def test_compiles_to_a_full_graph(native_backend, name):
         assert_close({"": compiled(images)}, {"": original(images)})
 
 
+NODES = {"features.denseblock1": "block", "features.transition1": "transition", "features.norm5": "last"}
+
+
+@pytest.mark.parametrize("name", ["torchvision", "MONAI", "torchxrayvision"])
+def test_fx_extracts_features(backend, name):
+    """torch.fx sees the modules: the same features, at the original's cost."""
+    original, converted = make_models(name)
+    convert(converted)
+    with pytest.warns(UserWarning, match="torch.fx traces"):
+        extractor = create_feature_extractor(converted, NODES)
+    images = make_images(*IMAGES)
+    assert_close(extractor(images), create_feature_extractor(original, NODES)(images))
+
+
 def saved_bytes(model, images):
     """What autograd keeps for the backward, each storage once, without the parameters and buffers."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
@@ -349,6 +364,7 @@ LEFT = {
     "instance norm": (lambda: monai_densenet2d(norm="instance"), BLOCK1, "InstanceNorm2d"),
     "leaky": (lambda: monai_densenet2d(act="leakyrelu"), BLOCK1, "relu1 is replaced"),
     "3D": (lambda: monai_densenet2d(spatial_dims=3), BLOCK1, "BatchNorm3d; only two dimensions"),
+    "stem": (lambda: MODELS["timm features"](), "net.features_conv0", "before its pooling is returned"),
     "transition": (OwnForward, "transition1", "OwnForward's own forward"),
 }
 
@@ -407,8 +423,11 @@ def test_converting_twice_sets_the_level():
     model = torchvision_densenet()
     convert(model)
     classes = classes_of(model)
-    convert(model, checkpointing="none")
+    report = convert(model, checkpointing="none")
     assert classes_of(model) == classes
+    assert [(entry.path, entry.note) for entry in report.replaced] == [
+        (f"features.denseblock{index}", "converted already") for index in (1, 2)
+    ]
     assert {block.checkpointing for block in blocks_of(model)} == {"none"}
 
 

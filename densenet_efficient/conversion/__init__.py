@@ -43,7 +43,7 @@ def convert(model: nn.Module, checkpointing: str = "bottleneck") -> Report:
         raise ValueError(
             f"half of the model is converted: {survey.converted[0]} is, {blocks[0]} is not; revert(model) first"
         )
-    if not (survey.converted or survey.report.replaced or survey.report.left):
+    if not (survey.report.replaced or survey.report.left):
         raise ValueError(f"found no DenseNet in a {type(model).__name__}: {_what_was_found(survey)}")
     _replace_classes(survey.roles)
     for module in model.modules():

@@ -79,7 +79,9 @@ class ConvertedSequential(Converted):
     def pooled(self, x: Tensor) -> Tensor | None:
         """relu(forward(x)) averaged over each image, [N, C]; None, with nothing run, where no operator gives that."""
         children = list(cast(nn.Sequential, self))
-        if fusion.is_observed(self) or not is_last_norm(children[-1]) or take_stage(children[-2:], True) is None:
+        if len(children) < 2 or fusion.is_traced(x) or fusion.is_observed(self) or not is_last_norm(children[-1]):
+            return None
+        if take_stage(children[-2:], with_head=True) is None:
             return None
         return run_children(children, x, with_head=True)[0]
 
@@ -184,6 +186,8 @@ class ConvertedCollector(Converted):
     def _run_some(self, remaining: list[tuple[str, nn.Module]], x: Tensor) -> list[Tensor]:
         """The outputs of as many modules as one operator takes; the stem's inner ones, unwanted, are not computed."""
         names, modules = [name for name, _ in remaining], [module for _, module in remaining]
+        if fusion.is_traced(x):
+            return [modules[0](x)]
         stage = take_stage(modules, with_head=False)
         if stage is not None:
             out, features = run_stage(*stage, x)

@@ -67,6 +67,7 @@ class Survey:
         library = library_of_block(type(module))
         if isinstance(module, ConvertedBlock):
             self.converted.append(self.paths[module])
+            self._replace(module, "converted already")
         elif isinstance(module, StageBlock):
             self.own_blocks.append(self.paths[module])
         elif library is not None:
@@ -92,12 +93,15 @@ class Survey:
             follows_block = index > 0 and children[index - 1] in self.roles
             if follows_block and isinstance(child, nn.Sequential) and child not in self.roles:
                 self._look_at_transition(child, role, parent)
-        if children[0] not in self.roles:
-            self._look_at_stem(children, role)
+        if isinstance(children[0], nn.Conv2d):
+            self._look_at_stem(children, role, parent)
 
-    def _look_at_stem(self, children: list[nn.Module], role: type[Converted] | None) -> None:
-        if role is None or fusion.take_stem(children) is None:
+    def _look_at_stem(self, children: list[nn.Module], role: type[Converted] | None, parent: nn.Module) -> None:
+        stem = fusion.take_stem(children)
+        if role is None or stem is None:
             self._leave(children[0], "not conv, BatchNorm, ReLU and 3x3 maximum pooling in a known sequence")
+        elif set(list(parent._modules)[: -len(stem[2]) - 1]) & set(getattr(parent, "return_layers", ())):
+            self._leave(children[0], "what comes before its pooling is returned")
         else:
             self._replace(children[0], "the stem: one operator with its norm, ReLU and pooling")
 
@@ -131,9 +135,7 @@ class Survey:
         self.report.left.append(Entry(self.paths[module], type(module).__name__, note))
 
 
-def role_of(
-    module: nn.Module, roles: dict[tuple[str, str, tuple[str, ...]], type[Converted]]
-) -> type[Converted] | None:
+def role_of(module: nn.Module, roles: Roles) -> type[Converted] | None:
     """What ``module`` may become: it is of a class of the table, or of a subclass that runs as that class does."""
     for (source, name, methods), role in roles.items():
         base = base_class(type(module), source, name)
