@@ -9,6 +9,7 @@ from .models import (
     EfficientDenseNet201,
     EfficientDenseNet264,
 )
+from .weights import load_weights
 
 __version__ = "0.1.0"
 
@@ -20,5 +21,6 @@ __all__ = [
     "EfficientDenseNet201",
     "EfficientDenseNet264",
     "convert",
+    "load_weights",
     "revert",
 ]

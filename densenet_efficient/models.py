@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from .modules import CHECKPOINTING_LEVELS, DenseBlock, Features, Transition, global_average
+from .weights import download, find_weights, load_weights, own_name
 
 
 class EfficientDenseNet(nn.Module):
@@ -116,21 +116,25 @@ class EfficientDenseNet(nn.Module):
         logits: Tensor = self.classifier(pooled)
         return logits
 
+    def _load_torchvision(self, name: str, choice: Any) -> None:
+        """Loads the weights that ``choice`` names in torchvision, and keeps them as ``weights``, whose ``transforms()``
+        are the preprocessing to use; None loads nothing."""
+        self.weights = None if choice is None else find_weights(name, choice)
+        if self.weights is not None:
+            load_weights(self, download(self.weights))
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Accepts the keys of older checkpoints too: "norm.1" for "norm1", and a leading "module."."""
+        """Accepts the keys of older checkpoints and of other libraries too: see `weights.own_name`."""
         rename_old_keys(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-_OLD_KEY = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
-
-
 def rename_old_keys(state_dict: dict[str, Any], prefix: str = "") -> None:
-    """Renames, in place, "denselayer1.norm.1." to "denselayer1.norm1." and "module.features" to "features"."""
+    """Renames, in place, "denselayer1.norm.1." to "denselayer1.norm1.", "module.features" to "features", and others."""
     for key in list(state_dict):
         if not key.startswith(prefix):
             continue
-        name = _OLD_KEY.sub(r"\1\2", key[len(prefix) :].removeprefix("module."))
+        name = own_name(key[len(prefix) :])
         if prefix + name != key:
             state_dict[prefix + name] = state_dict.pop(key)
 
@@ -179,29 +183,33 @@ def check_level(level: Any) -> None:
 class EfficientDenseNet121(EfficientDenseNet):
     """DenseNet-121: blocks 6, 12, 24, 16, growth rate 32; 8.0 M parameters."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 24, 16), 64, **kwargs)
+        self._load_torchvision("densenet121", weights)
 
 
 class EfficientDenseNet161(EfficientDenseNet):
     """DenseNet-161: blocks 6, 12, 36, 24, growth rate 48; 28.7 M parameters."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(48, (6, 12, 36, 24), 96, **kwargs)
+        self._load_torchvision("densenet161", weights)
 
 
 class EfficientDenseNet169(EfficientDenseNet):
     """DenseNet-169: blocks 6, 12, 32, 32, growth rate 32; 14.1 M parameters."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 32, 32), 64, **kwargs)
+        self._load_torchvision("densenet169", weights)
 
 
 class EfficientDenseNet201(EfficientDenseNet):
     """DenseNet-201: blocks 6, 12, 48, 32, growth rate 32; 20.0 M parameters."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 48, 32), 64, **kwargs)
+        self._load_torchvision("densenet201", weights)
 
 
 class EfficientDenseNet264(EfficientDenseNet):
@@ -210,8 +218,9 @@ class EfficientDenseNet264(EfficientDenseNet):
     The paper's name counts one less than the rule that gives 121, 161, 169 and 201: `depth` is 265.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 64, 48), 64, **kwargs)
+        self._load_torchvision("densenet264", weights)
 
 
 def cifar_densenet(

@@ -63,7 +63,7 @@ def first_block(model):
 @every_model
 @pytest.mark.parametrize("level", LEVELS)
 def test_trains_like_the_original(backend, name, level):
-    """Parameters as their change, and buffers with num_batches_tracked, after three steps of SGD."""
+    """Changes of the parameters, and buffers with num_batches_tracked, after three steps of SGD."""
     original, converted = map(seeded, make_models(name))
     convert(converted, checkpointing=level)
     images = make_images(*IMAGES)
@@ -190,6 +190,25 @@ def test_hooks_around_what_is_fused(backend, name, path, before):
     assert_close(results[1], results[0])
     assert_close({"": seen[1]}, {"": seen[0]})
     assert len(seen) == 2
+
+
+@every_library
+@pytest.mark.parametrize("path", ["features.denseblock1", "features.transition1", "features.norm5"])
+def test_backward_hooks(backend, name, path):
+    models = make_models(name)
+    convert(models[1])
+    seen = []
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = False  # PyTorch refuses backward hooks around what works in place
+        features = model.features
+        model.forward = lambda x, features=features: features(x)  # likewise their relu_ behind the last norm
+        model.get_submodule(path).register_full_backward_hook(lambda _, ours, theirs: seen.append((*ours, *theirs)))
+    images = make_images(*IMAGES)
+    assert_close(*(step(model, images) for model in reversed(models)))
+    assert len(seen) == 2
+    assert_close(*(dict(enumerate(gradients)) for gradients in reversed(seen)))
 
 
 @every_library
