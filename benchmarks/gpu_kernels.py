@@ -125,9 +125,14 @@ def measure(backend: ModuleType, operation: str, size: Size, device: str) -> dic
     milliseconds = time_step(captured(calls) if device == "cuda" else calls, seconds=0.05) / CALLS
     return {
         "microseconds": round(milliseconds * 1e3, 2),
-        "gigabytes_per_second": round(bytes_of(operation, arguments) / milliseconds / 1e6, 1),
-        "teraflops": round(operations_of(operation, arguments) / milliseconds / 1e9, 2),
+        "gigabytes_per_second": _four_digits(bytes_of(operation, arguments) / milliseconds / 1e6),
+        "teraflops": _four_digits(operations_of(operation, arguments) / milliseconds / 1e9),
     }
+
+
+def _four_digits(rate: float) -> float:
+    """Rounded to four digits, however slow the device is."""
+    return float(f"{rate:.4g}")
 
 
 def copy_bandwidth(device: str, size: int = 2**30) -> float:

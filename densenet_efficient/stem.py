@@ -14,7 +14,7 @@ from . import kernels
 from .batch_norm import BatchNorm, Projection
 from .dense_block import as_images, as_rows, empty_images
 
-IMAGES_AT_A_TIME = 4
+IMAGES_AT_A_TIME = {"cpu": 4}  # by type of device, in the convolution's backward; else the whole batch
 
 
 class Stem(NamedTuple):
@@ -86,16 +86,17 @@ def backward_stem(
 
 
 def _backward_convolution(stem: Stem, grad: Tensor, x: Tensor, needed: list[bool]) -> list[Tensor | None]:
-    """The gradients of (input, weight), a few images at a time.
+    """The gradients of (input, weight), on the CPU a few images at a time.
 
-    torch's convolution turns the images and the gradient of a first layer into layouts of its own, which takes
+    There torch's convolution turns the images and the gradient of a first layer into layouts of its own, which takes
     twice the memory of the gradient: for a whole batch that would be the peak of the step.
     """
     input_grad = torch.empty_like(x, memory_format=torch.channels_last) if needed[0] else None
     conv_grad = stem.conv.new_zeros(stem.conv.shape, dtype=kernels.accumulation_dtype(x.dtype)) if needed[1] else None
     weight = _channels_last(stem.conv.to(x.dtype))
-    for start in range(0, x.shape[0] if any(needed) else 0, IMAGES_AT_A_TIME):
-        images = slice(start, start + IMAGES_AT_A_TIME)
+    at_a_time = IMAGES_AT_A_TIME.get(x.device.type, max(x.shape[0], 1))
+    for start in range(0, x.shape[0] if any(needed) else 0, at_a_time):
+        images = slice(start, start + at_a_time)
         input_part, conv_part, _ = torch.ops.aten.convolution_backward(
             grad[images], _channels_last(x[images]), weight, None,
             stem.stride, stem.padding, [1, 1], False, [0, 0], 1, [*needed, False],
