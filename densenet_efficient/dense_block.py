@@ -163,7 +163,10 @@ def backward_stage(
     storage = as_rows(saved.features)
     total = storage.shape[1]
     mean = saved.statistics[0]
-    grad = kernels.empty_rows(storage, *storage.shape)  # of the storage; finished where a channel's last consumer is done
+    kernels.return_freed_memory(storage)
+    grad = kernels.empty_rows(
+        storage, *storage.shape
+    )  # of the storage; finished where a channel's last consumer is done
     backend = kernels.backend_for(storage.device)
     projection = Projection(backend, total, mean)
     accumulate = features_grad is not None

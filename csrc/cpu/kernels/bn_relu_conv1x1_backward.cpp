@@ -25,8 +25,8 @@ constexpr int64_t kTileRows = kTiled<T> ? 256 : 112;
 template <typename T>
 constexpr int64_t kStepRows = kTiled<T> ? 32 : 28;
 
-// How a backward is cut into tasks: groups of rows by spans of channels. The groups follow from the shape alone, so that
-// sums have one order; a span has its own sums, so that there are no more of them than threads need.
+// How a backward is cut into tasks: groups of rows by spans of channels. The groups follow from the shape alone, so
+// that sums have one order; a span has its own sums, so that there are no more of them than threads need.
 struct Tasks {
   int64_t group_rows, groups, tile_rows, tiles, span, spans;
 

@@ -1,6 +1,9 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -20,8 +23,19 @@ void prefer_huge_pages([[maybe_unused]] const at::Tensor& buffer) {
 #endif
 }
 
+// Gives back to the system what was freed. Of itself the GNU C library keeps blocks of up to 32 MiB for as long as
+// anything that lies behind them lives.
+void return_freed_memory() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("prefer_huge_pages", &prefer_huge_pages); }
+TORCH_LIBRARY_IMPL(densenet_efficient, CompositeExplicitAutograd, library) {
+  library.impl("return_freed_memory", &return_freed_memory);
+}
 
 }  // namespace densenet_efficient
