@@ -6,19 +6,21 @@ A section replaces what stands between `<!-- benchmarks:begin NAME -->` and `<!-
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .picture import draw, picture_path
-from .results import RESULTS, ROOT, write_atomically
+from .results import MEASURED, RESULTS, ROOT, write_atomically
 from .roofline import COLUMNS as ROOFLINE_COLUMNS
 from .roofline import Line, Roofline, table_cells, title, without_small_lines
 
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/benchmarks.md"]
 SECTION = re.compile(r"(<!-- benchmarks:begin (\S+) -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
 WORKLOAD = ("model", "dtype", "batch", "size")
 COLUMNS = (
@@ -31,6 +33,18 @@ COLUMNS = (
     "MiB per image",
     "less",
 )
+TRAINING_COLUMNS = (
+    "torchvision",
+    "none",
+    "of it",
+    "bottleneck",
+    "of it",
+    "MiB per image: torchvision",
+    "none",
+    "bottleneck",
+)
+INFERENCE_COLUMNS = ("torchvision", "fastest other", "ours", "of the fastest")
+OURS = ("ours-none", "ours-bottleneck")
 Row = dict[str, Any]
 Results = dict[str, Any]
 
@@ -38,7 +52,7 @@ Results = dict[str, Any]
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a document is out of date")
-    parser.add_argument("--documents", type=Path, nargs="+", default=[ROOT / "README.md", ROOT / "docs/performance.md"])
+    parser.add_argument("--documents", type=Path, nargs="+", default=DOCUMENTS)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results files")
     options = parser.parse_args(arguments)
     paths = sorted(options.results.glob("*.json"))
@@ -68,7 +82,8 @@ def fill(text: str, all_results: Sequence[Results], all_rooflines: Sequence[Resu
         if task == "roofline":
             texts = [roofline_tables(results) for results in all_rooflines]
         else:
-            texts = [tables(results, task) for results in all_results if _runs_on(device, results)]
+            write = summary if task == "summary" else functools.partial(tables, task=task)
+            texts = [write(results) for results in all_results if _runs_on(device, results)]
         return f"{begin}{chr(10).join(filter(None, texts)) or f'Not measured yet on a {device}.'}\n{end}"
 
     if text.count("<!-- benchmarks:begin") != len(SECTION.findall(text)):
@@ -85,27 +100,67 @@ def roofline_tables(results: Results) -> str:
         lines += [
             f"Roof {roofline.product_rate / 1e9:.0f} GFLOP/s, copy rate {roofline.copy_rate / 1e9:.0f} GB/s.",
             "",
-            "| " + " | ".join(ROOFLINE_COLUMNS) + " |",
-            "|---|" + "---:|" * (len(ROOFLINE_COLUMNS) - 1),
+            *_markdown(ROOFLINE_COLUMNS, table_cells(without_small_lines(roofline))),
+            "",
         ]
-        lines += ["| " + " | ".join(cells) + " |" for cells in table_cells(without_small_lines(roofline))]
-        lines.append("")
     return "\n".join(lines)
+
+
+def summary(results: Results) -> str:
+    """One machine in two tables, a line per workload: ours beside the fastest of torchvision and of everything else."""
+    lines = [figures_line(results), ""]
+    workloads = {task: _workloads(results, task) for task in ("train", "infer")}
+    if workloads["train"]:
+        lines += [f"![step time against memory]({picture_path(results).as_posix()})", ""]
+        lines += [*_markdown(("training step", *TRAINING_COLUMNS), map(_training_cells, workloads["train"])), ""]
+    if workloads["infer"]:
+        lines += [*_markdown(("inference", *INFERENCE_COLUMNS), map(_inference_cells, workloads["infer"])), ""]
+    if results.get("largest_batch"):
+        lines += [largest_batches(results["largest_batch"]), ""]
+    return "\n".join(lines)
+
+
+def _training_cells(rows: Sequence[Row]) -> list[str]:
+    fastest, smallest = _best_of_torchvision(rows)
+    ours = [next((row for row in rows if row["implementation"] == name), dict.fromkeys(MEASURED)) for name in OURS]
+    cells = [_title(rows[0]), _number(fastest, "{:.0f} ms")]
+    for row in ours:
+        cells += [_number(row["step_ms"], "{:.0f} ms"), _number(_ratio(row["step_ms"], fastest), "{:.2f}")]
+    cells.append(_number(smallest, "{:.1f}"))
+    for row in ours:
+        less = _number(_ratio(smallest, row["mib_per_image"]), " ({:.1f}x less)")
+        cells.append(_number(row["mib_per_image"], "{:.1f}") + less)
+    return cells
+
+
+def _inference_cells(rows: Sequence[Row]) -> list[str]:
+    fastest, _ = _best_of_torchvision(rows)
+    timed = [row for row in rows if row["step_ms"]]
+    ours = min((row["step_ms"] for row in timed if row["implementation"] in OURS), default=None)
+    others = [row for row in timed if not row["implementation"].startswith(("ours", "torchvision"))]
+    other = min(others, key=lambda row: row["step_ms"], default=None)
+    peers = [time for time in (fastest, other and other["step_ms"]) if time]
+    return [
+        _title(rows[0]),
+        _number(fastest, "{:.0f} ms"),
+        f"{other['step_ms']:.0f} ms ({other['implementation']})" if other else "",
+        _number(ours, "{:.0f} ms"),
+        _number(_ratio(ours, min(peers, default=None)), "{:.2f}"),
+    ]
 
 
 def tables(results: Results, task: str) -> str:
     """One machine's tables of a task, one per workload, under a line that says what was measured where."""
-    rows = [row for row in results["rows"] if row["task"] == task]
-    if not rows:
+    workloads = _workloads(results, task)
+    if not workloads:
         return ""
-    lines = [figures_line(results), ""]
-    if task == "train":
-        lines += [f"![step time against memory]({picture_path(results).as_posix()})", ""]
-    for _, workload in itertools.groupby(sorted(rows, key=_workload), key=_workload):
-        lines += table(list(workload))
-    if task == "train" and results.get("largest_batch"):
-        lines += [largest_batches(results["largest_batch"]), ""]
-    return "\n".join(lines)
+    return "\n".join([figures_line(results), "", *itertools.chain.from_iterable(map(table, workloads))])
+
+
+def _workloads(results: Results, task: str) -> list[list[Row]]:
+    """The rows of a task by workload."""
+    rows = sorted((row for row in results["rows"] if row["task"] == task), key=_workload)
+    return [list(group) for _, group in itertools.groupby(rows, key=_workload)]
 
 
 def figures_line(results: Results) -> str:
@@ -123,13 +178,8 @@ def figures_line(results: Results) -> str:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """One workload in Markdown: time against the fastest torchvision variant, memory against plain."""
-    torchvision = [row for row in rows if row["implementation"].startswith("torchvision")]
-    plain = [row for row in torchvision if row["implementation"] == "torchvision"]
-    fastest = min((row["step_ms"] for row in torchvision if row["step_ms"]), default=None)
-    smallest_plain = min((row["mib_per_image"] for row in plain if row["mib_per_image"]), default=None)
-    first = rows[0]
-    title = f"**{first['model']}, {first['dtype']}, batch {first['batch']}, {first['size']}x{first['size']}**"
-    lines = [title, "", "| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
+    fastest, smallest_plain = _best_of_torchvision(rows)
+    all_cells = []
     for row in rows:
         cells = [
             row["implementation"],
@@ -141,8 +191,28 @@ def table(rows: Sequence[Row]) -> list[str]:
             _number(row["mib_per_image"], "{:.1f}"),
             _number(_ratio(smallest_plain, row["mib_per_image"]), "{:.1f}x"),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+        all_cells.append(cells)
+    return [f"**{_title(rows[0])}**", "", *_markdown(COLUMNS, all_cells, words=2), ""]
+
+
+def _best_of_torchvision(rows: Sequence[Row]) -> tuple[float | None, float | None]:
+    """The milliseconds of its fastest variant, and the MiB per image of its plain one."""
+    torchvision = [row for row in rows if row["implementation"].startswith("torchvision")]
+    plain = [row for row in torchvision if row["implementation"] == "torchvision"]
+    return (
+        min((row["step_ms"] for row in torchvision if row["step_ms"]), default=None),
+        min((row["mib_per_image"] for row in plain if row["mib_per_image"]), default=None),
+    )
+
+
+def _title(row: Row) -> str:
+    return f"{row['model']}, {row['dtype']}, batch {row['batch']}, {row['size']}x{row['size']}"
+
+
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> list[str]:
+    """A table whose first ``words`` columns are words, the others numbers."""
+    head = ["| " + " | ".join(columns) + " |", "|" + "---|" * words + "---:|" * (len(columns) - words)]
+    return head + ["| " + " | ".join(cells) + " |" for cells in rows]
 
 
 def largest_batches(rows: Sequence[Row]) -> str:
@@ -170,6 +240,8 @@ def _number(value: float | None, form: str) -> str:
 
 
 SECTIONS = {
+    "summary-cpu": ("CPU", "summary"),
+    "summary-gpu": ("GPU", "summary"),
     "training-cpu": ("CPU", "train"),
     "training-gpu": ("GPU", "train"),
     "inference-cpu": ("CPU", "infer"),

@@ -294,7 +294,7 @@ def test_the_report_fills_the_sections_and_then_checks(published: tuple[Path, li
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert text.count("between\n") == 4
+    assert text.count("between\n") == len(report.SECTIONS) - 1
     assert "old" not in text
     readme.write_text(text.replace("62 ms", "61 ms"))
     with pytest.raises(SystemExit, match="does not match the results files"):
@@ -312,8 +312,21 @@ def test_the_tables_compare_with_the_best_of_torchvision(published: tuple[Path, 
     figures = next(line for line in lines if line.startswith("Some CPU"))
     for fact in ("2 cores", "AVX512", "torch 2.14.1", "0123456789ab", "2026-01-31", "ours-none 3.2 s"):
         assert fact in figures
-    assert lines.count("Not measured yet on a GPU.") == 2
+    assert lines.count("Not measured yet on a GPU.") == 3
     assert lines.count("Not measured yet on a CPU.") == 1  # the fixture has no inference
+
+
+def test_the_summary_has_a_line_per_workload(published: tuple[Path, list[str]]) -> None:
+    readme, arguments = published
+    results = json.loads((readme.parent / "results" / "machine.json").read_text())
+    for implementation, step_ms in {"torchvision": 40.0, "openvino": 20.0, "ours-none": 15.0}.items():
+        results_file.record(results, KEY | {"task": "infer", "implementation": implementation}, step_ms=step_ms)
+    results_file.save(readme.parent / "results" / "machine.json", results)
+    report.main(arguments)
+    lines = readme.read_text().splitlines()
+    workload = f"{KEY['model']}, {KEY['dtype']}, batch {KEY['batch']}, {KEY['size']}x{KEY['size']}"
+    assert f"| {workload} | 100 ms | 62 ms | 0.62 | 72 ms | 0.72 | 200.0 | 25.0 (8.0x less) |  |" in lines
+    assert f"| {workload} | 40 ms | 20 ms (openvino) | 15 ms | 0.75 |" in lines
 
 
 def test_the_roofline_stands_in_the_document(published: tuple[Path, list[str]]) -> None:
