@@ -188,7 +188,7 @@ class EfficientDenseNet121(EfficientDenseNet):
 
     def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 24, 16), 64, **kwargs)
-        self._load_torchvision(weights)
+        self.load_torchvision(weights)
 
 
 class EfficientDenseNet161(EfficientDenseNet):
@@ -198,7 +198,7 @@ class EfficientDenseNet161(EfficientDenseNet):
 
     def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(48, (6, 12, 36, 24), 96, **kwargs)
-        self._load_torchvision(weights)
+        self.load_torchvision(weights)
 
 
 class EfficientDenseNet169(EfficientDenseNet):
@@ -208,7 +208,7 @@ class EfficientDenseNet169(EfficientDenseNet):
 
     def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 32, 32), 64, **kwargs)
-        self._load_torchvision(weights)
+        self.load_torchvision(weights)
 
 
 class EfficientDenseNet201(EfficientDenseNet):
@@ -218,7 +218,7 @@ class EfficientDenseNet201(EfficientDenseNet):
 
     def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 48, 32), 64, **kwargs)
-        self._load_torchvision(weights)
+        self.load_torchvision(weights)
 
 
 class EfficientDenseNet264(EfficientDenseNet):
@@ -231,7 +231,7 @@ class EfficientDenseNet264(EfficientDenseNet):
 
     def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 64, 48), 64, **kwargs)
-        self._load_torchvision(weights)
+        self.load_torchvision(weights)
 
 
 def cifar_densenet(

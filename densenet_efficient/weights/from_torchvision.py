@@ -50,14 +50,14 @@ def find_weights(name: str, weights: Any) -> Any:
     return members[key]
 
 
-def download(weights: Any) -> Mapping[str, Any]:
+def download(weights: Any, progress: bool = True) -> Mapping[str, Any]:
     """The state_dict of torchvision's weights, from torch.hub's cache or, once, from the network.
 
     Raises:
         RuntimeError: it is not in the cache and cannot be downloaded; says where to put which file.
     """
     try:
-        state: Mapping[str, Any] = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        state: Mapping[str, Any] = weights.get_state_dict(progress=progress, check_hash=True, weights_only=True)
     except URLError as error:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise RuntimeError(

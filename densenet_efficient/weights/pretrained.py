@@ -118,13 +118,13 @@ class PretrainedNetwork(nn.Module):
         """
         return hub.published(self, self.config, self.weights).push_to_hub(repo_id, **kwargs)
 
-    def _load_torchvision(self, choice: Any) -> None:
-        """Loads the weights that ``choice`` names in torchvision; None loads nothing."""
+    def load_torchvision(self, choice: Any, progress: bool = True) -> None:
+        """Loads the weights that ``choice`` names in torchvision; None loads nothing. ``progress`` shows a bar."""
         if choice is None:
             return
         assert self.architecture is not None
         self.weights = find_weights(self.architecture, choice)
-        self._load(download(self.weights))
+        self._load(download(self.weights, progress))
 
     def _load(self, checkpoint: Any) -> None:
         notes = load_weights(self, checkpoint)
