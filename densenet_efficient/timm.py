@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from huggingface_hub.errors import LocalEntryNotFoundError
-from timm.models import FeatureGraphNet, generate_default_cfgs, model_entrypoint, register_model, resolve_pretrained_cfg
-from timm.models._registry import get_arch_pretrained_cfgs
 from torch import nn
 
 from .conversion import convert
+from .optional import needed
+
+timm = needed("timm.models", "timm")
+hub_errors = needed("huggingface_hub.errors", "timm")
 
 __all__: list[str] = []  # of which register_model makes the list
 
@@ -30,10 +31,10 @@ _NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "densenetblur121d": ("densenetblur121d", {}),
 }
 _configurations: dict[str, Any] = {
-    f"efficient_{tag}": cfg for name in _NETWORKS for tag, cfg in get_arch_pretrained_cfgs(name).items()
+    f"efficient_{tag}": cfg for name in _NETWORKS for tag, cfg in timm.get_arch_pretrained_cfgs(name).items()
 }
 _configurations["efficient_densenet264.untrained"] = _configurations["efficient_densenet264d.untrained"]
-default_cfgs = generate_default_cfgs(_configurations)  # where register_model looks for them
+default_cfgs = timm.generate_default_cfgs(_configurations)  # where register_model looks for them
 
 
 def _register(network: str, original: str, differences: dict[str, Any]) -> None:
@@ -48,10 +49,10 @@ def _register(network: str, original: str, differences: dict[str, Any]) -> None:
         **kwargs: Any,
     ) -> nn.Module:
         level = checkpointing or ("bottleneck" if memory_efficient else "none")
-        cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
+        cfg = timm.resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
         try:
-            model: nn.Module = model_entrypoint(original)(pretrained, pretrained_cfg=cfg, **differences | kwargs)
-        except LocalEntryNotFoundError as error:
+            model: nn.Module = timm.model_entrypoint(original)(pretrained, pretrained_cfg=cfg, **differences | kwargs)
+        except hub_errors.LocalEntryNotFoundError as error:
             raise RuntimeError(
                 f"cannot download the weights of {cfg.hf_hub_id}, and they are not in the cache; put them anywhere and "
                 f"pass pretrained_cfg_overlay={{'file': their path}}"
@@ -61,12 +62,12 @@ def _register(network: str, original: str, differences: dict[str, Any]) -> None:
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"timm's {original}{f' with {differences}' if differences else ''}, converted."
-    globals()[name] = register_model(build)
+    globals()[name] = timm.register_model(build)
 
 
 def _convert_all(name: str, model: nn.Module, level: str) -> None:
     """Converts ``model``, or raises where a dense block of it cannot be."""
-    if isinstance(model, FeatureGraphNet):
+    if isinstance(model, timm.FeatureGraphNet):
         raise ValueError(f"{name}: feature_cls='fx' takes the dense blocks apart; choose 'list', 'dict' or 'getter'")
     left = [entry for entry in convert(model, level).left if entry.kind == "DenseBlock"]
     if left:

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchvision.models import get_model_weights, list_models
-from torchvision.models._api import register_model
-
 from . import models
 from .models import EfficientDenseNet
+from .optional import needed
+
+api = needed("torchvision.models._api", "hub")
 
 
 def _register(network: type[EfficientDenseNet]) -> None:
@@ -22,11 +22,11 @@ def _register(network: type[EfficientDenseNet]) -> None:
         model.load_torchvision(weights, progress)
         return model
 
-    if architecture in list_models():  # where get_model_weights looks for the enum
-        build.__annotations__["weights"] = get_model_weights(architecture) | None
+    if architecture in api.list_models():  # where get_model_weights looks for the enum
+        build.__annotations__["weights"] = api.get_model_weights(architecture) | None
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"`{network.__name__}`; ``weights`` are those of torchvision's {architecture}."
-    globals()[name] = register_model(name)(build)
+    globals()[name] = api.register_model(name)(build)
 
 
 for _network in (

@@ -38,7 +38,7 @@ def find_weights(name: str, weights: Any) -> Any:
         ValueError: there are no such weights.
     """
     try:
-        members = needed("torchvision.models", "train").get_model_weights(name)
+        members = needed("torchvision.models", "hub").get_model_weights(name)
     except ValueError as error:
         raise ValueError(f"torchvision has no weights for {name}") from error
     if isinstance(weights, members):
