@@ -118,14 +118,16 @@ def from_timm(name: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]
     """(architecture, constructor arguments, preprocessing) of a network that timm described.
 
     Raises:
-        ValueError: it has a part that an EfficientDenseNet has not.
+        ValueError: the description is incomplete, or the network has a part that an EfficientDenseNet has not.
     """
     architecture = str(config["architecture"]).removeprefix("efficient_")
-    pretrained_cfg = config.get("pretrained_cfg", config)  # older ones are flat
-    arguments = {
-        "num_classes": config.get("num_classes", pretrained_cfg.get("num_classes", 1000)),
-        "in_channels": pretrained_cfg["input_size"][0],
-    }
+    settings = config.get("pretrained_cfg", config)  # older descriptions are flat
+    try:
+        arguments = {"num_classes": config.get("num_classes", settings.get("num_classes"))}
+        arguments["in_channels"] = settings["input_size"][0]
+        preprocessing = Preprocessing.of_timm(settings)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{CONFIG} of {name} is not as timm writes it: {error}") from error
     unknown = [f"global_pool={config['global_pool']!r}"] if config.get("global_pool", "avg") != "avg" else []
     for key, value in (config.get("model_args") or {}).items():
         if key in _TIMM_ARGUMENTS:
@@ -133,13 +135,9 @@ def from_timm(name: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]
         elif key not in _TIMM_WITHOUT_WEIGHTS and (key, value) != ("global_pool", "avg"):
             unknown.append(f"{key}={value!r}")
     if unknown:
-        raise ValueError(f"{name} has {', '.join(unknown)}, which EfficientDenseNet has not; {timm_remedy(name)}")
-    return architecture, arguments, Preprocessing.of_timm(pretrained_cfg)
-
-
-def timm_remedy(name: str) -> str:
-    """How timm builds what this package's classes do not."""
-    return f"after import densenet_efficient.timm, timm.create_model('hf-hub:{name}') and convert(model) load it"
+        remedy = f"timm.create_model('hf-hub:{name}', pretrained=True) and convert(model) have it"
+        raise ValueError(f"{name} has {', '.join(unknown)}, which EfficientDenseNet has not; {remedy}")
+    return architecture, arguments, preprocessing
 
 
 def split_preprocessing(name: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], Preprocessing | None]:

@@ -100,7 +100,7 @@ def read_keras(path: str | Path) -> KerasWeights:
             return _read(file, config)
     except FileNotFoundError:
         raise
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"cannot read {path} as a file of Keras: {error}") from error
 
 
@@ -139,7 +139,8 @@ def _layers(file: Any) -> dict[str, list[np.ndarray]]:
     for path in sorted(groups, key=_natural):
         arrays = [_array(file, groups[path][name]) for name in sorted(groups[path], key=int)]
         if any(np.issubdtype(array.dtype, np.floating) for array in arrays):  # others are states of random generators
-            layers[_text(groups[path].attrs.get("name", path))] = arrays
+            name = _text(groups[path].attrs.get("name", path))
+            layers[path if name in layers else name] = arrays
     return layers
 
 
@@ -149,6 +150,7 @@ def _older_layers(file: Any, group: Any) -> dict[str, list[np.ndarray]]:
     for layer in _lists(group)["layer_names"]:
         for weight in _lists(group[layer]).get("weight_names", []):
             owner, _, name = weight.rpartition("/")
+            owner = owner if owner.startswith(layer) else f"{layer}/{owner}"  # a layer of a model within the model
             layers.setdefault(owner, {})[name.partition(":")[0]] = _array(file, group[layer][weight])
     return {owner: _in_order(arrays) for owner, arrays in layers.items()}
 

@@ -21,8 +21,6 @@ EXPECTED = (
     "a name of torchvision's weights (IMAGENET1K_V1), a file, a folder of save_pretrained, a tag of timm's "
     "(densenet121.ra_in1k), or a repository of the Hugging Face Hub (owner/name)"
 )
-
-
 # What a class with an architecture sets itself, in the constructor's arguments.
 OF_ARCHITECTURE = ("growth_rate", "block_config", "num_init_features")
 
@@ -79,9 +77,9 @@ class PretrainedNetwork(nn.Module):
 
         Raises:
             ImportError: a package that this source needs is not installed.
-            FileNotFoundError: there is no such file; or it can not be downloaded, and where to put it.
-            RuntimeError: torchvision's weights can not be downloaded, and where to put them.
-            ValueError: there are no such weights, or they are of another network.
+            FileNotFoundError: there is no such file.
+            RuntimeError: a file cannot be downloaded; says where to put it.
+            TypeError, ValueError: there are no such weights, or they are of another network.
         """
         options = {
             "revision": revision,
@@ -143,7 +141,7 @@ class PretrainedNetwork(nn.Module):
             if candidate.architecture == found.architecture:
                 return candidate
         known = ", ".join(candidate.architecture for candidate in classes if candidate.architecture)
-        raise ValueError(f"{found.name} is a {found.architecture}, not a {known}; {hub.timm_remedy(found.name)}")
+        raise ValueError(f"{found.name} is a {found.architecture}; {cls.__name__}.from_pretrained builds {known}")
 
     @classmethod
     def _build(cls: type[Network], found: Found, kwargs: dict[str, Any]) -> Network:

@@ -1,4 +1,4 @@
-"""The pages of docs: their code runs as it stands there."""
+"""docs/weights.md: its code runs as it stands there."""
 
 import re
 from pathlib import Path
