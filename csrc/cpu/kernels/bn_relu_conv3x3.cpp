@@ -45,18 +45,19 @@ void forward(const Conv3x3Forward& p) {
   const ImageTiles tiles(p.images, p.height, p.width);
   const Scratch<T> packed_here(p.packed ? 0 : ForwardWeight<T>::packed_size(p.outputs, p.channels));
   if (!p.packed) {
-    ForwardWeight<T>::pack(static_cast<const A*>(p.weight), p.outputs, p.channels, packed_here.get());
+    ForwardWeight<T>::pack(static_cast<const A*>(p.weight), p.outputs, p.channels, p.channels_last, packed_here.get());
   }
   const ForwardWeight<T> weight(p.packed ? static_cast<const T*>(p.packed) : packed_here.get(), p.outputs, p.channels);
   TileStatistics<A> statistics(p.mean ? tiles.tiles() : 0, p.outputs);
 
   parallel_tasks(tiles.tiles(), [&](TaskRun& run) {
-    const int64_t pitch = tiles.pitch(), pixels = tiles.most_rows() * pitch;
-    Scratch<T> padded(tiles.padded_pixels() * weight.chunk(0).padded);
+    const int64_t pitch = tiles.pitch(), pixels = round_up(tiles.most_rows() * pitch, kProductRows<T>);
+    Scratch<T> padded((tiles.padded_pixels() + kProductRows<T>)*weight.chunk(0).padded);
     Scratch<A> products(pixels * p.outputs), compact(p.mean ? pixels * p.outputs : 0);
     Prefetch prefetch;
+    const Multiplying<T> multiplying;
     for (int64_t tile; run.next(tile);) {
-      const int64_t rows = tiles.rows(tile), step = tiles.rows_of_a_product(tile);
+      const int64_t rows = tiles.rows(tile), step = tiles.rows_of_a_product<T>(tile);
       for (int64_t index = 0; index < weight.chunks(); index++) {
         const ChannelChunk chunk = weight.chunk(index);
         activate_tile<S, T, A>(p, tiles, tile, chunk, padded.get());
@@ -65,9 +66,17 @@ void forward(const Conv3x3Forward& p) {
         for (int64_t ky = 0; ky < 3; ky++) {
           // Three horizontal neighbours are contiguous in the scratch: one product takes all three taps.
           for (int64_t row = 0; row < rows; row += step) {
-            multiply(step * pitch - 1, p.outputs, 3 * chunk.padded, padded.get() + (row + ky) * pitch * chunk.padded,
-                     chunk.padded, weight.taps(index, ky), p.outputs, products.get() + row * pitch * p.outputs,
-                     p.outputs, index + ky > 0, prefetch);
+            multiply(Product<T, A>{.rows = round_up(step * pitch - 1, kProductRows<T>),
+                                   .columns = p.outputs,
+                                   .depth = 3 * chunk.padded,
+                                   .a = padded.get() + (row + ky) * pitch * chunk.padded,
+                                   .a_stride = chunk.padded,
+                                   .b = weight.taps(index, ky),
+                                   .b_stride = p.outputs,
+                                   .c = products.get() + row * pitch * p.outputs,
+                                   .c_stride = p.outputs,
+                                   .accumulate = index + ky > 0},
+                     prefetch);
           }
         }
       }
@@ -83,7 +92,6 @@ void forward(const Conv3x3Forward& p) {
       }
       if (p.mean) statistics.take(tile, static_cast<const A*>(compact.get()), p.outputs, pixel_count);
     }
-    release_gemm<T>();
   });
   if (p.mean) statistics.merge(static_cast<A*>(p.mean), static_cast<A*>(p.variance));
 }
@@ -100,7 +108,8 @@ int64_t conv3x3_packed_bytes(c10::ScalarType dtype, int64_t channels, int64_t ou
 
 void pack_conv3x3(c10::ScalarType dtype, const void* weight, int64_t channels, int64_t outputs, void* packed) {
   dispatch_product(dtype, [&]<typename S, typename T>() {
-    ForwardWeight<T>::pack(static_cast<const Accumulate<S>*>(weight), outputs, channels, static_cast<T*>(packed));
+    ForwardWeight<T>::pack(static_cast<const Accumulate<S>*>(weight), outputs, channels, false,
+                           static_cast<T*>(packed));
   });
 }
 
