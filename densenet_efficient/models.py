@@ -164,7 +164,7 @@ def _check_config(config: dict[str, Any]) -> None:
         raise ValueError(f"drop_rate must be in [0, 1), got {config['drop_rate']}")
     if not 0 < config["compression"] <= 1:
         raise ValueError(f"compression must be in (0, 1], got {config['compression']}")
-    if config["norm_eps"] <= 0:
+    if not config["norm_eps"] > 0:
         raise ValueError(f"norm_eps must be above 0, got {config['norm_eps']}")
     check_level(config["checkpointing"])
 

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import subprocess
 import sys
 
 import huggingface_hub
@@ -404,3 +405,8 @@ def test_a_checkpoint_of_another_network():
     with pytest.raises(ValueError, match=r"blocks of \[3, 3\] layers, the model of \[3, 2\]; unknown .*denselayer3"):
         load_weights(model, theirs.state_dict())
     assert_close(model.state_dict(), before, 0)
+
+
+def test_the_package_imports_none_of_them():
+    code = "import sys, densenet_efficient; print(*{'h5py', 'huggingface_hub', 'safetensors', 'timm'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
