@@ -408,5 +408,7 @@ def test_a_checkpoint_of_another_network():
 
 
 def test_the_package_imports_none_of_them():
-    code = "import sys, densenet_efficient; print(*{'h5py', 'huggingface_hub', 'safetensors', 'timm'} & set(sys.modules))"
+    code = (
+        "import sys, densenet_efficient; print(*{'h5py', 'huggingface_hub', 'safetensors', 'timm'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
