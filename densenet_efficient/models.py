@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from .modules import CHECKPOINTING_LEVELS, DenseBlock, Features, Transition, global_average
-from .weights import download, find_weights, load_weights, own_name
+from .weights import PretrainedNetwork
+from .weights.checkpoints import own_name
 
 
-class EfficientDenseNet(nn.Module):
+class EfficientDenseNet(PretrainedNetwork):
     """DenseNet (Huang et al., CVPR 2017, arXiv:1608.06993) that keeps almost no activations for its backward.
 
     Constructor arguments, attribute names and state_dict keys are those of ``torchvision.models.DenseNet``; what stands
@@ -30,6 +31,7 @@ class EfficientDenseNet(nn.Module):
         compression: theta, a transition gives ``int(channels * compression)`` channels; 0.5 in -C and -BC, 1.0 without.
         bottleneck: whether a layer has its 1x1 convolution (-B and -BC).
         small_inputs: the stem of the CIFAR networks, one 3x3 convolution without pooling.
+        norm_eps: epsilon of the batch norms; weights of Keras bring their own.
         checkpointing: "none" saves the bottleneck outputs for the backward, "bottleneck" recomputes them.
 
     Raises:
@@ -50,11 +52,12 @@ class EfficientDenseNet(nn.Module):
         compression: float = 0.5,
         bottleneck: bool = True,
         small_inputs: bool = False,
+        norm_eps: float = 1e-5,
         checkpointing: str | None = None,
     ) -> None:
         super().__init__()
         level = ("bottleneck" if memory_efficient else "none") if checkpointing is None else checkpointing
-        self.config: dict[str, Any] = {
+        self.config = {
             "growth_rate": growth_rate,
             "block_config": list(block_config) if isinstance(block_config, tuple) else block_config,
             "num_init_features": num_init_features,
@@ -65,6 +68,7 @@ class EfficientDenseNet(nn.Module):
             "compression": compression,
             "bottleneck": bottleneck,
             "small_inputs": small_inputs,
+            "norm_eps": norm_eps,
             "checkpointing": level,
         }
         _check_config(self.config)
@@ -91,6 +95,8 @@ class EfficientDenseNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
             elif isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.eps = self.config["norm_eps"]
 
     @property
     def checkpointing(self) -> str:
@@ -115,13 +121,6 @@ class EfficientDenseNet(nn.Module):
         pooled = features.pooled(x) if isinstance(features, Features) else global_average(features(x))
         logits: Tensor = self.classifier(pooled)
         return logits
-
-    def _load_torchvision(self, name: str, choice: Any) -> None:
-        """Loads the weights that ``choice`` names in torchvision, and keeps them as ``weights``, whose ``transforms()``
-        are the preprocessing to use; None loads nothing."""
-        self.weights = None if choice is None else find_weights(name, choice)
-        if self.weights is not None:
-            load_weights(self, download(self.weights))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accepts the keys of older checkpoints and of other libraries too: see `weights.own_name`."""
@@ -158,13 +157,15 @@ def _check_config(config: dict[str, Any]) -> None:
         raise ValueError("block_config must name the layers of at least one block, got none")
     for num_layers in config["block_config"]:
         _check_positive("each entry of block_config", num_layers)
-    for name in ("drop_rate", "compression"):
+    for name in ("drop_rate", "compression", "norm_eps"):
         if isinstance(config[name], bool) or not isinstance(config[name], (int, float)):
             raise TypeError(f"{name} must be a float, got {config[name]!r}")
     if not 0 <= config["drop_rate"] < 1:
         raise ValueError(f"drop_rate must be in [0, 1), got {config['drop_rate']}")
     if not 0 < config["compression"] <= 1:
         raise ValueError(f"compression must be in (0, 1], got {config['compression']}")
+    if not config["norm_eps"] > 0:
+        raise ValueError(f"norm_eps must be above 0, got {config['norm_eps']}")
     check_level(config["checkpointing"])
 
 
@@ -183,33 +184,41 @@ def check_level(level: Any) -> None:
 class EfficientDenseNet121(EfficientDenseNet):
     """DenseNet-121: blocks 6, 12, 24, 16, growth rate 32; 8.0 M parameters."""
 
+    architecture = "densenet121"
+
     def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 24, 16), 64, **kwargs)
-        self._load_torchvision("densenet121", weights)
+        self.load_torchvision(weights)
 
 
 class EfficientDenseNet161(EfficientDenseNet):
     """DenseNet-161: blocks 6, 12, 36, 24, growth rate 48; 28.7 M parameters."""
 
+    architecture = "densenet161"
+
     def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(48, (6, 12, 36, 24), 96, **kwargs)
-        self._load_torchvision("densenet161", weights)
+        self.load_torchvision(weights)
 
 
 class EfficientDenseNet169(EfficientDenseNet):
     """DenseNet-169: blocks 6, 12, 32, 32, growth rate 32; 14.1 M parameters."""
 
+    architecture = "densenet169"
+
     def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 32, 32), 64, **kwargs)
-        self._load_torchvision("densenet169", weights)
+        self.load_torchvision(weights)
 
 
 class EfficientDenseNet201(EfficientDenseNet):
     """DenseNet-201: blocks 6, 12, 48, 32, growth rate 32; 20.0 M parameters."""
 
+    architecture = "densenet201"
+
     def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 48, 32), 64, **kwargs)
-        self._load_torchvision("densenet201", weights)
+        self.load_torchvision(weights)
 
 
 class EfficientDenseNet264(EfficientDenseNet):
@@ -218,9 +227,11 @@ class EfficientDenseNet264(EfficientDenseNet):
     The paper's name counts one less than the rule that gives 121, 161, 169 and 201: `depth` is 265.
     """
 
+    architecture = "densenet264"
+
     def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 64, 48), 64, **kwargs)
-        self._load_torchvision("densenet264", weights)
+        self.load_torchvision(weights)
 
 
 def cifar_densenet(

@@ -97,6 +97,7 @@ class NaiveDenseNet(nn.Module):
         compression: float = 0.5,
         bottleneck: bool = True,
         small_inputs: bool = False,
+        norm_eps: float = 1e-5,
         checkpointing: str | None = None,
     ) -> None:
         super().__init__()
@@ -128,6 +129,8 @@ class NaiveDenseNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
             elif isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.eps = norm_eps
 
     def forward(self, images: Tensor) -> Tensor:
         features = F.relu(self.features(images), inplace=True)

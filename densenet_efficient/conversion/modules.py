@@ -6,6 +6,7 @@ Its children, parameters, buffers and hooks stay the very objects they were, and
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Container, Iterator
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -105,6 +106,7 @@ class ConvertedTorchvision(Converted):
 class ConvertedTimm(Converted):
     """timm's DenseNet, whose last norm and average pooling join the last block."""
 
+    feature_ends: list[int]  # positions in features, of what feature_info lists
     features: nn.Module
     global_pool: nn.Module
     head_drop: nn.Module
@@ -126,9 +128,31 @@ class ConvertedTimm(Converted):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """timm's switch: on means the level "bottleneck", off "none"."""
         super().set_grad_checkpointing(enable)  # type: ignore[misc]
-        for module in self.modules():
-            if isinstance(module, ConvertedBlock):
-                module.checkpointing = "bottleneck" if enable else "none"
+        switch_level(self, enable)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """timm's: the features at ``indices`` of ``feature_info``, and the last ones before them unless these alone."""
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be NCHW, got {output_fmt!r}")
+        from timm.models._features import feature_take_indices
+
+        ends = self.feature_ends
+        take, last = feature_take_indices(len(ends), indices)
+        modules = list(self.features.named_children())[: ends[last] + 1 if stop_early else None]
+        wanted = {modules[ends[index]][0] for index in take if ends[index] < len(modules)}
+        intermediates, last_output = [], x
+        for name, last_output in outputs_of(modules, wanted, x):
+            if name in wanted:
+                intermediates.append(last_output)
+        return intermediates if intermediates_only else (last_output, intermediates)
 
 
 class ConvertedMonai(Converted):
@@ -167,36 +191,49 @@ def _is_relu_and_average(modules: list[nn.Module]) -> bool:
     return type(relu) is nn.ReLU and not fusion.is_observed(relu) and is_global_average(modules[1:3])
 
 
+def switch_level(model: nn.Module, enable: bool) -> None:
+    """The level of every converted block: "bottleneck", or "none" where checkpointing is switched off."""
+    for module in model.modules():
+        if isinstance(module, ConvertedBlock):
+            module.checkpointing = "bottleneck" if enable else "none"
+
+
+def outputs_of(modules: list[tuple[str, nn.Module]], wanted: Container[str], x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(name, output) of each of these modules, which run in order, as many at a time as one operator takes.
+
+    The output of an inner module of the stem is not computed unless it is wanted.
+    """
+    while modules:
+        outputs = _run_some(modules, wanted, x)
+        for (name, _), x in zip(modules, outputs, strict=False):
+            yield name, x
+        modules = modules[len(outputs) :]
+
+
+def _run_some(named: list[tuple[str, nn.Module]], wanted: Container[str], x: Tensor) -> list[Tensor]:
+    modules = [module for _, module in named]
+    if fusion.is_traced(x):
+        return [modules[0](x)]
+    stage = take_stage(modules, with_head=False)
+    if stage is not None:
+        out, features = run_stage(*stage, x)
+        return [features, out]
+    stem = fusion.take_stem(modules)
+    inside = len(modules) - len(stem[2]) - 1 if stem is not None else 0
+    if stem is None or any(name in wanted for name, _ in named[:inside]):
+        return [modules[0](x)]
+    return [x] * inside + [run_stem(stem[0], stem[1], x, saves_conv(modules))]
+
+
 class ConvertedCollector(Converted):
     """A dictionary of modules that run in order, of which some outputs are returned: torchvision's and timm's."""
 
     return_layers: dict[str, Any]  # what each wanted output is called, by the name of its module
 
     def _features(self, x: Tensor) -> OrderedDict[Any, Tensor]:
-        wanted: OrderedDict[Any, Tensor] = OrderedDict()
-        remaining = list(cast(nn.ModuleDict, self).items())
-        while remaining:
-            outputs = self._run_some(remaining, x)
-            for (name, _), x in zip(remaining, outputs, strict=False):
-                if name in self.return_layers:
-                    wanted[self.return_layers[name]] = x
-            remaining = remaining[len(outputs) :]
-        return wanted
-
-    def _run_some(self, remaining: list[tuple[str, nn.Module]], x: Tensor) -> list[Tensor]:
-        """The outputs of as many modules as one operator takes; the stem's inner ones, unwanted, are not computed."""
-        names, modules = [name for name, _ in remaining], [module for _, module in remaining]
-        if fusion.is_traced(x):
-            return [modules[0](x)]
-        stage = take_stage(modules, with_head=False)
-        if stage is not None:
-            out, features = run_stage(*stage, x)
-            return [features, out]
-        stem = fusion.take_stem(modules)
-        inside = len(modules) - len(stem[2]) - 1 if stem is not None else 0
-        if stem is None or self.return_layers.keys() & set(names[:inside]):
-            return [modules[0](x)]
-        return [x] * inside + [run_stem(stem[0], stem[1], x, saves_conv(modules))]
+        wanted = self.return_layers
+        outputs = outputs_of(list(cast(nn.ModuleDict, self).items()), wanted, x)
+        return OrderedDict((wanted[name], output) for name, output in outputs if name in wanted)
 
 
 class ConvertedLayerGetter(ConvertedCollector):
@@ -213,3 +250,7 @@ class ConvertedFeatureNet(ConvertedCollector):
 
     def _collect(self, x: Tensor) -> OrderedDict[Any, Tensor]:
         return super()._collect(x) if self.grad_checkpointing else self._features(x)  # type: ignore[misc]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """timm's switch: on means the level "bottleneck", off "none"; its own updates running statistics twice."""
+        switch_level(self, enable)

@@ -23,9 +23,10 @@ from .report import Entry, Report
 
 # (library's module, class, the methods that must be the library's own): what a converted instance becomes
 Roles = dict[tuple[str, str, tuple[str, ...]], type[Converted]]
+TIMM_METHODS = ("forward", "forward_features", "forward_head", "forward_intermediates")
 NETWORKS: Roles = {
     ("torchvision.models.densenet", "DenseNet", ("forward",)): ConvertedTorchvision,
-    ("timm.models.densenet", "DenseNet", ("forward", "forward_features", "forward_head")): ConvertedTimm,
+    ("timm.models.densenet", "DenseNet", TIMM_METHODS): ConvertedTimm,
     ("monai.networks.nets.densenet", "DenseNet", ("forward",)): ConvertedMonai,
 }
 SEQUENCES: Roles = {
@@ -146,7 +147,9 @@ def role_of(module: nn.Module, roles: Roles) -> type[Converted] | None:
 
 def has_methods_of(module: nn.Module, base: type, methods: tuple[str, ...]) -> bool:
     """Whether these methods of ``module`` are those of ``base``."""
-    return all(getattr(type(module), name) is getattr(base, name) and name not in vars(module) for name in methods)
+    return all(
+        getattr(type(module), name, None) is getattr(base, name, None) and name not in vars(module) for name in methods
+    )
 
 
 def searched_classes() -> str:
