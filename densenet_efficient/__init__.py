@@ -9,17 +9,21 @@ from .models import (
     EfficientDenseNet201,
     EfficientDenseNet264,
 )
+from .modules import DenseBlock, DenseLayer, Transition
 from .weights import load_weights
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DenseBlock",
+    "DenseLayer",
     "EfficientDenseNet",
     "EfficientDenseNet121",
     "EfficientDenseNet161",
     "EfficientDenseNet169",
     "EfficientDenseNet201",
     "EfficientDenseNet264",
+    "Transition",
     "convert",
     "load_weights",
     "revert",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..models import check_level
+from ..argument_checks import check_level
 from .modules import Converted, ConvertedBlock, replace_class, restore_class
 from .report import Entry, Report
 from .survey import Survey, searched_classes
