@@ -13,7 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, GLOBAL_AVERAGES, MAX_POOLS, Convolution
+
+def _kind(name: str, spatial_dims: int) -> Any:
+    """torch's class or function of this name for so many dimensions."""
+    full_name = f"{name}{spatial_dims}d"
+    return getattr(nn, full_name) if hasattr(nn, full_name) else getattr(F, full_name)
 
 
 class NaiveDenseLayer(nn.Sequential):
@@ -36,7 +40,7 @@ class NaiveDenseLayer(nn.Sequential):
         super().__init__()
         self.drop_rate = drop_rate
         width = bn_size * growth_rate
-        norm, convolution = BATCH_NORMS[spatial_dims], CONVOLUTIONS[spatial_dims]
+        norm, convolution = _kind("BatchNorm", spatial_dims), _kind("Conv", spatial_dims)
         last: dict[str, Any] = {"padding": dilation * (kernel_size // 2), "dilation": dilation, "bias": False}
         self.norm1 = norm(in_channels)
         self.relu1 = nn.ReLU(inplace=True)
@@ -88,10 +92,10 @@ class NaiveTransition(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int, spatial_dims: int = 2) -> None:
         super().__init__()
-        self.norm = BATCH_NORMS[spatial_dims](in_channels)
+        self.norm = _kind("BatchNorm", spatial_dims)(in_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.conv = CONVOLUTIONS[spatial_dims](in_channels, out_channels, kernel_size=1, bias=False)
-        self.pool = AVG_POOLS[spatial_dims](kernel_size=2, stride=2)
+        self.conv = _kind("Conv", spatial_dims)(in_channels, out_channels, kernel_size=1, bias=False)
+        self.pool = _kind("AvgPool", spatial_dims)(kernel_size=2, stride=2)
 
 
 class NaiveDenseNet(nn.Module):
@@ -120,7 +124,7 @@ class NaiveDenseNet(nn.Module):
         spatial_dims: int = 2,
     ) -> None:
         super().__init__()
-        norm, convolution = BATCH_NORMS[spatial_dims], CONVOLUTIONS[spatial_dims]
+        norm, convolution = _kind("BatchNorm", spatial_dims), _kind("Conv", spatial_dims)
         self.features = nn.Sequential()
         if small_inputs:
             self.features.conv0 = convolution(in_channels, num_init_features, kernel_size=3, padding=1, bias=False)
@@ -130,7 +134,7 @@ class NaiveDenseNet(nn.Module):
             )
             self.features.norm0 = norm(num_init_features)
             self.features.relu0 = nn.ReLU(inplace=True)
-            self.features.pool0 = MAX_POOLS[spatial_dims](kernel_size=3, stride=2, padding=1)
+            self.features.pool0 = _kind("MaxPool", spatial_dims)(kernel_size=3, stride=2, padding=1)
 
         channels = num_init_features
         for i, num_layers in enumerate(block_config, start=1):
@@ -145,12 +149,12 @@ class NaiveDenseNet(nn.Module):
         self.classifier = nn.Linear(channels, num_classes)
 
         for module in self.modules():
-            if isinstance(module, Convolution):
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight)
             elif isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         features = F.relu(self.features(images), inplace=True)
-        pooled = GLOBAL_AVERAGES[images.dim() - 2](features, 1).flatten(1)
+        pooled = _kind("adaptive_avg_pool", images.dim() - 2)(features, 1).flatten(1)
         return self.classifier(pooled)
