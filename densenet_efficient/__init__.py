@@ -1,5 +1,6 @@
 """DenseNets that train with a twentieth of the activation memory and in less time, with the same results."""
 
+from .concatenation import concatenate
 from .conversion import convert, revert
 from .models import (
     EfficientDenseNet,
@@ -24,6 +25,7 @@ __all__ = [
     "EfficientDenseNet201",
     "EfficientDenseNet264",
     "Transition",
+    "concatenate",
     "convert",
     "load_weights",
     "revert",
