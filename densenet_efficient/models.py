@@ -126,6 +126,11 @@ class EfficientDenseNet(nn.Module):
     def _load_torchvision(self, name: str, choice: Any) -> None:
         """Loads the weights that ``choice`` names in torchvision, and keeps them as ``weights``, whose ``transforms()``
         are the preprocessing to use; None loads nothing."""
+        dims = self.config["spatial_dims"]
+        if choice is not None and dims != 2:
+            raise ValueError(
+                f"torchvision's weights are for images alone, and spatial_dims is {dims}: give weights=None"
+            )
         self.weights = None if choice is None else find_weights(name, choice)
         if self.weights is not None:
             load_weights(self, download(self.weights))

@@ -20,9 +20,10 @@ from cases import (
     trained,
     use_backend,
 )
+from test_bad_input import assert_one_line, error_of
 from test_exactness import assert_errors_at_most_twice, assert_same_steps, block_step, low_precision_step
 
-from densenet_efficient import DenseBlock, Transition
+from densenet_efficient import DenseBlock, DenseLayer, EfficientDenseNet, EfficientDenseNet121, Transition
 from densenet_efficient.reference import NaiveDenseBlock
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nan_memory")
@@ -158,3 +159,86 @@ def test_compiles_to_a_full_graph(native_backend):
     images = make_images(2, 3, *SIZES[3])
     results = [step(model, images) for model in (compiled, naive)]
     assert_close(*({name: result[name] for name in ("logits", "images.grad")} for result in results))
+
+
+# Bad input: an error of the type that PyTorch raises for the naive model, in one line
+
+SMALL_STEM = {"small_inputs": True}
+BAD_IMAGES = {
+    "1D: no batch": (1, {}, (3, 70), r"expected 3D input \[N, 3, L\] \(got 2D input of size \(3, 70\)\)"),
+    "1D: an image": (1, {}, (2, 3, 33, 47), r"expected 3D input \[N, 3, L\] \(got 4D"),
+    "1D: four channels": (1, {}, (2, 4, 70), r"3 channels.*4"),
+    "1D: too short to pool": (1, {}, (2, 3, 4), r"too small"),
+    "1D: nothing": (1, {}, (2, 3, 0), r"small|0"),
+    "1D: one value per channel": (1, {"block_config": (3,)}, (1, 3, 1), r"more than 1 value per channel"),
+    "1D: too short to pool, small": (1, SMALL_STEM, (2, 3, 1), r"\(18x1\).*\(18x0\).*too small"),
+    "3D: no batch": (3, {}, (3, 18, 21, 19), r"expected 5D input \[N, 3, D, H, W\] \(got 4D"),
+    "3D: an image": (3, {}, (2, 3, 33), r"expected 5D input \[N, 3, D, H, W\] \(got 3D"),
+    "3D: too many axes": (3, {}, (2, 3, 1, 18, 21, 19), r"expected 5D input.*got 6D"),
+    "3D: one channel": (3, {}, (2, 1, 18, 21, 19), r"3 channels.*1"),
+    "3D: too flat to pool": (3, {}, (2, 3, 4, 33, 33), r"too small"),
+    "3D: too flat to pool, small": (3, SMALL_STEM, (2, 3, 1, 9, 9), r"\(18x1x9x9\).*\(18x0x4x4\).*too small"),
+    "3D: one value per channel": (3, {"block_config": (3,)}, (1, 3, 2, 2, 2), r"more than 1 value per channel"),
+}
+
+
+@every_level
+@pytest.mark.parametrize(("dims", "arguments", "shape", "message"), BAD_IMAGES.values(), ids=BAD_IMAGES)
+def test_errors_are_of_pytorchs_type(backend, dims, arguments, shape, message, level):
+    naive, efficient = make_pair(dtype=torch.float32, spatial_dims=dims, checkpointing=level, **arguments)
+    expected, error = error_of(naive, torch.zeros(shape)), error_of(efficient, torch.zeros(shape))
+    assert isinstance(expected, type(error)), (error, expected)
+    assert_one_line(error, message)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_block_alone_checks_its_input(backend, dims):
+    naive, efficient = block_pair(dims, True, "bottleneck", "train", dilations=(2, 2))
+    size = (9, 6, 5)[:dims]
+    for shape in [(2, 7, *size, 4), (2, 6, *size), (1, 7, *[1] * dims)]:
+        expected, error = (error_of(block, make_images(*shape)) for block in (naive, efficient))
+        assert isinstance(expected, type(error)), (error, expected)
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: EfficientDenseNet(spatial_dims=4), ValueError, "spatial_dims must be 1, 2 or 3, got 4"),
+        (lambda: EfficientDenseNet(spatial_dims="3D"), ValueError, "spatial_dims must be 1, 2 or 3, got '3D'"),
+        (lambda: EfficientDenseNet121(weights="IMAGENET1K_V1", spatial_dims=3), ValueError, "images alone.*is 3"),
+        (lambda: DenseBlock(2, 8, spatial_dims=0), ValueError, "spatial_dims must be 1, 2 or 3, got 0"),
+        (lambda: DenseBlock(0, 8), ValueError, "num_layers must be at least 1, got 0"),
+        (lambda: DenseBlock(2, 8, kernel_size=4), ValueError, "kernel_size must be odd.*got 4"),
+        (lambda: DenseBlock(2, 8, kernel_size=(3, 3)), TypeError, r"kernel_size must be an int, got \(3, 3\)"),
+        (lambda: DenseBlock(2, 8, dilation=0), ValueError, "dilation must be at least 1, got 0"),
+        (lambda: DenseBlock(2, 8, dilation=(1, 2, 4)), ValueError, r"one per layer, 2, got 3: \(1, 2, 4\)"),
+        (lambda: DenseBlock(2, 8, dilation=(1, "2")), TypeError, "dilation must be an int, got '2'"),
+        (lambda: DenseBlock(2, 8, drop_rate=1.0), ValueError, r"drop_rate must be in \[0, 1\), got 1.0"),
+        (lambda: DenseBlock(2, 8, checkpointing="all"), ValueError, "checkpointing must be one of .* got 'all'"),
+        (lambda: DenseLayer(8, growth_rate=-1), ValueError, "growth_rate must be at least 1, got -1"),
+        (lambda: DenseLayer(8, 4, bn_size=2.5), TypeError, "bn_size must be an int, got 2.5"),
+        (lambda: Transition(8, 0), ValueError, "num_output_features must be at least 1, got 0"),
+        (lambda: Transition(8, 4, spatial_dims=5), ValueError, "spatial_dims must be 1, 2 or 3, got 5"),
+    ],
+)
+def test_bad_arguments(make, error, message):
+    with pytest.raises(error, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_norms_of_other_dimensions_run_layer_by_layer_and_raise_pytorchs_error():
+    _, efficient = make_pair(spatial_dims=3)
+    efficient.features.denseblock1.denselayer2.norm2 = torch.nn.BatchNorm2d(12).double()
+    with pytest.warns(UserWarning, match=r"denselayer2 has norms and convolutions of different spatial dimensions"):
+        error = error_of(efficient, make_images(2, 3, *SIZES[3]))
+    assert "expected 4D input" in str(error)
+
+
+def test_a_convolution_that_changes_the_size_runs_layer_by_layer():
+    block = DenseBlock(2, 8, growth_rate=4, dilation=2)
+    block.denselayer2.conv2.padding = (1, 1)
+    with pytest.warns(UserWarning, match=r"denselayer2.conv2 is .* of another geometry"):
+        error = error_of(block, torch.zeros(2, 8, 6, 6))
+    assert "Sizes of tensors must match" in str(error)
