@@ -10,7 +10,7 @@ from .models import (
     EfficientDenseNet201,
     EfficientDenseNet264,
 )
-from .modules import DenseBlock, DenseLayer, Transition
+from .modules import DenseBlock, DenseLayer, Features, Transition
 from .weights import load_weights
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "EfficientDenseNet169",
     "EfficientDenseNet201",
     "EfficientDenseNet264",
+    "Features",
     "Transition",
     "concatenate",
     "convert",
