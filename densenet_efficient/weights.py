@@ -101,13 +101,14 @@ def _keep_classifier(state: dict[str, Tensor], own: dict[str, Any]) -> list[str]
 
 def _adapt_first_convolution(state: dict[str, Tensor], own: dict[str, Any]) -> list[str]:
     weight, expected = state.get(FIRST_CONVOLUTION), own.get(FIRST_CONVOLUTION)
-    if weight is None or expected is None or weight.dim() != 4 or weight.shape[1] == expected.shape[1]:
+    if weight is None or expected is None or weight.dim() != expected.dim() or weight.shape[1] == expected.shape[1]:
         return []
     given, wanted = weight.shape[1], expected.shape[1]
     if wanted == 1:
         state[FIRST_CONVOLUTION] = weight.sum(1, keepdim=True)
     elif given == 3:
-        state[FIRST_CONVOLUTION] = weight.repeat(1, math.ceil(wanted / 3), 1, 1)[:, :wanted] * (3 / wanted)
+        repeats = (1, math.ceil(wanted / 3), *[1] * (weight.dim() - 2))
+        state[FIRST_CONVOLUTION] = weight.repeat(repeats)[:, :wanted] * (3 / wanted)
     else:
         return []  # its shape does not fit, which is said with all the others
     return [f"{FIRST_CONVOLUTION} was adapted from {given} input channels to {wanted}"]

@@ -12,7 +12,7 @@ from handwritten_densenets import FailingBlock, HandwrittenDenseNet, LateBlock, 
 from monai.networks import nets
 from test_convert import blocks_of, classes_of, saved_bytes, seeded
 
-from densenet_efficient import convert, revert
+from densenet_efficient import EfficientDenseNet, convert, load_weights, revert
 from densenet_efficient.reference import NaiveDenseNet
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nan_memory")
@@ -153,3 +153,24 @@ def test_a_hook_inside_a_handwritten_block():
     with pytest.warns(UserWarning, match="layer by layer.*denselayer2"):
         assert_close(step(converted, images), step(original, images))
     assert seen == [1]
+
+
+# MONAI's weights in a network of this package
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+@pytest.mark.parametrize("in_channels", [3, 1, 4])
+def test_weights_of_monai_load(backend, dims, in_channels):
+    """Adapted to other input channels as timm does."""
+    original, _, images = make_models(f"MONAI {dims}D", "eval")
+    model = set_mode(EfficientDenseNet(**SMALL, in_channels=in_channels, spatial_dims=dims).double(), "eval")
+    notes = load_weights(model, original.state_dict())
+    assert len(notes) == (in_channels != 3)
+    weight = original.features.conv0.weight.data
+    if in_channels == 1:
+        images = images[:, :1]
+        original.features.conv0.weight.data = weight.sum(1, keepdim=True)
+    elif in_channels == 4:
+        images = torch.cat([images, images[:, :1]], 1)
+        original.features.conv0.weight.data = torch.cat([weight, weight[:, :1]], 1) * 0.75
+    assert_close({"": model(images)}, {"": original(images)})
