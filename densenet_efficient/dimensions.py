@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,10 +20,15 @@ GLOBAL_AVERAGES = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adap
 AXES = {1: "L", 2: "H, W", 3: "D, H, W"}  # as error messages name them
 
 
+_DIMS: dict[type, int] = {
+    kind: dims for kinds in (BATCH_NORMS, CONVOLUTIONS, MAX_POOLS, AVG_POOLS) for dims, kind in kinds.items()
+}
+
+
 def dims_of(module: BatchNorm | Convolution | MaxPool | AvgPool) -> int:
     """The number of spatial dimensions that ``module`` is for."""
-    tables: tuple[dict[int, Any], ...] = (BATCH_NORMS, CONVOLUTIONS, MAX_POOLS, AVG_POOLS)
-    return next(dims for table in tables for dims, kind in table.items() if isinstance(module, kind))
+    dims = _DIMS.get(type(module))  # of a subclass, that of its base
+    return dims or next(_DIMS[base] for base in type(module).__mro__ if base in _DIMS)
 
 
 def global_average(features: Tensor) -> Tensor:

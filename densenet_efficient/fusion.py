@@ -12,6 +12,9 @@ from torch.nn.modules import module as module_hooks
 
 from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, MAX_POOLS, BatchNorm, Convolution, MaxPool, dims_of
 
+PLAIN_NORMS, PLAIN_CONVOLUTIONS = frozenset(BATCH_NORMS.values()), frozenset(CONVOLUTIONS.values())
+COMMON_GEOMETRIES = {((1, 1), (1, 1), (0, 0)), ((3, 3), (1, 1), (1, 1))}  # kernel size, dilation, padding
+ONES = {(1,), (1, 1), (1, 1, 1)}  # a kernel size or a stride of one along each axis
 BATCH_NORM_WITH_ACTIVATION = ("timm.layers.norm_act", "BatchNormAct2d")
 
 
@@ -139,7 +142,8 @@ def read_layer(modules: Mapping[str, nn.Module | None], drop_rate: float, traini
     parts = LayerParts(norms[0], convolutions[0], norms[1], convolutions[1], drop_rate, training)
     if any(conv.in_channels != norm.num_features for conv, norm in zip(parts.convolutions, parts.norms, strict=True)):
         return " has other channel counts than its norms"
-    if len({dims_of(module) for module in (*parts.norms, *parts.convolutions)}) > 1:
+    dims = dims_of(parts.norm1)
+    if any(dims_of(module) != dims for module in (*parts.norms, *parts.convolutions)):
         return " has norms and convolutions of different spatial dimensions"
     return parts
 
@@ -204,13 +208,13 @@ def is_class(module: object, source: str, name: str) -> bool:
     return type(module).__module__ == source and type(module).__name__ == name
 
 
-def _is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
-    return module is not None and type(module) in kinds and not is_observed(module)
+def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    return type(module) is kind and not is_observed(module)
 
 
 def is_plain_norm(module: nn.Module | None) -> bool:
     """Whether ``module`` is a BatchNorm1d, 2d or 3d with gamma and beta, unobserved."""
-    return isinstance(module, BatchNorm) and _is_plain(module, *BATCH_NORMS.values()) and module.affine
+    return type(module) in PLAIN_NORMS and not is_observed(cast(nn.Module, module)) and cast(BatchNorm, module).affine
 
 
 def holds_norm_and_relu(module: nn.Module | None) -> bool:
@@ -226,19 +230,21 @@ def holds_norm_and_relu(module: nn.Module | None) -> bool:
 
 
 def _is_plain_conv(module: nn.Module | None) -> bool:
+    if type(module) not in PLAIN_CONVOLUTIONS:
+        return False
+    conv = cast(Convolution, module)
     return (
-        isinstance(module, Convolution)
-        and _is_plain(module, *CONVOLUTIONS.values())
-        and module.bias is None
-        and module.groups == 1
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
+        not is_observed(conv)
+        and conv.bias is None
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
     )
 
 
 def _is_pointwise(module: nn.Module | None) -> bool:
     """Whether ``module`` is a plain convolution of every pixel by itself."""
-    return _keeps_size(module) and set(cast(Convolution, module).kernel_size) == {1}
+    return _keeps_size(module) and cast(Convolution, module).kernel_size in ONES
 
 
 def _keeps_size(module: nn.Module | None) -> bool:
@@ -246,14 +252,13 @@ def _keeps_size(module: nn.Module | None) -> bool:
     if not _is_plain_conv(module):
         return False
     conv = cast(Convolution, module)
+    if conv.stride not in ONES:
+        return False
+    if (conv.kernel_size, conv.dilation, conv.padding) in COMMON_GEOMETRIES:
+        return True
     dilation = conv.dilation[0]
     padding = tuple(dilation * (size // 2) for size in conv.kernel_size)
-    return (
-        all(size % 2 for size in conv.kernel_size)
-        and set(conv.stride) == {1}
-        and set(conv.dilation) == {dilation}
-        and conv.padding == padding
-    )
+    return conv.padding == padding and set(conv.dilation) == {dilation} and all(size % 2 for size in conv.kernel_size)
 
 
 def _pooling(pool: nn.Module) -> tuple[object, ...]:

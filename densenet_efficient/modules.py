@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import fusion, inference, operators
 from .argument_checks import check_drop_rate, check_kernel_size, check_level, check_positive, check_spatial_dims
 from .dense_block import HEAD, NO_EXIT, TRANSITION
-from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, BatchNorm, Convolution, global_average
+from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, BatchNorm, Convolution, dims_of, global_average
 from .fusion import LayerParts
 from .input_checks import (
     as_compute_dtype,
@@ -282,8 +282,10 @@ def take_stage(children: list[nn.Module], with_head: bool) -> tuple[StageBlock, 
     is_head = with_head and len(children) == 2 and is_last_norm(consumer)
     if not is_head and fusion.transition_parts(consumer) is None:
         return None
-    layers = block.read()
-    return None if isinstance(layers, str) else (block, layers, consumer)
+    layers, norm = block.read(), _describe_exit(consumer)[1]
+    if isinstance(layers, str) or norm is None or dims_of(norm) != layers[0].spatial_dims:
+        return None
+    return block, layers, consumer
 
 
 def is_last_norm(module: nn.Module) -> bool:

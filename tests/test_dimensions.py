@@ -66,6 +66,12 @@ def test_other_layouts(backend, dims):
     assert_same_steps(pair, make_images(2, 3, *(2 * length for length in size))[(..., *[slice(None, None, 2)] * dims)])
 
 
+def test_channels_last_models(backend):
+    pair = make_pair(spatial_dims=3)
+    images = make_images(2, 3, *SIZES[3]).contiguous(memory_format=torch.channels_last_3d)
+    assert_same_steps([model.to(memory_format=torch.channels_last_3d) for model in pair], images)
+
+
 @other_dims
 def test_three_steps_of_training(backend, dims):
     naive, efficient = make_pair(spatial_dims=dims)
@@ -234,6 +240,18 @@ def test_norms_of_other_dimensions_run_layer_by_layer_and_raise_pytorchs_error()
     with pytest.warns(UserWarning, match=r"denselayer2 has norms and convolutions of different spatial dimensions"):
         error = error_of(efficient, make_images(2, 3, *SIZES[3]))
     assert "expected 4D input" in str(error)
+
+
+@pytest.mark.parametrize("path", ["norm5", "transition1.norm"])
+def test_a_consumer_of_other_dimensions_raises_pytorchs_error(path):
+    """As the last norm of 3D-ResNets' first version, a BatchNorm2d, which PyTorch once let pass."""
+    pair = make_pair(spatial_dims=3)
+    for model in pair:
+        parent, _, name = path.rpartition(".")
+        norm = model.features.get_submodule(path)
+        setattr(model.features.get_submodule(parent), name, torch.nn.BatchNorm2d(norm.num_features).double())
+    errors = [str(error_of(model, make_images(2, 3, *SIZES[3]))) for model in pair]
+    assert errors[0] == errors[1] == "expected 4D input (got 5D input)"
 
 
 def test_a_convolution_that_changes_the_size_runs_layer_by_layer():
