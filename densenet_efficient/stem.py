@@ -15,7 +15,8 @@ from .batch_norm import BatchNorm, Projection
 from .kernels import spatial
 from .layout import as_images, as_rows, channels_last, empty_images
 
-IMAGES_AT_A_TIME = {"cpu": 4}  # by type of device, in the convolution's backward; else the whole batch
+# In the convolution's backward, by type of device and spatial dimensions; else the whole batch.
+IMAGES_AT_A_TIME = {("cpu", 1): 4, ("cpu", 2): 4, ("cpu", 3): 1}
 
 
 class Stem(NamedTuple):
@@ -25,6 +26,11 @@ class Stem(NamedTuple):
     stride: list[int]
     padding: list[int]
     norm: BatchNorm
+
+    @property
+    def geometry(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+        """Stride, padding, dilation, whether transposed, output padding and groups, as torch.convolution takes them."""
+        return self.stride, self.padding, [1] * len(self.stride), False, [0] * len(self.stride), 1
 
 
 class StemOutput(NamedTuple):
@@ -82,14 +88,12 @@ def _backward_convolution(stem: Stem, grad: Tensor, x: Tensor, needed: list[bool
     input_grad = empty_images(x, *x.shape) if needed[0] else None
     conv_grad = stem.conv.new_zeros(stem.conv.shape, dtype=kernels.accumulation_dtype(x.dtype)) if needed[1] else None
     weight = channels_last(stem.conv.to(x.dtype))
-    ones = [1] * len(stem.stride)
-    at_a_time = IMAGES_AT_A_TIME.get(x.device.type, max(x.shape[0], 1))
+    at_a_time = IMAGES_AT_A_TIME.get((x.device.type, x.dim() - 2), max(x.shape[0], 1))
     for start in range(0, x.shape[0] if any(needed) else 0, at_a_time):
         images = slice(start, start + at_a_time)
         input_part, conv_part, _ = torch.ops.aten.convolution_backward(
-            grad[images], channels_last(x[images]), weight, None,
-            stem.stride, stem.padding, ones, False, [0] * len(ones), 1, [*needed, False],
-        )  # fmt: skip
+            grad[images], channels_last(x[images]), weight, None, *stem.geometry, [*needed, False]
+        )
         if input_grad is not None:
             input_grad[images] = input_part
         if conv_grad is not None:
@@ -100,6 +104,4 @@ def _backward_convolution(stem: Stem, grad: Tensor, x: Tensor, needed: list[bool
 def _convolve(stem: Stem, x: Tensor) -> Tensor:
     """The convolution's output in channels-last, which is what the pooling reads as rows."""
     weight = channels_last(stem.conv.to(x.dtype))
-    ones = [1] * len(stem.stride)
-    out = torch.convolution(channels_last(x), weight, None, stem.stride, stem.padding, ones, False, [0] * len(ones), 1)
-    return channels_last(out)
+    return channels_last(torch.convolution(channels_last(x), weight, None, *stem.geometry))
