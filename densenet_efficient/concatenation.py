@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def concatenate(tensors: Sequence[Tensor], channels: int | None = None) -> Tenso
     the next call does. Under ``torch.compile``, ``torch.func``, tracing and ``inference_mode`` it is `torch.cat`.
 
     Args:
-        tensors: [N, C_i, ...], equal but for C_i, of one dtype and device.
+        tensors: [N, C_i, ...], equal but for C_i, on one device; the result has the dtype that torch promotes to.
         channels: how many the storage shall hold in the end. Without it each new storage has room for twice as many as
             are in it, so that what is saved may take up to four times as much.
 
@@ -80,8 +81,9 @@ def concatenate(tensors: Sequence[Tensor], channels: int | None = None) -> Tenso
             "a result of concatenate was changed in place, which changes every other one that shares its storage; "
             "use an operation that is not in place, or clone() the result first"
         )
-    if room is None or not room.is_behind(first) or total > room.storage.shape[1]:
-        room = _new_room(first, channels or 2 * total)
+    dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors])  # as torch.cat does, under autocast too
+    if room is None or not room.is_behind(first) or first.dtype != dtype or total > room.storage.shape[1]:
+        room = _new_room(first, dtype, channels or 2 * total)
     result: Tensor = _Append.apply(room, *tensors)
     _rooms[result] = room
     return result
@@ -105,17 +107,17 @@ class _Append(torch.autograd.Function):
         return None, *grads[0].split(ctx.channels, 1)
 
 
-def _new_room(like: Tensor, channels: int) -> Room:
+def _new_room(like: Tensor, dtype: torch.dtype, channels: int) -> Room:
     is_channels_last = like.dim() in MEMORY_FORMATS and like.shape[1] > 1 and like.stride(1) == 1
     memory_format = MEMORY_FORMATS[like.dim()] if is_channels_last else torch.contiguous_format
     shape = (like.shape[0], channels, *like.shape[2:])
-    return Room(torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format), used=0)
+    return Room(torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format), used=0)
 
 
 def _may_share(tensors: list[Tensor]) -> bool:
     """Whether these are plain tensors that fit one storage, and nothing watches that wants to see torch.cat.
 
-    What does not fit is torch.cat's to promote or to refuse.
+    What does not fit is torch.cat's to refuse.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
@@ -125,9 +127,6 @@ def _may_share(tensors: list[Tensor]) -> bool:
         return False
     if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.is_inference() for tensor in tensors):
         return False
-    kinds = {
-        (tensor.dtype, tensor.device, tensor.layout, tensor.shape[:1], tensor.shape[2:])
-        for tensor in tensors
-        if tensor.dim() > 1
-    }
-    return len(kinds) == 1 and all(tensor.dim() == tensors[0].dim() > 1 for tensor in tensors)
+    if any(tensor.dim() < 2 or tensor.layout != torch.strided for tensor in tensors):
+        return False
+    return len({(tensor.device, tensor.shape[:1], tensor.shape[2:]) for tensor in tensors}) == 1

@@ -157,11 +157,19 @@ def test_nothing_stays_behind():
     assert storage() is None
 
 
-def test_other_dtypes_are_promoted_as_cat_does():
-    start = concatenate([make_images(1, 2, 3, 3), make_images(1, 2, 3, 3)], channels=8)
-    result = concatenate([start, make_images(1, 2, 3, 3, dtype=torch.float32)])
-    assert result.dtype == torch.float64
-    assert result.shape == (1, 6, 3, 3)
+def test_dtypes_are_promoted_as_cat_does():
+    """The features of autocast join those of float32, in one storage."""
+    results = []
+    for model in make_pair():
+        images = make_images(2, CHANNELS, 6, 7, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(results_of(model.float(), images))
+    assert results[1]["features"].dtype == torch.float32
+    assert results[1]["features"]._base.shape[1] == TOTAL
+    assert_close(results[1], results[0], 0)
+    start = concatenate([make_images(1, 2, 3, 3, dtype=torch.float32)] * 2, channels=8)
+    assert concatenate([start, make_images(1, 2, 3, 3)]).dtype == torch.float64
+    assert concatenate([start, start]).dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore:.*trac")

@@ -82,8 +82,10 @@ def test_report_and_revert(name):
     assert_close(step(converted, images, seed=3), step(original, images, seed=3), 0)
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3])
-@pytest.mark.parametrize("name", ["DenseNet121", "DenseNet169", "DenseNet201", "DenseNet264"])
+@pytest.mark.parametrize(
+    ("name", "dims"),
+    [*[("DenseNet121", dims) for dims in (1, 2, 3)], ("DenseNet169", 3), ("DenseNet201", 3), ("DenseNet264", 3)],
+)
 def test_every_densenet_of_monai(name, dims):
     with torch.device("meta"):
         model = getattr(nets, name)(spatial_dims=dims, in_channels=1, out_channels=2)
