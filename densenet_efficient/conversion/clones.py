@@ -54,7 +54,10 @@ def read_clone(block: nn.Module, original: type[nn.Module], try_anew: bool = Fal
 def _read_layer(layer: nn.Module) -> LayerParts | str:
     if fusion.is_observed(layer):
         return " has a hook"
-    return fusion.read_layer(layer._modules, float(getattr(layer, "drop_rate", 0.0)), layer.training)
+    drop_rate = getattr(layer, "drop_rate", 0.0)
+    if not isinstance(drop_rate, int | float):
+        return f" has a {type(drop_rate).__name__} as its drop_rate"
+    return fusion.read_layer(layer._modules, float(drop_rate), layer.training)
 
 
 def _try(block: nn.Module, original: type[nn.Module]) -> str | None:

@@ -58,11 +58,9 @@ class ConvertedBlock(Converted, StageBlock):
     def read(self) -> list[LayerParts] | str:
         """The layers as the operator takes them, or what is in the way."""
         library = library_of_block(type(self))
-        return (
-            read_clone(self, type(self).__bases__[1])
-            if library is None
-            else fusion.read_block(self, library.read_layer)
-        )
+        if library is None:
+            return read_clone(self, type(self).__bases__[1])
+        return fusion.read_block(self, library.read_layer)
 
     def forward_by_layers(self, x: Tensor) -> Tensor:
         """The original forward."""
