@@ -100,7 +100,7 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
     backend = kernels.backend_for(x.device)
     total = channels + sum(layer.growth_rate for layer in stage.layers)
     accumulation = kernels.accumulation_dtype(x.dtype)
-    storage = x.new_empty(rows, total)
+    storage = kernels.empty_rows(x, rows, total)
     statistics = x.new_zeros(2, total, dtype=accumulation)
     mean, variance = statistics.unbind()
     with_statistics = stage.needs_statistics
@@ -120,7 +120,7 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
         if layer.norm2 is not None and layer.conv2 is not None:
             # One allocation a layer: the C library hands blocks of this size out again, larger ones it returns.
             if save_bottlenecks or not bottlenecks:
-                bottlenecks.append(x.new_empty(rows, bottleneck_channels))
+                bottlenecks.append(kernels.empty_rows(x, rows, bottleneck_channels))
             bottleneck, stats = bottlenecks[-1], bottleneck_statistics[index].unbind()
             wanted = stats if layer.norm2.running is None else (None, None)
             backend.bn_relu_conv1x1(inputs, affine.scale, affine.shift, layer.conv1, bottleneck, *wanted)
@@ -157,7 +157,10 @@ def backward_stage(
     storage = as_rows(saved.features)
     total = storage.shape[1]
     mean = saved.statistics[0]
-    grad = torch.empty_like(storage)  # of the storage; finished where a channel's last consumer is done
+    kernels.return_freed_memory(storage)
+    grad = kernels.empty_rows(
+        storage, *storage.shape
+    )  # of the storage; finished where a channel's last consumer is done
     backend = kernels.backend_for(storage.device)
     projection = Projection(backend, total, mean)
     accumulate = features_grad is not None
@@ -287,12 +290,12 @@ class _LayerBackward:
         return sum_grad, sum_grad_x
 
     def _like(self, weight: Tensor, needed: bool) -> Tensor | None:
-        return weight.new_empty(weight.shape, dtype=self.affine.mean.dtype) if needed else None
+        return torch.empty_like(weight, dtype=self.affine.mean.dtype) if needed else None
 
     def _scratch(self, name: str, channels: int) -> Tensor:
         """[M, channels]; one buffer serves every layer of the block."""
         if name not in self.scratch:
-            self.scratch[name] = self.inputs.new_empty(self.rows, channels)
+            self.scratch[name] = kernels.empty_rows(self.inputs, self.rows, channels)
         return self.scratch[name]
 
 
@@ -317,7 +320,7 @@ def _pool(stage: Stage, storage: Tensor, statistics: Tensor, size: spatial.Size)
     affine = stage.exit_norm.affine(backend, *statistics.unbind())
     window = pooling_window(stage.exit, size)
     windows = storage.shape[0] // math.prod(size) * math.prod(spatial.pooled_size(size, window))
-    pooled = storage.new_empty(windows, storage.shape[1])
+    pooled = kernels.empty_rows(storage, windows, storage.shape[1])
     spatial.bn_relu_avg_pool(backend, storage, affine.scale, affine.shift, size, window, pooled)
     return pooled
 
