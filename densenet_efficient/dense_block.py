@@ -100,7 +100,7 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
     backend = kernels.backend_for(x.device)
     total = channels + sum(layer.growth_rate for layer in stage.layers)
     accumulation = kernels.accumulation_dtype(x.dtype)
-    storage = kernels.empty_rows(x, rows, total)
+    storage = x.new_empty(rows, total)
     statistics = x.new_zeros(2, total, dtype=accumulation)
     mean, variance = statistics.unbind()
     with_statistics = stage.needs_statistics
@@ -120,7 +120,7 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
         if layer.norm2 is not None and layer.conv2 is not None:
             # One allocation a layer: the C library hands blocks of this size out again, larger ones it returns.
             if save_bottlenecks or not bottlenecks:
-                bottlenecks.append(kernels.empty_rows(x, rows, bottleneck_channels))
+                bottlenecks.append(x.new_empty(rows, bottleneck_channels))
             bottleneck, stats = bottlenecks[-1], bottleneck_statistics[index].unbind()
             wanted = stats if layer.norm2.running is None else (None, None)
             backend.bn_relu_conv1x1(inputs, affine.scale, affine.shift, layer.conv1, bottleneck, *wanted)
@@ -158,9 +158,7 @@ def backward_stage(
     total = storage.shape[1]
     mean = saved.statistics[0]
     kernels.return_freed_memory(storage)
-    grad = kernels.empty_rows(
-        storage, *storage.shape
-    )  # of the storage; finished where a channel's last consumer is done
+    grad = torch.empty_like(storage)  # of the storage; finished where a channel's last consumer is done
     backend = kernels.backend_for(storage.device)
     projection = Projection(backend, total, mean)
     accumulate = features_grad is not None
@@ -295,7 +293,7 @@ class _LayerBackward:
     def _scratch(self, name: str, channels: int) -> Tensor:
         """[M, channels]; one buffer serves every layer of the block."""
         if name not in self.scratch:
-            self.scratch[name] = kernels.empty_rows(self.inputs, self.rows, channels)
+            self.scratch[name] = self.inputs.new_empty(self.rows, channels)
         return self.scratch[name]
 
 
@@ -320,7 +318,7 @@ def _pool(stage: Stage, storage: Tensor, statistics: Tensor, size: spatial.Size)
     affine = stage.exit_norm.affine(backend, *statistics.unbind())
     window = pooling_window(stage.exit, size)
     windows = storage.shape[0] // math.prod(size) * math.prod(spatial.pooled_size(size, window))
-    pooled = kernels.empty_rows(storage, windows, storage.shape[1])
+    pooled = storage.new_empty(windows, storage.shape[1])
     spatial.bn_relu_avg_pool(backend, storage, affine.scale, affine.shift, size, window, pooled)
     return pooled
 

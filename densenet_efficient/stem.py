@@ -65,7 +65,7 @@ def backward_stem(
     size = tuple(conv_out.shape[2:])
     rows = as_rows(conv_out)
     affine = stem.norm.affine(backend, *saved.statistics)
-    grad = kernels.empty_rows(rows, *rows.shape)
+    grad = torch.empty_like(rows)
     sum_grad, sum_grad_x = torch.empty_like(affine.mean), torch.empty_like(affine.mean)
     spatial.bn_relu_max_pool_backward(
         backend, as_rows(out_grad).contiguous(), rows, affine.mean, affine.scale, affine.shift, size,

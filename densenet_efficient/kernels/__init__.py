@@ -50,7 +50,6 @@ BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "cuda": cuda}  # triton joins when first used
 DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by type of device, the best first
 
-HUGE_PAGES_FROM = 2**22  # bytes
 KEPT_UP_TO = 2**25  # bytes of a block that the GNU C library keeps for the process when it is freed
 
 _announced: set[str] = set()
@@ -59,14 +58,6 @@ _announced: set[str] = set()
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and sums for activations of ``dtype``: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def empty_rows(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """[rows, columns] of ``like``'s dtype and device, uninitialised; on the CPU in huge pages where it is large."""
-    matrix = like.new_empty(rows, columns)
-    if matrix.nbytes >= HUGE_PAGES_FROM and matrix.device.type == "cpu" and cpu.is_available():
-        torch.ops.densenet_efficient.prefer_huge_pages(matrix)
-    return matrix
 
 
 def return_freed_memory(next_buffer: torch.Tensor) -> None:
