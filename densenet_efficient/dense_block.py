@@ -11,6 +11,7 @@ Functions here know tensors only; modules stand in `modules.py`, the operators s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
@@ -20,17 +21,23 @@ from torch import Tensor
 
 from . import kernels
 from .batch_norm import Affine, BatchNorm, Projection
+from .kernels import spatial
+from .layout import as_images, as_rows, empty_images
 
 TRANSITION, HEAD, NO_EXIT = "transition", "head", "none"
 
 
 class DenseLayer(NamedTuple):
-    """One layer: BN-ReLU-conv1x1-BN-ReLU-conv3x3, or BN-ReLU-conv3x3 where the bottleneck's two are None."""
+    """One layer: BN-ReLU-conv1x1-BN-ReLU-conv3x3, or BN-ReLU-conv3x3 where the bottleneck's two are None.
+
+    The last convolution may have any odd kernel sizes, in one to three dimensions, and a dilation.
+    """
 
     norm1: BatchNorm  # of C_l channels
     conv1: Tensor  # [K, C_l, 1, 1], or [k, C_l, 3, 3] without a bottleneck
     norm2: BatchNorm | None  # of K channels
     conv2: Tensor | None  # [k, K, 3, 3]
+    dilation: int  # of the last convolution
     dropout: Tensor | None  # [M, k], True where an output is kept
 
     @property
@@ -66,7 +73,7 @@ class StageOutput(NamedTuple):
     """What a forward leaves; all but ``out`` is kept for the backward."""
 
     out: Tensor  # [N, C', H // 2, W // 2] of a transition, [N, C] of a head, empty without an exit
-    features: Tensor  # [N, C, H, W], a view of the storage
+    features: Tensor  # [N, C, H, W], or of one or three dimensions; a view of the storage
     statistics: Tensor  # [2, C]: mean and biased variance of every channel of the storage
     bottleneck_statistics: Tensor  # [L, 2, K]
     bottlenecks: list[Tensor]  # L of [M, K], or none where they are recomputed
@@ -80,31 +87,16 @@ class StageGradients(NamedTuple):
     exit: list[Tensor | None]
 
 
-def as_rows(images: Tensor) -> Tensor:
-    """[N, C, H, W] as [M, C] rows; a view where ``images`` is channels-last, else a copy."""
-    return images.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def as_images(rows: Tensor, height: int, width: int) -> Tensor:
-    """[M, C] rows as an [N, C, H, W] channels-last view."""
-    return rows.unflatten(0, (-1, height, width)).permute(0, 3, 1, 2)
-
-
-def empty_images(like: Tensor, images: int, channels: int, height: int, width: int) -> Tensor:
-    """[N, C, H, W] in channels-last, and no view, so that whoever receives it may modify it in place."""
-    shape = (images, channels, height, width)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def pooling_window(stage_exit: str, height: int, width: int) -> tuple[int, int]:
-    """The window of the exit's average pooling: 2x2 in a transition, the whole image in the head."""
-    return (2, 2) if stage_exit == TRANSITION else (height, width)
+def pooling_window(stage_exit: str, size: spatial.Size) -> spatial.Size:
+    """The window of the exit's average pooling: 2 along each axis in a transition, the whole image in the head."""
+    return (2,) * len(size) if stage_exit == TRANSITION else size
 
 
 def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutput:
-    """Runs a stage on ``x`` [N, C0, H, W] of any layout."""
-    images, channels, height, width = x.shape
-    rows = images * height * width
+    """Runs a stage on ``x`` [N, C0, H, W] of any layout, or of one or three dimensions."""
+    images, channels, *axes = x.shape
+    size = tuple(axes)
+    rows = images * math.prod(size)
     backend = kernels.backend_for(x.device)
     total = channels + sum(layer.growth_rate for layer in stage.layers)
     accumulation = kernels.accumulation_dtype(x.dtype)
@@ -112,7 +104,7 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
     statistics = x.new_zeros(2, total, dtype=accumulation)
     mean, variance = statistics.unbind()
     with_statistics = stage.needs_statistics
-    as_images(storage[:, :channels], height, width).copy_(x)
+    as_images(storage[:, :channels], *size).copy_(x)
     if with_statistics:
         backend.channel_stats(storage[:, :channels], mean[:channels], variance[:channels])
 
@@ -134,16 +126,18 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
             backend.bn_relu_conv1x1(inputs, affine.scale, affine.shift, layer.conv1, bottleneck, *wanted)
             inputs, affine, weight = bottleneck, layer.norm2.affine(backend, *stats), layer.conv2
         fused_statistics = slot_statistics if layer.dropout is None else (None, None)
-        backend.bn_relu_conv3x3(inputs, affine.scale, affine.shift, weight, height, width, slot, *fused_statistics)
+        spatial.bn_relu_conv(
+            backend, inputs, affine.scale, affine.shift, weight, size, layer.dilation, slot, *fused_statistics
+        )
         if layer.dropout is not None:
             _drop(slot, layer.dropout, stage.drop_rate)
             if with_statistics:
                 backend.channel_stats(slot, *slot_statistics)
         channels += layer.growth_rate
 
-    out = _forward_exit(stage, storage, statistics, height, width)
+    out = _forward_exit(stage, storage, statistics, size)
     kept = bottlenecks if save_bottlenecks else []
-    return StageOutput(out, as_images(storage, height, width), statistics, bottleneck_statistics, kept)
+    return StageOutput(out, as_images(storage, *size), statistics, bottleneck_statistics, kept)
 
 
 def backward_stage(
@@ -159,7 +153,7 @@ def backward_stage(
 
     ``saved.out`` is not read. ``layers_needed`` and ``exit_needed`` follow the order of the parameters.
     """
-    height, width = saved.features.shape[2:]
+    size = tuple(saved.features.shape[2:])
     storage = as_rows(saved.features)
     total = storage.shape[1]
     mean = saved.statistics[0]
@@ -169,7 +163,7 @@ def backward_stage(
     projection = Projection(backend, total, mean)
     accumulate = features_grad is not None
     if features_grad is not None:
-        as_images(grad, height, width).copy_(features_grad)
+        as_images(grad, *size).copy_(features_grad)
     exit_grads: list[Tensor | None] = [None] * len(exit_needed)
     if out_grad is not None and stage.exit_norm is not None:
         exit_grads = _backward_exit(stage, out_grad, saved, grad, accumulate, projection, exit_needed)
@@ -192,7 +186,7 @@ def backward_stage(
     input_grad = None
     if input_needed:
         projection.apply(grad[:, :stop], storage[:, :stop], mean, 0, stop)
-        input_grad = as_images(grad[:, :stop].contiguous(), height, width)
+        input_grad = as_images(grad[:, :stop].contiguous(), *size)
     return StageGradients(input_grad, layer_grads, exit_grads)
 
 
@@ -219,7 +213,7 @@ class _LayerBackward:
         self.slot_grad = grad[:, channels : channels + layer.growth_rate]
         self.scratch = scratch
         self.rows = inputs.shape[0]
-        self.height, self.width = saved.features.shape[2:]
+        self.size = tuple(saved.features.shape[2:])
         self.backend = backend
         mean, variance = saved.statistics.unbind()
         self.affine = layer.norm1.affine(self.backend, mean[:channels], variance[:channels])
@@ -235,9 +229,9 @@ class _LayerBackward:
         sums = self._sums(self.inputs, weight or bias or self.inputs_grad is not None)
         conv_grad = self._like(self.layer.conv1, conv)
         affine = self.affine
-        self.backend.bn_relu_conv3x3_backward(
-            self.slot_grad, self.inputs, affine.mean, affine.scale, affine.shift, self.layer.conv1,
-            self.height, self.width, self.inputs_grad, True, conv_grad, *sums,
+        spatial.bn_relu_conv_backward(
+            self.backend, self.slot_grad, self.inputs, affine.mean, affine.scale, affine.shift, self.layer.conv1,
+            self.size, self.layer.dilation, self.inputs_grad, True, conv_grad, *sums,
         )  # fmt: skip
         return [*self._norm_grads(self.layer.norm1, affine, sums, projection), conv_grad]
 
@@ -252,9 +246,9 @@ class _LayerBackward:
         sums2 = self._sums(bottleneck, bottleneck_needed or weight2 or bias2)
         bottleneck_grad = self._scratch("bottleneck_grad", bottleneck.shape[1]) if bottleneck_needed else None
         conv2_grad = self._like(layer.conv2, conv2)
-        self.backend.bn_relu_conv3x3_backward(
-            self.slot_grad, bottleneck, affine2.mean, affine2.scale, affine2.shift, layer.conv2,
-            self.height, self.width, bottleneck_grad, False, conv2_grad, *sums2,
+        spatial.bn_relu_conv_backward(
+            self.backend, self.slot_grad, bottleneck, affine2.mean, affine2.scale, affine2.shift, layer.conv2,
+            self.size, layer.dilation, bottleneck_grad, False, conv2_grad, *sums2,
         )  # fmt: skip
         finish = Projection(self.backend, bottleneck.shape[1], affine2.mean)
         norm2_grads = self._norm_grads(layer.norm2, affine2, sums2, finish)
@@ -303,28 +297,29 @@ class _LayerBackward:
         return self.scratch[name]
 
 
-def _forward_exit(stage: Stage, storage: Tensor, statistics: Tensor, height: int, width: int) -> Tensor:
+def _forward_exit(stage: Stage, storage: Tensor, statistics: Tensor, size: spatial.Size) -> Tensor:
     """BN-ReLU-average pooling, and the transition's 1x1 convolution, which commutes with the pooling."""
     if stage.exit_norm is None:
         return storage.new_empty(0)
-    pooled = _pool(stage, storage, statistics, height, width)
+    pooled = _pool(stage, storage, statistics, size)
     if stage.exit_conv is None:
         return pooled
-    images = storage.shape[0] // (height * width)
-    out = empty_images(storage, images, stage.exit_conv.shape[0], height // 2, width // 2)
+    pooled_size = spatial.pooled_size(size, pooling_window(stage.exit, size))
+    images = storage.shape[0] // math.prod(size)
+    out = empty_images(storage, images, stage.exit_conv.shape[0], *pooled_size)
     torch.mm(pooled, stage.exit_conv.flatten(1).to(pooled.dtype).t(), out=as_rows(out))
     return out
 
 
-def _pool(stage: Stage, storage: Tensor, statistics: Tensor, height: int, width: int) -> Tensor:
+def _pool(stage: Stage, storage: Tensor, statistics: Tensor, size: spatial.Size) -> Tensor:
     """[M', C], the pooled activations of the exit."""
     assert stage.exit_norm is not None
     backend = kernels.backend_for(storage.device)
     affine = stage.exit_norm.affine(backend, *statistics.unbind())
-    window = pooling_window(stage.exit, height, width)
-    windows = storage.shape[0] // (height * width) * (height // window[0]) * (width // window[1])
+    window = pooling_window(stage.exit, size)
+    windows = storage.shape[0] // math.prod(size) * math.prod(spatial.pooled_size(size, window))
     pooled = storage.new_empty(windows, storage.shape[1])
-    backend.bn_relu_avg_pool(storage, affine.scale, affine.shift, height, width, *window, pooled)
+    spatial.bn_relu_avg_pool(backend, storage, affine.scale, affine.shift, size, window, pooled)
     return pooled
 
 
@@ -340,23 +335,23 @@ def _backward_exit(
     """Fills the gradient buffer from the exit's gradient; returns the gradients of (norm, conv)'s parameters."""
     assert stage.exit_norm is not None
     storage = as_rows(saved.features)
-    height, width = saved.features.shape[2:]
+    size = tuple(saved.features.shape[2:])
     conv_grad, pooled_grad = None, out_grad
     if stage.exit_conv is not None:
         out_rows = as_rows(out_grad)
         weight = stage.exit_conv.flatten(1).to(out_rows.dtype)
         if needed[2]:
-            pooled = _pool(stage, storage, saved.statistics, height, width)
+            pooled = _pool(stage, storage, saved.statistics, size)
             conv_grad = (out_rows.t() @ pooled).view_as(stage.exit_conv)
             del pooled
         pooled_grad = out_rows @ weight
     backend = projection.backend
     affine = stage.exit_norm.affine(backend, *saved.statistics.unbind())
-    window = pooling_window(stage.exit, height, width)
+    window = pooling_window(stage.exit, size)
     sum_grad, sum_grad_x = torch.empty_like(affine.mean), torch.empty_like(affine.mean)
-    backend.bn_relu_avg_pool_backward(
-        pooled_grad.contiguous(), storage, affine.mean, affine.scale, affine.shift,
-        height, width, *window, grad, accumulate, sum_grad, sum_grad_x,
+    spatial.bn_relu_avg_pool_backward(
+        backend, pooled_grad.contiguous(), storage, affine.mean, affine.scale, affine.shift,
+        size, window, grad, accumulate, sum_grad, sum_grad_x,
     )  # fmt: skip
     norm_grad = projection.add(stage.exit_norm, affine, sum_grad, sum_grad_x, storage.shape[0])
     return [norm_grad, sum_grad, *([conv_grad] if stage.exit_conv is not None else [])]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .. import fusion
 from ..fusion import LayerParts
 from ..modules import StageBlock, is_last_norm, run_children, run_stage, run_stem, saves_conv, take_stage
-from .libraries import Library, library_of_block
+from .clones import read_clone
+from .libraries import library_of_block
 
 
 class Converted(nn.Module):
@@ -57,15 +58,14 @@ class ConvertedBlock(Converted, StageBlock):
 
     def read(self) -> list[LayerParts] | str:
         """The layers as the operator takes them, or what is in the way."""
-        return fusion.read_block(self, self._library.read_layer)
+        library = library_of_block(type(self))
+        if library is None:
+            return read_clone(self, type(self).__bases__[1])
+        return fusion.read_block(self, library.read_layer)
 
     def forward_by_layers(self, x: Tensor) -> Tensor:
         """The original forward."""
         return cast(Tensor, super(StageBlock, self).forward(x))
-
-    @property
-    def _library(self) -> Library:
-        return cast(Library, library_of_block(type(self)))
 
 
 class ConvertedSequential(Converted):
@@ -179,8 +179,8 @@ def is_global_average(modules: list[nn.Module]) -> bool:
         return False
     pool, flatten = modules
     return (
-        type(pool) is nn.AdaptiveAvgPool2d
-        and pool.output_size in (1, (1, 1))
+        type(pool) in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+        and pool.output_size in (1, (1,), (1, 1), (1, 1, 1))
         and type(flatten) is nn.Flatten
         and (flatten.start_dim, flatten.end_dim) == (1, -1)
     )

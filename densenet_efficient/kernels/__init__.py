@@ -1,6 +1,7 @@
 """The contract of the operations, and the choice of the backend that carries them out.
 
-A backend is a module with the functions listed in `CONTRACT`; `dense_block.py` and `stem.py` are written once, over it.
+A backend is a module with the functions listed in `CONTRACT`; `dense_block.py` and `stem.py` are written once, over it,
+and `spatial.py` makes the operations of one and three dimensions, of other kernel sizes and of dilations out of it.
 
 Conventions, the same for every backend:
 

@@ -121,6 +121,11 @@ class PretrainedNetwork(nn.Module):
         if choice is None:
             return
         assert self.architecture is not None
+        dims = self.config["spatial_dims"]
+        if dims != 2:
+            raise ValueError(
+                f"torchvision's weights are for images alone, and spatial_dims is {dims}: give weights=None"
+            )
         self.weights = find_weights(self.architecture, choice)
         self._load(download(self.weights, progress))
 
