@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn.modules import module as module_hooks
 
@@ -29,9 +31,25 @@ def is_observed(module: nn.Module) -> bool:
     )
 
 
-def is_traced(x: object) -> bool:
-    """Whether torch.fx traces the forward of ``x``, and wants to see its modules."""
-    return isinstance(x, Proxy)
+def tracer(x: object, training: bool) -> str | None:
+    """What records or transforms the forward of ``x`` and must see PyTorch's own operations, in words.
+
+    None in an ordinary forward, and in one that torch.compile compiles for training: these run our operators.
+    """
+    if isinstance(x, Proxy):
+        return "torch.fx traces its modules"
+    if _is_transformed():
+        return "torch.func or forward-mode differentiation transforms it"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit traces it"
+    if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and not training):
+        return "torch.export or torch.compile records it"
+    return None
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace it, but enters the transforms while it traces
+def _is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def any_global_hook() -> bool:

@@ -76,7 +76,7 @@ class StageBlock(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = "torch.fx traces its modules" if fusion.is_traced(x) else self.read()
+        layers = fusion.tracer(x, self.training) or self.read()
         if not isinstance(layers, str):
             return run_stage(self, layers, None, x)[1]
         _announce(self, layers)
@@ -170,7 +170,7 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
     Returns the output, and whether it is [N, C], pooled already.
     """
     while children:
-        traced = fusion.is_traced(x)
+        traced = fusion.tracer(x, children[0].training)
         stem, stage = (None, None) if traced else (fusion.take_stem(children), take_stage(children, with_head))
         if stem is not None:
             conv, norm, rest = stem

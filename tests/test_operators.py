@@ -8,7 +8,6 @@ import pytest
 import torch
 from cases import LEVELS, MODES, VARIANTS, assert_close, loss_of, make_images, make_pair, needs_native, state_of, step
 from kernel_cases import Factory, cast
-from torch.autograd import forward_ad
 
 from densenet_efficient.kernels import CONTRACT
 from densenet_efficient.operators import dense_stage, dense_stage_backward, stem, stem_backward
@@ -322,15 +321,3 @@ def test_a_second_derivative_of_the_parameters_is_refused(backend):
     gradients = torch.autograd.grad(loss_of(model(make_images(2, 3, 33, 47))), parameters, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         sum(gradient.square().sum() for gradient in gradients).backward()
-
-
-def test_transforms_that_the_operators_lack_are_refused(backend):
-    """Forward-mode derivatives, torch.func.grad and vmap raise; none gives a wrong result."""
-    _, model = make_pair(mode="eval")
-    images = make_images(2, 3, 33, 47)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        model(forward_ad.make_dual(images, torch.ones_like(images)))
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda images: model(images).sum())(images)
-    with pytest.raises(RuntimeError, match="Batching rule"):
-        torch.func.vmap(model)(images.unsqueeze(0))

@@ -79,7 +79,12 @@ class ConvertedSequential(Converted):
     def pooled(self, x: Tensor) -> Tensor | None:
         """relu(forward(x)) averaged over each image, [N, C]; None, with nothing run, where no operator gives that."""
         children = list(cast(nn.Sequential, self))
-        if len(children) < 2 or fusion.is_traced(x) or fusion.is_observed(self) or not is_last_norm(children[-1]):
+        if (
+            len(children) < 2
+            or fusion.tracer(x, self.training)
+            or fusion.is_observed(self)
+            or not is_last_norm(children[-1])
+        ):
             return None
         if take_stage(children[-2:], with_head=True) is None:
             return None
@@ -186,7 +191,7 @@ class ConvertedCollector(Converted):
     def _run_some(self, remaining: list[tuple[str, nn.Module]], x: Tensor) -> list[Tensor]:
         """The outputs of as many modules as one operator takes; the stem's inner ones, unwanted, are not computed."""
         names, modules = [name for name, _ in remaining], [module for _, module in remaining]
-        if fusion.is_traced(x):
+        if fusion.tracer(x, self.training):
             return [modules[0](x)]
         stage = take_stage(modules, with_head=False)
         if stage is not None:
