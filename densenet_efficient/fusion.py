@@ -202,6 +202,30 @@ def transition_parts(transition: nn.Module) -> tuple[nn.BatchNorm2d, nn.Conv2d] 
     return (norm, cast(nn.Conv2d, conv)) if plain else None
 
 
+def transition_down_parts(transition: nn.Module) -> tuple[nn.BatchNorm2d, nn.Conv2d, tuple[float, bool, bool]] | None:
+    """The norm, the convolution and the dropout (as `LayerParts` has it) of a plain transition down of FC-DenseNet.
+
+    None unless it is a sequence of norm, ReLU, 1x1 convolution, dropout and 2x2 maximum pooling, unobserved.
+    """
+    if not isinstance(transition, nn.Sequential) or type(transition).forward is not nn.Sequential.forward:
+        return None
+    taken = take_norm_relu(list(transition))
+    if is_observed(transition) or taken is None or len(taken[1]) != 3:
+        return None
+    norm, (conv, drop, pool) = taken
+    plain = (
+        _is_plain_conv(conv)
+        and _geometry(conv) == ((1, 1), (1, 1), (0, 0))
+        and _is_plain(drop, nn.Dropout)
+        and _is_plain(pool, nn.MaxPool2d)
+        and _pooling(pool) == (2, 2, 0, 1, False, False)
+    )
+    if not plain:
+        return None
+    dropout = cast(nn.Dropout, drop)
+    return norm, cast(nn.Conv2d, conv), (dropout.p, dropout.training, False)
+
+
 def is_class(module: object, source: str, name: str) -> bool:
     """Whether ``module`` is of exactly this class of another library, which need not be installed."""
     return type(module).__module__ == source and type(module).__name__ == name

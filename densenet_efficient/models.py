@@ -151,24 +151,36 @@ def _add_stem(features: nn.Sequential, in_channels: int, channels: int, small_in
 
 def _check_config(config: dict[str, Any]) -> None:
     for name in ("growth_rate", "num_init_features", "bn_size", "num_classes", "in_channels"):
-        _check_positive(name, config[name])
-    if not isinstance(config["block_config"], Sequence) or isinstance(config["block_config"], str):
-        raise TypeError(f"block_config must be a sequence of ints, got {config['block_config']!r}")
-    if not config["block_config"]:
-        raise ValueError("block_config must name the layers of at least one block, got none")
-    for num_layers in config["block_config"]:
-        _check_positive("each entry of block_config", num_layers)
-    for name in ("drop_rate", "compression"):
-        if isinstance(config[name], bool) or not isinstance(config[name], (int, float)):
-            raise TypeError(f"{name} must be a float, got {config[name]!r}")
-    if not 0 <= config["drop_rate"] < 1:
-        raise ValueError(f"drop_rate must be in [0, 1), got {config['drop_rate']}")
+        check_positive(name, config[name])
+    check_layers(config["block_config"])
+    check_drop_rate(config["drop_rate"])
+    _check_number("compression", config["compression"])
     if not 0 < config["compression"] <= 1:
         raise ValueError(f"compression must be in (0, 1], got {config['compression']}")
     check_level(config["checkpointing"])
 
 
-def _check_positive(name: str, value: Any) -> None:
+def check_layers(block_config: Any) -> None:
+    if not isinstance(block_config, Sequence) or isinstance(block_config, str):
+        raise TypeError(f"block_config must be a sequence of ints, got {block_config!r}")
+    if not block_config:
+        raise ValueError("block_config must name the layers of at least one block, got none")
+    for num_layers in block_config:
+        check_positive("each entry of block_config", num_layers)
+
+
+def check_drop_rate(drop_rate: Any) -> None:
+    _check_number("drop_rate", drop_rate)
+    if not 0 <= drop_rate < 1:
+        raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {value!r}")
+
+
+def check_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < 1:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import fusion, inference, operators
-from .dense_block import HEAD, NO_EXIT, TRANSITION, as_rows
+from .dense_block import HEAD, NO_EXIT, TRANSITION, TRANSITION_DOWN, as_rows
 from .fusion import LayerParts
 from .input_checks import as_compute_dtype, check_count, check_images, check_input, check_poolable, convolved_pixels
 from .running_statistics import update_running_statistics
@@ -185,6 +185,15 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
     return x, False
 
 
+def run_block(block: StageBlock, consumer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The outputs of ``consumer``, which reads that of ``block``, and of ``block``; by one operator where possible."""
+    stage = None if fusion.tracer(x, block.training) else take_stage([block, consumer], with_head=False)
+    if stage is not None:
+        return run_stage(*stage, x)
+    features = block(x)
+    return consumer(features), features
+
+
 def take_stage(children: list[nn.Module], with_head: bool) -> tuple[StageBlock, list[LayerParts], nn.Module] | None:
     """A dense block that comes first, with its layers and the consumer behind it that may join it as its exit."""
     if len(children) < 2:
@@ -193,10 +202,13 @@ def take_stage(children: list[nn.Module], with_head: bool) -> tuple[StageBlock, 
     if not isinstance(block, StageBlock) or type(block).forward is not StageBlock.forward or fusion.is_observed(block):
         return None
     is_head = with_head and len(children) == 2 and is_last_norm(consumer)
-    if not is_head and fusion.transition_parts(consumer) is None:
+    down = fusion.transition_down_parts(consumer)
+    if not is_head and down is None and fusion.transition_parts(consumer) is None:
         return None
     layers = block.read()
-    return None if isinstance(layers, str) else (block, layers, consumer)
+    if isinstance(layers, str) or (down is not None and down[2] != layers[0].dropout):
+        return None
+    return block, layers, consumer
 
 
 def is_last_norm(module: nn.Module) -> bool:
@@ -225,11 +237,11 @@ def run_stage(
     if exit_conv is not None:
         exit_parameters.append(exit_conv.weight)
     check_input(layers[0].norm1, x)
-    if consumer is not None and stage_exit == TRANSITION:
+    if stage_exit in (TRANSITION, TRANSITION_DOWN):
         check_poolable(exit_norm, x)
     check_count(norms, x)
     x = as_compute_dtype(x, _convolution_weights(layers, exit_parameters))
-    drop_rate, masks = _draw_masks(layers, x)
+    drop_rate, masks = _draw_masks(layers, exit_conv if stage_exit == TRANSITION_DOWN else None, x)
     out, features, statistics, bottleneck_statistics, _ = operators.dense_stage(
         x,
         [parameter for layer in layers for parameter in _parameters(layer)],
@@ -256,7 +268,7 @@ def _stage_modules(block: StageBlock, layers: list[LayerParts], consumer: nn.Mod
 
 def _run_plan(plan: inference.Plan, x: Tensor) -> tuple[Tensor, Tensor]:
     check_input(plan.norms[0], x)
-    if plan.exit == TRANSITION:
+    if plan.exit in (TRANSITION, TRANSITION_DOWN):
         check_poolable(plan.exit_norm, x)
     return plan.run(as_compute_dtype(x, [plan.weight]))
 
@@ -297,6 +309,9 @@ def _describe_exit(consumer: nn.Module | None) -> tuple[str, nn.BatchNorm2d | No
         return NO_EXIT, None, None
     if isinstance(consumer, nn.BatchNorm2d):
         return HEAD, consumer, None
+    down = fusion.transition_down_parts(consumer)
+    if down is not None:
+        return TRANSITION_DOWN, *down[:2]
     parts = fusion.transition_parts(consumer)
     assert parts is not None
     return TRANSITION, *parts
@@ -316,15 +331,20 @@ def _convolution_weights(layers: list[LayerParts], exit_parameters: list[Tensor]
     return [*(conv.weight for layer in layers for conv in layer.convolutions), *exit_parameters[2:]]
 
 
-def _draw_masks(layers: list[LayerParts], x: Tensor) -> tuple[float, list[Tensor]]:
-    """The dropout's masks [M, k], drawn in the order in which F.dropout draws them for contiguous features."""
+def _draw_masks(layers: list[LayerParts], exit_conv: nn.Conv2d | None, x: Tensor) -> tuple[float, list[Tensor]]:
+    """The dropout's masks, [M, k] per layer and [M, C'] of a transition down with ``exit_conv``.
+
+    Drawn in the order in which F.dropout draws them for contiguous features.
+    """
     rate, training, drops_channels = layers[0].dropout
     if rate == 0 or not training:
         return 0.0, []
-    shape = (x.shape[0], layers[0].channels[-1], *x.shape[2:])
-    drawn = (*shape[:2], 1, 1) if drops_channels else shape
-    masks = [x.new_empty(drawn, dtype=torch.bool).bernoulli_(1 - rate).expand(shape) for _ in layers]
-    return rate, [as_rows(mask) for mask in masks]
+    masks = []
+    for channels in [layer.channels[-1] for layer in layers] + ([exit_conv.out_channels] if exit_conv else []):
+        shape = (x.shape[0], channels, *x.shape[2:])
+        drawn = (*shape[:2], 1, 1) if drops_channels else shape
+        masks.append(as_rows(x.new_empty(drawn, dtype=torch.bool).bernoulli_(1 - rate).expand(shape)))
+    return rate, masks
 
 
 def global_average(features: Tensor) -> Tensor:

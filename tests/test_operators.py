@@ -15,7 +15,7 @@ from densenet_efficient.operators import dense_stage, dense_stage_backward, stem
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 IMAGES, CHANNELS, GROWTH_RATE, WIDTH, LAYERS, HEIGHT, BREADTH = 2, 3, 2, 4, 2, 3, 5
-EXITS = ["transition", "head", "none"]
+EXITS = ["transition", "transition down", "head", "none"]
 
 
 class StageArguments:
@@ -40,10 +40,12 @@ class StageArguments:
         self.exit_parameters = []
         if stage_exit != "none":
             self.add_norm(self.exit_parameters, total, evaluation or frozen)
-        if stage_exit == "transition":
+        if stage_exit.startswith("transition"):
             self.exit_parameters.append(self.normal(4, total, 1, 1))
         rows = IMAGES * HEIGHT * BREADTH
         kept = [torch.rand(rows, GROWTH_RATE, generator=self.generator) > 0.3 for _ in range(LAYERS)]
+        if stage_exit == "transition down":
+            kept.append(torch.rand(rows, 4, generator=self.generator) > 0.3)
         self.masks, self.drop_rate = (kept, 0.3) if dropout else ([], 0.0)
 
     def normal(self, *shape):
@@ -86,6 +88,7 @@ STAGES = {
     "frozen-head": StageArguments(stage_exit="head", frozen=True, save=True),
     "evaluation": StageArguments(evaluation=True),
     "dropout": StageArguments(dropout=True),
+    "dropout-down": StageArguments(bottleneck=False, stage_exit="transition down", dropout=True),
     "plain-dropout": StageArguments(bottleneck=False, dropout=True, save=True),
 }
 every_stage = pytest.mark.parametrize("arguments", STAGES.values(), ids=STAGES)
