@@ -8,6 +8,7 @@ parametrization, another module class) runs through its modules instead, with th
 from __future__ import annotations
 
 import warnings
+from collections.abc import Container, Mapping
 from weakref import WeakSet
 
 import torch
@@ -161,6 +162,38 @@ class Features(nn.Sequential):
 
     def _run(self, x: Tensor, with_head: bool) -> tuple[Tensor, bool]:
         return run_children(list(self.children()), x, with_head)
+
+
+def run_named_children(children: Mapping[str, nn.Module], wanted: Container[str], x: Tensor) -> dict[str, Tensor]:
+    """Runs a sequence, as many children as one operator takes at a time; the outputs of those ``wanted``, by name.
+
+    The stem's inner outputs are computed where one of them is wanted.
+    """
+    outputs: dict[str, Tensor] = {}
+    remaining = list(children.items())
+    while remaining:
+        results = _run_some(remaining, wanted, x)
+        for (name, _), x in zip(remaining, results, strict=False):
+            if name in wanted:
+                outputs[name] = x
+        remaining = remaining[len(results) :]
+    return outputs
+
+
+def _run_some(remaining: list[tuple[str, nn.Module]], wanted: Container[str], x: Tensor) -> list[Tensor]:
+    """The outputs of as many children as one operator takes; what lies inside a stem repeats its input."""
+    names, modules = [name for name, _ in remaining], [module for _, module in remaining]
+    if fusion.tracer(x, modules[0].training):
+        return [modules[0](x)]
+    stage = take_stage(modules, with_head=False)
+    if stage is not None:
+        out, features = run_stage(*stage, x)
+        return [features, out]
+    stem = fusion.take_stem(modules)
+    inside = len(modules) - len(stem[2]) - 1 if stem is not None else 0
+    if stem is None or any(name in wanted for name in names[:inside]):
+        return [modules[0](x)]
+    return [x] * inside + [run_stem(stem[0], stem[1], x, saves_conv(modules))]
 
 
 def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple[Tensor, bool]:
