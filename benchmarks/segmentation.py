@@ -1,6 +1,6 @@
 """`python -m benchmarks.segmentation`: memory of a training step of FC-DenseNets, naive and efficient, per image.
 
-Writes benchmarks/results/<machine>-segmentation.json. The naive networks need 5 to 10 GiB at the default size.
+Writes benchmarks/results/<machine>-segmentation.json. The naive networks take several GiB at the default size.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from cases import (
     trained,
 )
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from densenet_efficient.reference import NaiveFCDenseNet
 from densenet_efficient.segmentation import FCDenseNet, FCDenseNet56, FCDenseNet67, FCDenseNet103
@@ -187,21 +188,29 @@ def test_impossible_arguments(arguments, error, message):
         FCDenseNet(**arguments)
 
 
-def test_a_block_keeps_its_storage_alone(native_backend):
-    """What is kept for the backward, against the naive model's, in the network of the paper."""
-    kept = {}
-    for network in (NaiveFCDenseNet, FCDenseNet):
-        model = network(12, (4,) * 6)
-        parameters = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-        storages = {}
+def kept_for_the_backward(network, *arguments):
+    """MiB that autograd keeps of one 360x480 image, each storage once, without parameters and buffers; nothing runs."""
+    with FakeTensorMode():
+        model = network(*arguments)
+        own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        kept = {}
 
-        def pack(tensor, storages=storages):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        def pack(tensor):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = model(make_images(1, 3, 90, 120, dtype=torch.float32))
+            output = model(torch.empty(1, 3, 360, 480))
         assert output.requires_grad
-        kept[network] = sum(store.nbytes() for address, store in storages.items() if address not in parameters)
-    print(kept)
-    assert kept[FCDenseNet] * 5 < kept[NaiveFCDenseNet]
+        return sum(storage.nbytes() for address, storage in kept.items() if address not in own) / 2**20
+
+
+@pytest.mark.parametrize(
+    ("growth_rate", "block_config", "naive", "ours"),
+    [(12, (4,) * 6, 2535, 328), (16, (5,) * 6, 4302, 483), (16, (4, 5, 7, 10, 12, 15), 4032, 456)],
+    ids=["56", "67", "103"],
+)
+def test_memory_kept_at_360x480(growth_rate, block_config, naive, ours):
+    """The figures of docs/features.md."""
+    assert kept_for_the_backward(NaiveFCDenseNet, growth_rate, block_config) == pytest.approx(naive, abs=0.5)
+    assert kept_for_the_backward(FCDenseNet, growth_rate, block_config) == pytest.approx(ours, abs=0.5)

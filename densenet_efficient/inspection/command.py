@@ -34,7 +34,7 @@ def _maps(subject: Subject, options: argparse.Namespace) -> str:
     [maps] = feature_maps(subject.model, subject.read(options.image), options.layer)
     shown = maps[: options.channels]
     title = f"{options.layer}: {len(shown)} of {len(maps)} channels, {maps.shape[1]}x{maps.shape[2]}"
-    draw_maps(shown, f"{title}, each from its minimum (dark) to its maximum (bright)", options.output)
+    draw_maps(shown, f"{title}\neach from its minimum (dark) to its maximum (bright)", options.output)
     return title
 
 
@@ -52,7 +52,7 @@ def _grad_cam(subject: Subject, options: argparse.Namespace) -> str:
 def _filters(subject: Subject, options: argparse.Namespace) -> str:
     weight = first_filters(subject.model)
     title = f"first convolution: {weight.shape[0]} filters of {weight.shape[2]}x{weight.shape[3]}"
-    draw_filters(weight, f"{title}, each around zero (grey)", options.output)
+    draw_filters(weight, f"{title}\neach around zero (grey)", options.output)
     return title
 
 
