@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .input_checks import check_images
 from .models import check_drop_rate, check_layers, check_positive
 from .modules import DenseBlock, StageBlock, run_block
 
@@ -37,8 +36,8 @@ class TransitionUp(nn.Module):
 
         ``H'`` is 2H or 2H + 1, and the convolution gives 2H + 1 rows: a last one too many is cut off.
         """
-        height, width = skip.shape[2:]
-        return torch.cat([self.conv(new_features)[:, :, :height, :width], skip], 1)
+        up = self.conv(new_features)
+        return torch.cat([up[:, :, : skip.shape[2], : skip.shape[3]], skip], 1)
 
 
 class FCDenseNet(nn.Module):
@@ -107,7 +106,6 @@ class FCDenseNet(nn.Module):
                 nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")  # HeUniform, as in the paper
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(self.conv0, x)
         x = self.conv0(x)
         skips = []
         for block, transition in zip(self.down_blocks, self.transitions_down, strict=True):

@@ -16,6 +16,7 @@ from cases import (
 )
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from densenet_efficient.reference import NaiveFCDenseNet
 from densenet_efficient.segmentation import FCDenseNet, FCDenseNet56, FCDenseNet67, FCDenseNet103
@@ -166,6 +167,21 @@ def test_exports():
     exported = torch.export.export(efficient, (images,))
     assert not [node for node in exported.graph.nodes if "densenet_efficient" in str(node.target)]
     assert_close({"": exported.module()(images)}, {"": naive(images)})
+
+
+def test_fx_traces_its_modules(backend):
+    naive, efficient = make_pair()
+    with pytest.warns(UserWarning, match="torch.fx traces"):
+        extractor = create_feature_extractor(efficient, {"classifier": "logits"})
+    images = make_images(2, 3, 13, 15)
+    assert_close(extractor(images), {"logits": naive(images)})
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 13, 15), (3, 13, 15)])
+def test_images_of_another_shape(backend, shape):
+    _, efficient = make_pair()
+    with pytest.raises((RuntimeError, ValueError), match=r"to have 3 channels, but got 4|expected 4D input"):
+        efficient(make_images(*shape))
 
 
 def test_too_small_images(backend):
