@@ -135,7 +135,7 @@ def test_too_few_images_for_a_batch(tmp_path: Path) -> None:
 def test_an_interrupt_waits_for_the_check() -> None:
     with DeferredInterrupt() as interrupt:
         interrupt.check()
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # of os.kill the handler may run later, then it ends whatever test is next
         with pytest.raises(KeyboardInterrupt):
             interrupt.check()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
