@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from .picture import draw, picture_path
 from .results import RESULTS, ROOT, write_atomically
 from .roofline import COLUMNS as ROOFLINE_COLUMNS
 from .roofline import Line, Roofline, table_cells, title, without_small_lines
+from .segmentation import table as segmentation_table
 
 SECTION = re.compile(r"(<!-- benchmarks:begin (\S+) -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
 WORKLOAD = ("model", "dtype", "batch", "size")
@@ -42,10 +43,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results files")
     options = parser.parse_args(arguments)
     paths = sorted(options.results.glob("*.json"))
-    rooflines = [json.loads(path.read_text()) for path in paths if path.stem.endswith("-roofline")]
-    results = [json.loads(path.read_text()) for path in paths if not path.stem.endswith("-roofline")]
+    special = {
+        kind: [json.loads(path.read_text()) for path in paths if path.stem.endswith(f"-{kind}")] for kind in SPECIAL
+    }
+    results = [json.loads(path.read_text()) for path in paths if not path.stem.endswith(tuple(SPECIAL))]
     texts = {document: document.read_text() for document in options.documents}
-    filled = {document: fill(text, results, rooflines) for document, text in texts.items()}
+    filled = {document: fill(text, results, special) for document, text in texts.items()}
     if options.check:
         outdated = [str(document) for document in texts if filled[document] != texts[document]]
         if outdated:
@@ -57,16 +60,19 @@ def main(arguments: Sequence[str]) -> None:
         write_atomically(document, text)
 
 
-def fill(text: str, all_results: Sequence[Results], all_rooflines: Sequence[Results] = ()) -> str:
-    """The document with every section generated anew. Raises ValueError for a section it does not know."""
+def fill(text: str, all_results: Sequence[Results], special: Mapping[str, Sequence[Results]] | None = None) -> str:
+    """The document with every section generated anew; ``special`` are the results of other benchmarks, by kind.
+
+    Raises ValueError for a section it does not know.
+    """
 
     def section(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
         if name not in SECTIONS:
             raise ValueError(f"unknown benchmarks section {name!r}; expected one of {', '.join(SECTIONS)}")
         device, task = SECTIONS[name]
-        if task == "roofline":
-            texts = [roofline_tables(results) for results in all_rooflines]
+        if task in SPECIAL:
+            texts = [SPECIAL[task](results) for results in (special or {}).get(task, ()) if _runs_on(device, results)]
         else:
             texts = [tables(results, task) for results in all_results if _runs_on(device, results)]
         return f"{begin}{chr(10).join(filter(None, texts)) or f'Not measured yet on a {device}.'}\n{end}"
@@ -91,6 +97,11 @@ def roofline_tables(results: Results) -> str:
         lines += ["| " + " | ".join(cells) + " |" for cells in table_cells(without_small_lines(roofline))]
         lines.append("")
     return "\n".join(lines)
+
+
+def segmentation_tables(results: Results) -> str:
+    """The memory of FC-DenseNets."""
+    return "\n".join([figures_line(results), "", *segmentation_table(results["rows"]), ""])
 
 
 def tables(results: Results, task: str) -> str:
@@ -175,7 +186,9 @@ SECTIONS = {
     "inference-cpu": ("CPU", "infer"),
     "inference-gpu": ("GPU", "infer"),
     "roofline-cpu": ("CPU", "roofline"),
+    "segmentation-cpu": ("CPU", "segmentation"),
 }
+SPECIAL = {"roofline": roofline_tables, "segmentation": segmentation_tables}  # by the end of their files' names
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import fusion
 from ..fusion import LayerParts
-from ..modules import StageBlock, is_last_norm, run_children, run_stage, run_stem, saves_conv, take_stage
+from ..modules import StageBlock, is_last_norm, run_children, run_named_children, take_stage
 from .clones import read_clone
 from .libraries import library_of_block
 
@@ -79,7 +79,12 @@ class ConvertedSequential(Converted):
     def pooled(self, x: Tensor) -> Tensor | None:
         """relu(forward(x)) averaged over each image, [N, C]; None, with nothing run, where no operator gives that."""
         children = list(cast(nn.Sequential, self))
-        if len(children) < 2 or fusion.is_traced(x) or fusion.is_observed(self) or not is_last_norm(children[-1]):
+        if (
+            len(children) < 2
+            or fusion.tracer(x, self.training)
+            or fusion.is_observed(self)
+            or not is_last_norm(children[-1])
+        ):
             return None
         if take_stage(children[-2:], with_head=True) is None:
             return None
@@ -173,30 +178,8 @@ class ConvertedCollector(Converted):
     return_layers: dict[str, Any]  # what each wanted output is called, by the name of its module
 
     def _features(self, x: Tensor) -> OrderedDict[Any, Tensor]:
-        wanted: OrderedDict[Any, Tensor] = OrderedDict()
-        remaining = list(cast(nn.ModuleDict, self).items())
-        while remaining:
-            outputs = self._run_some(remaining, x)
-            for (name, _), x in zip(remaining, outputs, strict=False):
-                if name in self.return_layers:
-                    wanted[self.return_layers[name]] = x
-            remaining = remaining[len(outputs) :]
-        return wanted
-
-    def _run_some(self, remaining: list[tuple[str, nn.Module]], x: Tensor) -> list[Tensor]:
-        """The outputs of as many modules as one operator takes; the stem's inner ones, unwanted, are not computed."""
-        names, modules = [name for name, _ in remaining], [module for _, module in remaining]
-        if fusion.is_traced(x):
-            return [modules[0](x)]
-        stage = take_stage(modules, with_head=False)
-        if stage is not None:
-            out, features = run_stage(*stage, x)
-            return [features, out]
-        stem = fusion.take_stem(modules)
-        inside = len(modules) - len(stem[2]) - 1 if stem is not None else 0
-        if stem is None or self.return_layers.keys() & set(names[:inside]):
-            return [modules[0](x)]
-        return [x] * inside + [run_stem(stem[0], stem[1], x, saves_conv(modules))]
+        outputs = run_named_children(dict(self.named_children()), self.return_layers, x)
+        return OrderedDict((self.return_layers[name], output) for name, output in outputs.items())
 
 
 class ConvertedLayerGetter(ConvertedCollector):
