@@ -160,6 +160,7 @@ def backward_stage(
     storage = as_rows(saved.features)
     total = storage.shape[1]
     mean = saved.statistics[0]
+    kernels.return_freed_memory(storage)
     grad = torch.empty_like(storage)  # of the storage; finished where a channel's last consumer is done
     backend = kernels.backend_for(storage.device)
     projection = Projection(backend, total, mean)
@@ -291,7 +292,7 @@ class _LayerBackward:
         return sum_grad, sum_grad_x
 
     def _like(self, weight: Tensor, needed: bool) -> Tensor | None:
-        return weight.new_empty(weight.shape, dtype=self.affine.mean.dtype) if needed else None
+        return torch.empty_like(weight, dtype=self.affine.mean.dtype) if needed else None
 
     def _scratch(self, name: str, channels: int) -> Tensor:
         """[M, channels]; one buffer serves every layer of the block."""

@@ -239,7 +239,9 @@ def _run_stage_backward(features: Tensor, stage: Stage, *args: Any) -> Any:
 def _needed_gradients(grads: list[Tensor | None], parameters: list[Tensor], needed: list[bool]) -> list[Tensor]:
     """Those needed, each in its parameter's dtype and shape; zeros for a parameter that no gradient reached."""
     return [
-        parameter.new_zeros(parameter.shape) if grad is None else grad.to(parameter.dtype).view(parameter.shape)
+        parameter.new_zeros(parameter.shape)
+        if grad is None
+        else (grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)).view(parameter.shape)
         for grad, parameter, wanted in zip(grads, parameters, needed, strict=True)
         if wanted
     ]
