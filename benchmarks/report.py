@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from .picture import draw, picture_path
 from .results import MEASURED, RESULTS, ROOT, write_atomically
 from .roofline import COLUMNS as ROOFLINE_COLUMNS
 from .roofline import Line, Roofline, table_cells, title, without_small_lines
+from .segmentation import table as segmentation_table
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/benchmarks.md"]
 SECTION = re.compile(r"(<!-- benchmarks:begin (\S+) -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
@@ -56,10 +57,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results files")
     options = parser.parse_args(arguments)
     paths = sorted(options.results.glob("*.json"))
-    rooflines = [json.loads(path.read_text()) for path in paths if path.stem.endswith("-roofline")]
-    results = [json.loads(path.read_text()) for path in paths if not path.stem.endswith("-roofline")]
+    special = {
+        kind: [json.loads(path.read_text()) for path in paths if path.stem.endswith(f"-{kind}")] for kind in SPECIAL
+    }
+    results = [json.loads(path.read_text()) for path in paths if not path.stem.endswith(tuple(SPECIAL))]
     texts = {document: document.read_text() for document in options.documents}
-    filled = {document: fill(text, results, rooflines) for document, text in texts.items()}
+    filled = {document: fill(text, results, special) for document, text in texts.items()}
     if options.check:
         outdated = [str(document) for document in texts if filled[document] != texts[document]]
         if outdated:
@@ -71,16 +74,19 @@ def main(arguments: Sequence[str]) -> None:
         write_atomically(document, text)
 
 
-def fill(text: str, all_results: Sequence[Results], all_rooflines: Sequence[Results] = ()) -> str:
-    """The document with every section generated anew. Raises ValueError for a section it does not know."""
+def fill(text: str, all_results: Sequence[Results], special: Mapping[str, Sequence[Results]] | None = None) -> str:
+    """The document with every section generated anew; ``special`` are the results of other benchmarks, by kind.
+
+    Raises ValueError for a section it does not know.
+    """
 
     def section(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
         if name not in SECTIONS:
             raise ValueError(f"unknown benchmarks section {name!r}; expected one of {', '.join(SECTIONS)}")
         device, task = SECTIONS[name]
-        if task == "roofline":
-            texts = [roofline_tables(results) for results in all_rooflines]
+        if task in SPECIAL:
+            texts = [SPECIAL[task](results) for results in (special or {}).get(task, ()) if _runs_on(device, results)]
         else:
             write = summary if task == "summary" else functools.partial(tables, task=task)
             texts = [write(results) for results in all_results if _runs_on(device, results)]
@@ -147,6 +153,11 @@ def _inference_cells(rows: Sequence[Row]) -> list[str]:
         _number(ours, "{:.0f} ms"),
         _number(_ratio(ours, min(peers, default=None)), "{:.2f}"),
     ]
+
+
+def segmentation_tables(results: Results) -> str:
+    """The memory of FC-DenseNets."""
+    return "\n".join([figures_line(results), "", *segmentation_table(results["rows"]), ""])
 
 
 def tables(results: Results, task: str) -> str:
@@ -247,7 +258,9 @@ SECTIONS = {
     "inference-cpu": ("CPU", "infer"),
     "inference-gpu": ("GPU", "infer"),
     "roofline-cpu": ("CPU", "roofline"),
+    "segmentation-cpu": ("CPU", "segmentation"),
 }
+SPECIAL = {"roofline": roofline_tables, "segmentation": segmentation_tables}  # by the end of their files' names
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 CHECKPOINTING_LEVELS = ("none", "bottleneck")
@@ -26,6 +27,16 @@ def check_number(name: str, value: Any) -> None:
     """Raises a TypeError unless ``value`` is an int or a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float, got {value!r}")
+
+
+def check_layers(block_config: Any) -> None:
+    """Raises unless ``block_config`` names the number of layers of each block, one at least."""
+    if not isinstance(block_config, Sequence) or isinstance(block_config, str):
+        raise TypeError(f"block_config must be a sequence of ints, got {block_config!r}")
+    if not block_config:
+        raise ValueError("block_config must name the layers of at least one block, got none")
+    for num_layers in block_config:
+        check_positive("each entry of block_config", num_layers)
 
 
 def check_kernel_size(value: Any) -> None:

@@ -1,6 +1,7 @@
 """The heart: shared storage, shared statistics, recomputation and the backward of a stage.
 
-A stage is a dense block together with the consumer of all its channels, its exit (a transition, the head, or nothing).
+A stage is a dense block together with the consumer of all its channels, its exit (a transition, FC-DenseNet's
+transition down, the head, or nothing).
 The whole block lives in ONE channels-last buffer ``storage`` [M, C0 + L*k]: a layer reads the prefix of its input
 channels and writes its k new ones into its slot, so concatenation copies nothing. The mathematics is that of Huang et
 al. 2017 (arXiv:1608.06993) and Pleiss et al. 2017 (arXiv:1707.06990), plus the deferred projection of
@@ -17,6 +18,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
@@ -24,7 +26,7 @@ from .batch_norm import Affine, BatchNorm, Projection
 from .kernels import spatial
 from .layout import as_images, as_rows, empty_images
 
-TRANSITION, HEAD, NO_EXIT = "transition", "head", "none"
+TRANSITION, TRANSITION_DOWN, HEAD, NO_EXIT = "transition", "transition down", "head", "none"
 
 
 class DenseLayer(NamedTuple):
@@ -54,6 +56,7 @@ class Stage:
     exit: str
     exit_norm: BatchNorm | None
     exit_conv: Tensor | None
+    exit_dropout: Tensor | None  # [M, C'] of a transition down, True where its convolution's output is kept
     drop_rate: float
 
     @property
@@ -72,7 +75,7 @@ class Stage:
 class StageOutput(NamedTuple):
     """What a forward leaves; all but ``out`` is kept for the backward."""
 
-    out: Tensor  # [N, C', H // 2, W // 2] of a transition, [N, C] of a head, empty without an exit
+    out: Tensor  # [N, C', H // 2, W // 2] of either transition, [N, C] of a head, empty without an exit
     features: Tensor  # [N, C, H, W], or of one or three dimensions; a view of the storage
     statistics: Tensor  # [2, C]: mean and biased variance of every channel of the storage
     bottleneck_statistics: Tensor  # [L, 2, K]
@@ -88,8 +91,8 @@ class StageGradients(NamedTuple):
 
 
 def pooling_window(stage_exit: str, size: spatial.Size) -> spatial.Size:
-    """The window of the exit's average pooling: 2 along each axis in a transition, the whole image in the head."""
-    return (2,) * len(size) if stage_exit == TRANSITION else size
+    """The window of the exit's pooling: 2 along each axis in either transition, the whole image in the head."""
+    return size if stage_exit == HEAD else (2,) * len(size)
 
 
 def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutput:
@@ -166,7 +169,8 @@ def backward_stage(
         as_images(grad, *size).copy_(features_grad)
     exit_grads: list[Tensor | None] = [None] * len(exit_needed)
     if out_grad is not None and stage.exit_norm is not None:
-        exit_grads = _backward_exit(stage, out_grad, saved, grad, accumulate, projection, exit_needed)
+        backward_exit = _backward_transition_down if stage.exit == TRANSITION_DOWN else _backward_exit
+        exit_grads = backward_exit(stage, out_grad, saved, grad, accumulate, projection, exit_needed)
 
     layer_grads: list[list[Tensor | None]] = [[None] * len(needed) for needed in layers_needed]
     lowest = 0 if input_needed else _first_needed(layers_needed)
@@ -301,6 +305,8 @@ def _forward_exit(stage: Stage, storage: Tensor, statistics: Tensor, size: spati
     """BN-ReLU-average pooling, and the transition's 1x1 convolution, which commutes with the pooling."""
     if stage.exit_norm is None:
         return storage.new_empty(0)
+    if stage.exit == TRANSITION_DOWN:
+        return F.max_pool2d(as_images(_convolve_down(stage, storage, statistics), *size), 2)
     pooled = _pool(stage, storage, statistics, size)
     if stage.exit_conv is None:
         return pooled
@@ -355,6 +361,53 @@ def _backward_exit(
     )  # fmt: skip
     norm_grad = projection.add(stage.exit_norm, affine, sum_grad, sum_grad_x, storage.shape[0])
     return [norm_grad, sum_grad, *([conv_grad] if stage.exit_conv is not None else [])]
+
+
+def _convolve_down(stage: Stage, storage: Tensor, statistics: Tensor) -> Tensor:
+    """[M, C'], what a transition down pools: BN-ReLU-1x1 convolution-dropout of every pixel; never saved."""
+    assert stage.exit_norm is not None and stage.exit_conv is not None
+    backend = kernels.backend_for(storage.device)
+    affine = stage.exit_norm.affine(backend, *statistics.unbind())
+    out = storage.new_empty(storage.shape[0], stage.exit_conv.shape[0])
+    backend.bn_relu_conv1x1(storage, affine.scale, affine.shift, stage.exit_conv, out, None, None)
+    if stage.exit_dropout is not None:
+        _drop(out, stage.exit_dropout, stage.drop_rate)
+    return out
+
+
+def _backward_transition_down(
+    stage: Stage,
+    out_grad: Tensor,
+    saved: StageOutput,
+    grad: Tensor,
+    accumulate: bool,
+    projection: Projection,
+    needed: list[bool],
+) -> list[Tensor | None]:
+    """As `_backward_exit`; a window's gradient goes to its first maximum, which is found anew."""
+    assert stage.exit_norm is not None and stage.exit_conv is not None
+    storage = as_rows(saved.features)
+    spread = _unpool(as_images(_convolve_down(stage, storage, saved.statistics), *saved.features.shape[2:]), out_grad)
+    if stage.exit_dropout is not None:
+        _drop(spread, stage.exit_dropout, stage.drop_rate)
+    if not accumulate:
+        grad.zero_()
+    affine = stage.exit_norm.affine(projection.backend, *saved.statistics.unbind())
+    sum_grad, sum_grad_x = torch.empty_like(affine.mean), torch.empty_like(affine.mean)
+    conv_grad = stage.exit_conv.new_empty(stage.exit_conv.shape, dtype=affine.mean.dtype) if needed[2] else None
+    nothing = affine.mean.new_zeros(spread.shape[1])  # no norm follows the convolution
+    projection.backend.bn_relu_conv1x1_backward(
+        spread, spread, nothing, nothing, nothing,
+        storage, affine.mean, affine.scale, affine.shift, stage.exit_conv, grad, conv_grad, sum_grad, sum_grad_x,
+    )  # fmt: skip
+    return [projection.add(stage.exit_norm, affine, sum_grad, sum_grad_x, storage.shape[0]), sum_grad, conv_grad]
+
+
+def _unpool(images: Tensor, out_grad: Tensor) -> Tensor:
+    """[M, C], the gradient of ``images`` [N, C, H, W] under 2x2 maximum pooling."""
+    _, indices = F.max_pool2d(images, 2, return_indices=True)
+    window: tuple[list[int], ...] = ([2, 2], [2, 2], [0, 0], [1, 1])
+    return as_rows(torch.ops.aten.max_pool2d_with_indices_backward(out_grad, images, *window, False, indices))
 
 
 def _first_needed(layers_needed: list[list[bool]]) -> int:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn.modules import module as module_hooks
 
@@ -34,9 +36,25 @@ def is_observed(module: nn.Module) -> bool:
     )
 
 
-def is_traced(x: object) -> bool:
-    """Whether torch.fx traces the forward of ``x``, and wants to see its modules."""
-    return isinstance(x, Proxy)
+def tracer(x: object, training: bool) -> str | None:
+    """What records or transforms the forward of ``x`` and must see PyTorch's own operations, in words.
+
+    None in an ordinary forward, and in one that torch.compile compiles for training: these run our operators.
+    """
+    if isinstance(x, Proxy):
+        return "torch.fx traces its modules"
+    if _is_transformed():
+        return "torch.func or forward-mode differentiation transforms it"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit traces it"
+    if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and not training):
+        return "torch.export or torch.compile records it"
+    return None
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace it, but enters the transforms while it traces
+def _is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def any_global_hook() -> bool:
@@ -201,6 +219,30 @@ def transition_parts(transition: nn.Module) -> tuple[BatchNorm, Convolution] | N
         and getattr(pool, "divisor_override", None) is None  # which one dimension has not
     )
     return (norm, cast(Convolution, conv)) if plain else None
+
+
+def transition_down_parts(transition: nn.Module) -> tuple[BatchNorm, Convolution, tuple[float, bool, bool]] | None:
+    """The norm, the convolution and the dropout (as `LayerParts` has it) of a plain transition down of FC-DenseNet.
+
+    None unless it is a sequence of norm, ReLU, 1x1 convolution, dropout and 2x2 maximum pooling, unobserved.
+    """
+    if not isinstance(transition, nn.Sequential) or type(transition).forward is not nn.Sequential.forward:
+        return None
+    taken = take_norm_relu(list(transition))
+    if is_observed(transition) or taken is None or len(taken[1]) != 3:
+        return None
+    norm, (conv, drop, pool) = taken
+    plain = (
+        _is_pointwise(conv)
+        and dims_of(cast(Convolution, conv)) == dims_of(norm)
+        and _is_plain(drop, nn.Dropout)
+        and _is_plain(pool, nn.MaxPool2d)
+        and _pooling(pool) == (2, 2, 0, 1, False, False)
+    )
+    if not plain:
+        return None
+    dropout = cast(nn.Dropout, drop)
+    return norm, cast(Convolution, conv), (dropout.p, dropout.training, False)
 
 
 def is_class(module: object, source: str, name: str) -> bool:

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import fusion, kernels
-from .dense_block import NO_EXIT, TRANSITION, pooling_window
+from .dense_block import NO_EXIT, TRANSITION, TRANSITION_DOWN, pooling_window
 from .dimensions import BatchNorm, Convolution
 from .layout import as_images, as_rows, empty_images
 
@@ -116,11 +117,15 @@ class Plan:
     def _run_exit(self, prepared: Prepared, storage: Tensor, height: int, width: int) -> Tensor:
         if self.exit == NO_EXIT or prepared.exit_affine is None:
             return storage.new_empty(0)
+        _, _, scale, shift = prepared.exit_affine.unbind()
+        if self.exit == TRANSITION_DOWN and self.exit_conv is not None and prepared.exit_weight is not None:
+            rows = storage.new_empty(storage.shape[0], self.exit_conv.out_channels)
+            torch.ops.densenet_efficient.bn_relu_conv1x1_packed(storage, scale, shift, prepared.exit_weight, rows)
+            return F.max_pool2d(as_images(rows, height, width), 2)
         window = pooling_window(self.exit, (height, width))
         pooled_size = height // window[0], width // window[1]
         images = storage.shape[0] // (height * width)
         pooled = storage.new_empty(images * pooled_size[0] * pooled_size[1], self.total)
-        _, _, scale, shift = prepared.exit_affine.unbind()
         kernels.cpu.bn_relu_avg_pool(storage, scale, shift, height, width, *window, pooled)
         if self.exit != TRANSITION or self.exit_conv is None or prepared.exit_weight is None:
             return pooled

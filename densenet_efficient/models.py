@@ -7,7 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .argument_checks import check_drop_rate, check_level, check_number, check_positive, check_spatial_dims
+from .argument_checks import (
+    check_drop_rate,
+    check_layers,
+    check_level,
+    check_number,
+    check_positive,
+    check_spatial_dims,
+)
 from .dimensions import BATCH_NORMS, CONVOLUTIONS, MAX_POOLS, BatchNorm, Convolution, global_average
 from .modules import DenseBlock, Features, Transition
 from .weights import PretrainedNetwork
@@ -159,12 +166,7 @@ def _add_stem(features: nn.Sequential, in_channels: int, channels: int, small_in
 def _check_config(config: dict[str, Any]) -> None:
     for name in ("growth_rate", "num_init_features", "bn_size", "num_classes", "in_channels"):
         check_positive(name, config[name])
-    if not isinstance(config["block_config"], Sequence) or isinstance(config["block_config"], str):
-        raise TypeError(f"block_config must be a sequence of ints, got {config['block_config']!r}")
-    if not config["block_config"]:
-        raise ValueError("block_config must name the layers of at least one block, got none")
-    for num_layers in config["block_config"]:
-        check_positive("each entry of block_config", num_layers)
+    check_layers(config["block_config"])
     check_drop_rate(config["drop_rate"])
     check_number("compression", config["compression"])
     check_number("norm_eps", config["norm_eps"])

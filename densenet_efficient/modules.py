@@ -8,7 +8,7 @@ parametrization, another module class) runs through its modules instead, with th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import fusion, inference, operators
 from .argument_checks import check_drop_rate, check_kernel_size, check_level, check_positive, check_spatial_dims
-from .dense_block import HEAD, NO_EXIT, TRANSITION
+from .dense_block import HEAD, NO_EXIT, TRANSITION, TRANSITION_DOWN
 from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, BatchNorm, Convolution, dims_of, global_average
 from .fusion import LayerParts
 from .input_checks import (
@@ -117,7 +117,7 @@ class StageBlock(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = "torch.fx traces its modules" if fusion.is_traced(x) else self.read()
+        layers = fusion.tracer(x, self.training) or self.read()
         if not isinstance(layers, str):
             return run_stage(self, layers, None, x)[1]
         _announce(self, layers)
@@ -250,6 +250,38 @@ class Features(nn.Sequential):
         return run_children(list(self.children()), x, with_head)
 
 
+def run_named_children(children: Mapping[str, nn.Module], wanted: Container[str], x: Tensor) -> dict[str, Tensor]:
+    """Runs a sequence, as many children as one operator takes at a time; the outputs of those ``wanted``, by name.
+
+    The stem's inner outputs are computed where one of them is wanted.
+    """
+    outputs: dict[str, Tensor] = {}
+    remaining = list(children.items())
+    while remaining:
+        results = _run_some(remaining, wanted, x)
+        for (name, _), x in zip(remaining, results, strict=False):
+            if name in wanted:
+                outputs[name] = x
+        remaining = remaining[len(results) :]
+    return outputs
+
+
+def _run_some(remaining: list[tuple[str, nn.Module]], wanted: Container[str], x: Tensor) -> list[Tensor]:
+    """The outputs of as many children as one operator takes; what lies inside a stem repeats its input."""
+    names, modules = [name for name, _ in remaining], [module for _, module in remaining]
+    if fusion.tracer(x, modules[0].training):
+        return [modules[0](x)]
+    stage = take_stage(modules, with_head=False)
+    if stage is not None:
+        out, features = run_stage(*stage, x)
+        return [features, out]
+    stem = fusion.take_stem(modules)
+    inside = len(modules) - len(stem[2]) - 1 if stem is not None else 0
+    if stem is None or any(name in wanted for name in names[:inside]):
+        return [modules[0](x)]
+    return [x] * inside + [run_stem(stem[0], stem[1], x, saves_conv(modules))]
+
+
 def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple[Tensor, bool]:
     """Runs a sequence, as many children as one operator takes at a time.
 
@@ -257,7 +289,7 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
     Returns the output, and whether it is [N, C], pooled already.
     """
     while children:
-        traced = fusion.is_traced(x)
+        traced = fusion.tracer(x, children[0].training)
         stem, stage = (None, None) if traced else (fusion.take_stem(children), take_stage(children, with_head))
         if stem is not None:
             conv, norm, rest = stem
@@ -272,6 +304,15 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
     return x, False
 
 
+def run_block(block: StageBlock, consumer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The outputs of ``consumer``, which reads that of ``block``, and of ``block``; by one operator where possible."""
+    stage = None if fusion.tracer(x, block.training) else take_stage([block, consumer], with_head=False)
+    if stage is not None:
+        return run_stage(*stage, x)
+    features = block(x)
+    return consumer(features), features
+
+
 def take_stage(children: list[nn.Module], with_head: bool) -> tuple[StageBlock, list[LayerParts], nn.Module] | None:
     """A dense block that comes first, with its layers and the consumer behind it that may join it as its exit."""
     if len(children) < 2:
@@ -280,10 +321,13 @@ def take_stage(children: list[nn.Module], with_head: bool) -> tuple[StageBlock, 
     if not isinstance(block, StageBlock) or type(block).forward is not StageBlock.forward or fusion.is_observed(block):
         return None
     is_head = with_head and len(children) == 2 and is_last_norm(consumer)
-    if not is_head and fusion.transition_parts(consumer) is None:
+    down = fusion.transition_down_parts(consumer)
+    if not is_head and down is None and fusion.transition_parts(consumer) is None:
         return None
     layers, norm = block.read(), _describe_exit(consumer)[1]
     if isinstance(layers, str) or norm is None or dims_of(norm) != layers[0].spatial_dims:
+        return None
+    if down is not None and down[2] != layers[0].dropout:
         return None
     return block, layers, consumer
 
@@ -314,11 +358,11 @@ def run_stage(
     if exit_conv is not None:
         exit_parameters.append(exit_conv.weight)
     check_input(layers[0].norm1, x)
-    if consumer is not None and stage_exit == TRANSITION:
+    if stage_exit in (TRANSITION, TRANSITION_DOWN):
         check_poolable(exit_norm, x)
     check_count(norms, x)
     x = as_compute_dtype(x, _convolution_weights(layers, exit_parameters))
-    drop_rate, masks = _draw_masks(layers, x)
+    drop_rate, masks = _draw_masks(layers, exit_conv if stage_exit == TRANSITION_DOWN else None, x)
     out, features, statistics, bottleneck_statistics, _ = operators.dense_stage(
         x,
         [parameter for layer in layers for parameter in _parameters(layer)],
@@ -349,7 +393,7 @@ def _make_plan(block: StageBlock, layers: list[LayerParts], consumer: nn.Module 
 
 def _run_plan(plan: inference.Plan, x: Tensor) -> tuple[Tensor, Tensor]:
     check_input(plan.norms[0], x)
-    if plan.exit == TRANSITION:
+    if plan.exit in (TRANSITION, TRANSITION_DOWN):
         check_poolable(plan.exit_norm, x)
     return plan.run(as_compute_dtype(x, [plan.weight]))
 
@@ -390,6 +434,9 @@ def _describe_exit(consumer: nn.Module | None) -> tuple[str, BatchNorm | None, C
         return NO_EXIT, None, None
     if isinstance(consumer, BatchNorm):
         return HEAD, consumer, None
+    down = fusion.transition_down_parts(consumer)
+    if down is not None:
+        return TRANSITION_DOWN, *down[:2]
     parts = fusion.transition_parts(consumer)
     assert parts is not None
     return TRANSITION, *parts
@@ -409,15 +456,20 @@ def _convolution_weights(layers: list[LayerParts], exit_parameters: list[Tensor]
     return [*(conv.weight for layer in layers for conv in layer.convolutions), *exit_parameters[2:]]
 
 
-def _draw_masks(layers: list[LayerParts], x: Tensor) -> tuple[float, list[Tensor]]:
-    """The dropout's masks [M, k], drawn in the order in which F.dropout draws them for contiguous features."""
+def _draw_masks(layers: list[LayerParts], exit_conv: Convolution | None, x: Tensor) -> tuple[float, list[Tensor]]:
+    """The dropout's masks, [M, k] per layer and [M, C'] of a transition down with ``exit_conv``.
+
+    Drawn in the order in which F.dropout draws them for contiguous features.
+    """
     rate, training, drops_channels = layers[0].dropout
     if rate == 0 or not training:
         return 0.0, []
-    shape = (x.shape[0], layers[0].channels[-1], *x.shape[2:])
-    drawn = (*shape[:2], *[1] * (x.dim() - 2)) if drops_channels else shape
-    masks = [x.new_empty(drawn, dtype=torch.bool).bernoulli_(1 - rate).expand(shape) for _ in layers]
-    return rate, [as_rows(mask) for mask in masks]
+    masks = []
+    for channels in [layer.channels[-1] for layer in layers] + ([exit_conv.out_channels] if exit_conv else []):
+        shape = (x.shape[0], channels, *x.shape[2:])
+        drawn = (*shape[:2], *[1] * (x.dim() - 2)) if drops_channels else shape
+        masks.append(as_rows(x.new_empty(drawn, dtype=torch.bool).bernoulli_(1 - rate).expand(shape)))
+    return rate, masks
 
 
 def _update_stage_statistics(

@@ -78,7 +78,8 @@ def _unflatten(
         layers.append(DenseLayer(norm1, conv1, norm2, conv2, dilations[index], mask))
     exit_norm = _norm(exit_parameters[0], exit_parameters[1], *lists) if exit_parameters else None
     exit_conv = exit_parameters[2] if len(exit_parameters) > 2 else None
-    return Stage(layers, stage_exit, exit_norm, exit_conv, drop_rate)
+    exit_dropout = masks[len(layers)] if len(masks) > len(layers) else None
+    return Stage(layers, stage_exit, exit_norm, exit_conv, exit_dropout, drop_rate)
 
 
 def _of_plane(weight: Tensor) -> Tensor:
@@ -120,10 +121,10 @@ def dense_stage(
         parameters: per layer norm1.weight, norm1.bias, conv1.weight; with a bottleneck the same of norm2 and conv2.
         exit_parameters: norm.weight, norm.bias of the exit, and the convolution's weight in a transition; or nothing.
         running: mean and variance of each norm that uses its running statistics, in the order of the norms.
-        masks: per layer [N*H*W, k], bool, what the dropout keeps; or nothing.
+        masks: per layer [N*H*W, k], bool, what the dropout keeps, then [N*H*W, C'] of a transition down; or nothing.
         epsilons, uses_running: one per norm: the layers' in order, then the exit's.
         dilations: one per layer, of its last convolution.
-        stage_exit: "transition", "head" or "none".
+        stage_exit: "transition", "transition down", "head" or "none".
         save_bottlenecks: whether the backward finds the bottleneck outputs saved, or recomputes them.
     """
     stage = _unflatten(

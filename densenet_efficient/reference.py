@@ -161,3 +161,82 @@ class NaiveDenseNet(nn.Module):
         features = F.relu(self.features(images), inplace=True)
         pooled = _kind("adaptive_avg_pool", images.dim() - 2)(features, 1).flatten(1)
         return self.classifier(pooled)
+
+
+class NaiveTransitionDown(nn.Sequential):
+    """BN-ReLU-conv1x1-dropout-maximum pooling: `[N, channels, H, W]` to `[N, channels, H // 2, W // 2]`."""
+
+    def __init__(self, channels: int, drop_rate: float) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(channels, channels, kernel_size=1, bias=False)
+        self.drop = nn.Dropout(drop_rate)
+        self.pool = nn.MaxPool2d(kernel_size=2)
+
+
+class NaiveTransitionUp(nn.Module):
+    """A transposed convolution that doubles the size, cropped to the skip connection and concatenated with it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(channels, channels, kernel_size=3, stride=2, bias=False)
+
+    def forward(self, new_features: Tensor, skip: Tensor) -> Tensor:
+        up = self.conv(new_features)[:, :, : skip.shape[2], : skip.shape[3]]
+        return torch.cat((up, skip), dim=1)
+
+
+class NaiveFCDenseNet(nn.Module):
+    """FC-DenseNet (Jégou et al., https://arxiv.org/abs/1611.09326) as anyone would write it.
+
+    The arguments, the names in the state_dict and the random stream of the initialisation are those of
+    `segmentation.FCDenseNet`. Maps images `[N, in_channels, H, W]` to logits `[N, num_classes, H, W]`.
+    """
+
+    def __init__(
+        self,
+        growth_rate: int = 16,
+        block_config: Sequence[int] = (4, 5, 7, 10, 12, 15),
+        num_init_features: int = 48,
+        drop_rate: float = 0.2,
+        num_classes: int = 11,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        added = [num_layers * growth_rate for num_layers in block_config]
+        totals = [num_init_features + sum(added[: i + 1]) for i in range(len(added))]
+
+        def block(num_layers: int, channels: int) -> NaiveDenseBlock:
+            return NaiveDenseBlock(num_layers, channels, growth_rate, 1, drop_rate, bottleneck=False)
+
+        self.conv0 = nn.Conv2d(in_channels, num_init_features, kernel_size=3, padding=1, bias=False)
+        self.down_blocks, self.transitions_down = nn.ModuleList(), nn.ModuleList()
+        for i, num_layers in enumerate(block_config[:-1]):
+            self.down_blocks.append(block(num_layers, totals[i] - added[i]))
+            self.transitions_down.append(NaiveTransitionDown(totals[i], drop_rate))
+        self.coarsest_block = block(block_config[-1], totals[-1] - added[-1])
+        self.transitions_up, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        for i in reversed(range(len(block_config) - 1)):
+            self.transitions_up.append(NaiveTransitionUp(added[i + 1]))
+            self.up_blocks.append(block(block_config[i], added[i + 1] + totals[i]))
+        last = totals[0] + sum(added[:2])
+        self.classifier = nn.Conv2d(last, num_classes, kernel_size=1)
+
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.conv0(images)
+        skips = []
+        for block, transition in zip(self.down_blocks, self.transitions_down, strict=True):
+            skips.append(block(features))
+            features = transition(skips[-1])
+        channels = features.shape[1]
+        features = self.coarsest_block(features)
+        for transition, block in zip(self.transitions_up, self.up_blocks, strict=True):
+            features = transition(features[:, channels:], skips.pop())
+            channels = features.shape[1]
+            features = block(features)
+        return self.classifier(features)

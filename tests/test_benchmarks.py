@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -14,11 +15,12 @@ import pytest
 import torch
 from torch._functorch import config as functorch_config
 
-from benchmarks import cells, implementations, report, run
+from benchmarks import cells, implementations, report, run, segmentation
 from benchmarks import results as results_file
 from benchmarks.cells import COMPILED, INFERENCE_ONLY, Cell, Variant, measure_memory, measure_times, variants_of
 from benchmarks.implementations import IMPLEMENTATIONS, build
 from benchmarks.runtimes import ExportedNetwork
+from densenet_efficient.measure import make_step
 
 EAGER = [name for name in IMPLEMENTATIONS if name not in (*COMPILED, *INFERENCE_ONLY)]
 KEY = {
@@ -279,6 +281,8 @@ def published(tmp_path: Path) -> tuple[Path, list[str]]:
     rates = {"step_flops": 7.5e9, "product_rate": 2e11, "copy_rate": 2e10}
     roofline = {"header": HEADER, "rows": [step | rates | {"lines": lines}]}
     results_file.save(folder / "machine-roofline.json", roofline)
+    row = {"model": "fc-tiny", "size": [18, 24], "dtype": "float32", "batches": [1, 2], "naive": 80.0, "ours": 20.0}
+    results_file.save(folder / "machine-segmentation.json", {"header": HEADER, "rows": [row]})
     readme = tmp_path / "README.md"
     sections = [f"<!-- benchmarks:begin {name} -->\nold\n<!-- benchmarks:end -->\n" for name in report.SECTIONS]
     readme.write_text("before\n" + "between\n".join(sections) + "after\n")
@@ -299,6 +303,28 @@ def test_the_report_fills_the_sections_and_then_checks(published: tuple[Path, li
     readme.write_text(text.replace("62 ms", "61 ms"))
     with pytest.raises(SystemExit, match="does not match the results files"):
         report.main(["--check", *arguments])
+
+
+def test_the_memory_of_segmentation(published: tuple[Path, list[str]]) -> None:
+    readme, arguments = published
+    report.main(arguments)
+    assert "| fc-tiny | 18x24 | float32 | 80 | 20 | 4.0x |" in readme.read_text().splitlines()
+
+
+def test_segmentation_measures_both_implementations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory, here by a stand-in, per image of the size asked for; both take a step."""
+
+    def memory(factory: str, arguments: Any, input_shape: tuple[int, int, int], *_: Any, **__: Any) -> float:
+        module, name = factory.split(":")
+        model = getattr(importlib.import_module(module), name)(**arguments)
+        assert make_step(model, input_shape, 1)().isfinite()
+        return {"NaiveFCDenseNet": 80.04, "FCDenseNet": 20.0}[name]
+
+    monkeypatch.setattr(segmentation, "peak_memory_per_image", memory)
+    path = tmp_path / "machine-segmentation.json"
+    segmentation.main(["--models", "fc-densenet56", "--size", "32", "64", "--output", str(path)])
+    [row] = json.loads(path.read_text())["rows"]
+    assert (row["model"], row["size"], row["naive"], row["ours"]) == ("fc-densenet56", [32, 64], 80.0, 20.0)
 
 
 def test_the_tables_compare_with_the_best_of_torchvision(published: tuple[Path, list[str]]) -> None:

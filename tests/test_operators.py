@@ -9,7 +9,6 @@ import pytest
 import torch
 from cases import LEVELS, MODES, VARIANTS, assert_close, loss_of, make_images, make_pair, needs_native, state_of, step
 from kernel_cases import Factory, cast
-from torch.autograd import forward_ad
 
 from densenet_efficient.kernels import CONTRACT
 from densenet_efficient.operators import dense_stage, dense_stage_backward, stem, stem_backward
@@ -17,7 +16,7 @@ from densenet_efficient.operators import dense_stage, dense_stage_backward, stem
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 IMAGES, CHANNELS, GROWTH_RATE, WIDTH, LAYERS = 2, 3, 2, 4, 2
-EXITS = ["transition", "head", "none"]
+EXITS = ["transition", "transition down", "head", "none"]
 
 
 class StageArguments:
@@ -52,10 +51,12 @@ class StageArguments:
         self.exit_parameters = []
         if stage_exit != "none":
             self.add_norm(self.exit_parameters, total, evaluation or frozen)
-        if stage_exit == "transition":
+        if stage_exit.startswith("transition"):
             self.exit_parameters.append(self.normal(4, total, *one))
         rows = IMAGES * math.prod(size)
         kept = [torch.rand(rows, GROWTH_RATE, generator=self.generator) > 0.3 for _ in range(LAYERS)]
+        if stage_exit == "transition down":
+            kept.append(torch.rand(rows, 4, generator=self.generator) > 0.3)
         self.masks, self.drop_rate = (kept, 0.3) if dropout else ([], 0.0)
 
     def normal(self, *shape):
@@ -98,6 +99,7 @@ STAGES = {
     "frozen-head": StageArguments(stage_exit="head", frozen=True, save=True),
     "evaluation": StageArguments(evaluation=True),
     "dropout": StageArguments(dropout=True),
+    "dropout-down": StageArguments(bottleneck=False, stage_exit="transition down", dropout=True),
     "plain-dropout": StageArguments(bottleneck=False, dropout=True, save=True),
     "1D": StageArguments(size=(6,), save=True),
     "3D": StageArguments(size=(3, 2, 3)),
@@ -345,15 +347,3 @@ def test_a_second_derivative_of_the_parameters_is_refused(backend):
     gradients = torch.autograd.grad(loss_of(model(make_images(2, 3, 33, 47))), parameters, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         sum(gradient.square().sum() for gradient in gradients).backward()
-
-
-def test_transforms_that_the_operators_lack_are_refused(backend):
-    """Forward-mode derivatives, torch.func.grad and vmap raise; none gives a wrong result."""
-    _, model = make_pair(mode="eval")
-    images = make_images(2, 3, 33, 47)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        model(forward_ad.make_dual(images, torch.ones_like(images)))
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda images: model(images).sum())(images)
-    with pytest.raises(RuntimeError, match="Batching rule"):
-        torch.func.vmap(model)(images.unsqueeze(0))

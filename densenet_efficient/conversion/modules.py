@@ -6,14 +6,13 @@ Its children, parameters, buffers and hooks stay the very objects they were, and
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Iterator
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from .. import fusion
 from ..fusion import LayerParts
-from ..modules import StageBlock, is_last_norm, run_children, run_stage, run_stem, saves_conv, take_stage
+from ..modules import StageBlock, is_last_norm, run_children, run_named_children, take_stage
 from .clones import read_clone
 from .libraries import library_of_block
 
@@ -80,7 +79,12 @@ class ConvertedSequential(Converted):
     def pooled(self, x: Tensor) -> Tensor | None:
         """relu(forward(x)) averaged over each image, [N, C]; None, with nothing run, where no operator gives that."""
         children = list(cast(nn.Sequential, self))
-        if len(children) < 2 or fusion.is_traced(x) or fusion.is_observed(self) or not is_last_norm(children[-1]):
+        if (
+            len(children) < 2
+            or fusion.tracer(x, self.training)
+            or fusion.is_observed(self)
+            or not is_last_norm(children[-1])
+        ):
             return None
         if take_stage(children[-2:], with_head=True) is None:
             return None
@@ -148,11 +152,10 @@ class ConvertedTimm(Converted):
         take, last = feature_take_indices(len(ends), indices)
         modules = list(self.features.named_children())[: ends[last] + 1 if stop_early else None]
         wanted = {modules[ends[index]][0] for index in take if ends[index] < len(modules)}
-        intermediates, last_output = [], x
-        for name, last_output in outputs_of(modules, wanted, x):
-            if name in wanted:
-                intermediates.append(last_output)
-        return intermediates if intermediates_only else (last_output, intermediates)
+        end = modules[-1][0]
+        outputs = run_named_children(dict(modules), wanted | {end}, x)
+        intermediates = [output for name, output in outputs.items() if name in wanted]
+        return intermediates if intermediates_only else (outputs[end], intermediates)
 
 
 class ConvertedMonai(Converted):
@@ -198,42 +201,14 @@ def switch_level(model: nn.Module, enable: bool) -> None:
             module.checkpointing = "bottleneck" if enable else "none"
 
 
-def outputs_of(modules: list[tuple[str, nn.Module]], wanted: Container[str], x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(name, output) of each of these modules, which run in order, as many at a time as one operator takes.
-
-    The output of an inner module of the stem is not computed unless it is wanted.
-    """
-    while modules:
-        outputs = _run_some(modules, wanted, x)
-        for (name, _), x in zip(modules, outputs, strict=False):
-            yield name, x
-        modules = modules[len(outputs) :]
-
-
-def _run_some(named: list[tuple[str, nn.Module]], wanted: Container[str], x: Tensor) -> list[Tensor]:
-    modules = [module for _, module in named]
-    if fusion.is_traced(x):
-        return [modules[0](x)]
-    stage = take_stage(modules, with_head=False)
-    if stage is not None:
-        out, features = run_stage(*stage, x)
-        return [features, out]
-    stem = fusion.take_stem(modules)
-    inside = len(modules) - len(stem[2]) - 1 if stem is not None else 0
-    if stem is None or any(name in wanted for name, _ in named[:inside]):
-        return [modules[0](x)]
-    return [x] * inside + [run_stem(stem[0], stem[1], x, saves_conv(modules))]
-
-
 class ConvertedCollector(Converted):
     """A dictionary of modules that run in order, of which some outputs are returned: torchvision's and timm's."""
 
     return_layers: dict[str, Any]  # what each wanted output is called, by the name of its module
 
     def _features(self, x: Tensor) -> OrderedDict[Any, Tensor]:
-        wanted = self.return_layers
-        outputs = outputs_of(list(cast(nn.ModuleDict, self).items()), wanted, x)
-        return OrderedDict((wanted[name], output) for name, output in outputs if name in wanted)
+        outputs = run_named_children(dict(self.named_children()), self.return_layers, x)
+        return OrderedDict((self.return_layers[name], output) for name, output in outputs.items())
 
 
 class ConvertedLayerGetter(ConvertedCollector):
