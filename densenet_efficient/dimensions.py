@@ -16,7 +16,6 @@ BATCH_NORMS: dict[int, type[BatchNorm]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d,
 CONVOLUTIONS: dict[int, type[Convolution]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 MAX_POOLS: dict[int, type[MaxPool]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 AVG_POOLS: dict[int, type[AvgPool]] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
-GLOBAL_AVERAGES = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 AXES = {1: "L", 2: "H, W", 3: "D, H, W"}  # as error messages name them
 
 
@@ -33,6 +32,4 @@ def dims_of(module: BatchNorm | Convolution | MaxPool | AvgPool) -> int:
 
 def global_average(features: Tensor) -> Tensor:
     """relu(features) averaged over each image: [N, C, ...] to [N, C]."""
-    average = GLOBAL_AVERAGES[features.dim() - 2]
-    pooled: Tensor = average(F.relu(features), 1)
-    return pooled.flatten(1)
+    return F.relu(features).flatten(2).mean(2)

@@ -121,12 +121,13 @@ def test_forward_intermediates(level, arguments):
 def test_forward_intermediates_runs_blocks_and_transitions_as_one(monkeypatch):
     _, ours = make_pair()
     runs = []
-    run_stage = densenet_efficient.conversion.modules.run_stage
-    monkeypatch.setattr(
-        densenet_efficient.conversion.modules, "run_stage", lambda *stage: runs.append(stage) or run_stage(*stage)
-    )
+    run_stage = densenet_efficient.modules.run_stage
+    monkeypatch.setattr(densenet_efficient.modules, "run_stage", lambda *stage: runs.append(stage) or run_stage(*stage))
     ours.forward_intermediates(make_images(2, 3, 33, 47), indices=[1, 2])
-    assert [type(consumer).__name__ for _, _, consumer, _ in runs] == ["DenseTransition"]
+    assert [type(consumer).__name__ for _, _, consumer, _ in runs] == [
+        "DenseTransition",
+        "NoneType",
+    ]  # the last block alone
     with pytest.raises(ValueError, match="output_fmt must be NCHW, got 'NLC'"):
         ours.forward_intermediates(make_images(1, 3, 33, 47), output_fmt="NLC")
 
