@@ -43,6 +43,18 @@ def draw_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     _save(figure, path)
 
 
+def draw_learning_rates(rates: Sequence[float], losses: Sequence[float], suggestion: float, path: Path) -> None:
+    """The loss against a growing learning rate, with the one to take."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(rates, losses, color=BLUE)
+    axes.axvline(suggestion, color=ORANGE, linestyle="--", label=f"suggestion {suggestion:.2g}")
+    axes.set_xscale("log")
+    _finish(axes, "Loss (smoothed)", "learning rate")
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
 def draw_confusion(evaluation: Evaluation, path: Path) -> None:
     """The confusion matrix of single labels: counts, coloured by their share of the row."""
     counts, names = confusion(evaluation), evaluation.class_names

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 from densenet_efficient.training.samples import Samples, Splits, require_every_class
 
@@ -76,7 +78,7 @@ class DataReport:
 
 
 def examine(splits: Splits, read: Read) -> DataReport:
-    """Count the images, read every file, and look for the same file in several places."""
+    """Count the images, and of files read each one and look for the same file in several places."""
     parts = splits.parts()
     counts = {
         part: dict(
@@ -84,7 +86,7 @@ def examine(splits: Splits, read: Read) -> DataReport:
         )
         for part, samples in parts.items()
     }
-    split_of = {path: part for part, samples in parts.items() for path in samples.sources}
+    split_of = {path: part for part, samples in parts.items() for path in samples.sources if isinstance(path, str)}
     unreadable = find_unreadable(list(split_of), read)
     leaks, repeated = [], []
     for paths in _same_content(path for path in split_of if path not in unreadable):
@@ -103,3 +105,27 @@ def _same_content(paths: Iterable[str]) -> list[list[str]]:
             for path in group:
                 by_content[hashlib.sha256(Path(path).read_bytes()).digest()].append(path)
     return [group for group in by_content.values() if len(group) > 1]
+
+
+def print_data_report(report: DataReport, in_memory: bool) -> int:
+    """Print it as tables and lines; 1 if there is anything that spoils a training, else 0."""
+    console = Console()
+    table = Table(title="Images by class and split")
+    table.add_column("class")
+    for part in report.counts:
+        table.add_column(part, justify="right")
+    for name in next(iter(report.counts.values())):
+        table.add_row(name, *(str(counts[name]) for counts in report.counts.values()))
+    console.print(table)
+    if in_memory:
+        return 0
+    for title, groups in (("In more than one split", report.leaks), ("Repeated", report.repeated)):
+        for paths in groups:
+            print(f"{title}: {' = '.join(paths)}")
+    for problem in report.unreadable.values():
+        print(f"Unreadable: {problem}")
+    print(
+        f"{len(report.unreadable)} files cannot be read, {len(report.leaks)} are in more than one split, "
+        f"{len(report.repeated)} are repeated"
+    )
+    return 1 if report.unreadable or report.leaks else 0

@@ -113,7 +113,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             kept = "the earlier one is kept" if path.exists() else "there is no earlier one"
             cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
             raise OSError(
-                f"{path}: cannot write this checkpoint ({cause}), {kept}; make room, then continue with --ckpt_path last"
+                f"{path}: cannot write this checkpoint ({cause}), {kept}; make room, "
+                "then continue with --ckpt_path last"
             ) from error
 
     def load_checkpoint(

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.tuner import Tuner
 
 from densenet_efficient.training import datasets  # noqa: F401, so that --data knows them
 from densenet_efficient.training.averaging import AveragedWeights
+from densenet_efficient.training.batch_size import available_memory, largest_batch, measure_training
+from densenet_efficient.training.check import examine, print_data_report
 from densenet_efficient.training.checkpoint import AtomicCheckpointIO, check_class_names, load_classifier
 from densenet_efficient.training.classifier import Classifier
 from densenet_efficient.training.data import ImageData
 from densenet_efficient.training.files import prepare_directory
 from densenet_efficient.training.finish import report_run
 from densenet_efficient.training.history import History
-from densenet_efficient.training.interruption import SaveLast
+from densenet_efficient.training.interruption import Interrupted, SaveLast
 from densenet_efficient.training.progress import Progress
-from densenet_efficient.training.recipes import describe_recipes, with_recipe_paths
+from densenet_efficient.training.recipes import describe_recipes
 from densenet_efficient.training.report import write_text
 from densenet_efficient.training.samples import Splits
+from densenet_efficient.training.shorthands import expand_shorthands
+from densenet_efficient.visualize import draw_learning_rates
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 # Of Lightning, about what is as it should be here.
@@ -36,19 +43,40 @@ EXPECTED_WARNINGS = (
     "is smaller than the logging interval",
     "LeafSpec",
 )
+COPIES = {"adamw": 2, "adam": 2, "sgd": 1}  # of the parameters, that the optimizers keep
+DTYPES = {"32": "float32", "bf16": "bfloat16", "16": "float16"}  # of --trainer.precision
 DESCRIPTIONS = {
     "fit": "Train a classifier of images, then report on it.",
     "validate": "Evaluate a checkpoint on the validation images.",
     "test": "Evaluate a checkpoint on the test images, or the validation images where there are none, and report.",
+    "find-learning-rate": "Train for a short while with growing learning rates, and suggest one.",
+    "find-batch-size": "Measure the memory that training takes, and find the largest batch that fits.",
+    "check-data": "Read every image once; count the classes; find damaged and repeated files.",
 }
 
 
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Run fit, validate or test with the arguments that follow it on the command line."""
+def run(command: str, arguments: Sequence[str]) -> int:
+    """Run a training command with the arguments that follow it on the command line, and return its exit status."""
     for logger in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(logger).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=f".*({'|'.join(EXPECTED_WARNINGS)})")
-    TrainingCLI(command, with_recipe_paths(arguments))
+    given = expand_shorthands(arguments)
+    try:
+        if command == "check-data":
+            return check_data(given)
+        TrainingCLI(command, given)
+    except Interrupted as interrupt:
+        print(interrupt, file=sys.stderr)
+        return int(interrupt.code or 0)
+    return 0
+
+
+def check_data(arguments: list[str]) -> int:
+    """Examine data, print what was found, and return 1 if files cannot be read or are in two splits."""
+    parser = ArgumentParser(prog="densenet-efficient check-data", description=DESCRIPTIONS["check-data"])
+    parser.add_subclass_arguments(ImageData, "data", required=True)
+    data: ImageData = parser.instantiate_classes(parser.parse_args(arguments)).data
+    return print_data_report(examine(data.splits, data.read_source), in_memory=data.in_memory)
 
 
 class TrainingCLI(LightningCLI):
@@ -79,7 +107,7 @@ class TrainingCLI(LightningCLI):
                 "enable_model_summary": False,
             },
         )
-        getattr(self, f"run_{command}")()
+        getattr(self, f"run_{command.replace('-', '_')}")()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
@@ -91,9 +119,14 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("data.task", "model.task", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
-        parser.add_argument("--output", type=Path, required=True, help="the directory of the run")
-        add("ckpt_path", str | None, None, "a checkpoint, or last or best of --output; of fit, to continue from")
         add("threads", int | None, None, "CPU threads; torch decides if not given")
+        if self.command == "find-batch-size":
+            add("memory", float | None, None, "GiB to stay within; all that are free if not given")
+            return
+        parser.add_argument("--output", type=Path, required=True, help="the directory of the run")
+        if self.command == "find-learning-rate":
+            return
+        add("ckpt_path", str | None, None, "a checkpoint, or last or best of --output; of fit, to continue from")
         add("report", bool, True, "write report.html, its pictures and metrics.json into --output")
         if self.command != "fit":
             return
@@ -110,19 +143,24 @@ class TrainingCLI(LightningCLI):
         """Nothing is written before everything else is known to be in order."""
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
+        if self.command != "fit" or self.config.ckpt_path is not None or self.config.overwrite:
+            return
         output = Path(self.config.output)
-        earlier = [name for name in (LAST, BEST) if (output / name).exists()]
-        if self.command == "fit" and earlier and self.config.ckpt_path is None and not self.config.overwrite:
+        if any((output / name).exists() for name in (LAST, BEST)):
             raise FileExistsError(
                 f"{output} holds an earlier run; continue it with --ckpt_path last, replace it with --overwrite true, "
                 "or choose another --output"
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
+        if self.command == "find-batch-size":
+            return super().instantiate_trainer(**kwargs, logger=False)
         output = Path(self.config.output)
         prepare_directory(output)
         self.trainer_defaults["callbacks"] = self._fit_callbacks() if self.command == "fit" else [Progress()]
-        if self.config.trainer.logger is None and self.command == "fit":
+        if self.command != "fit":
+            kwargs["logger"] = False
+        elif self.config.trainer.logger is None:
             board = TensorBoardLogger(output, "logs")
             kwargs["logger"] = [board, CSVLogger(output, "logs", board.version)]
         return super().instantiate_trainer(
@@ -180,6 +218,29 @@ class TrainingCLI(LightningCLI):
     def run_test(self) -> None:
         self._load_weights(self._required_checkpoint())
         self._report([], comparison=False)
+
+    def run_find_learning_rate(self) -> None:
+        finder = Tuner(self.trainer).lr_find(self.model, datamodule=self.datamodule)
+        suggestion = finder and finder.suggestion()
+        if not finder or suggestion is None:
+            raise RuntimeError("no learning rate stands out; train for longer, or with larger batches")
+        picture = Path(self.config.output) / "learning-rate.png"
+        draw_learning_rates(finder.results["lr"], finder.results["loss"], suggestion, picture)
+        print(f"--model.learning_rate {suggestion:.2g}; the losses are drawn in {picture}")
+
+    def run_find_batch_size(self) -> None:
+        device = str(self.trainer.strategy.root_device)
+        budget = int(self.config.memory * 2**30) if self.config.memory else available_memory(device)
+        precision = str(self.trainer.precision).partition("-")[0]
+        measure = measure_training(
+            self.model.model,
+            self.datamodule.preprocessing.input_shape,
+            device,
+            DTYPES[precision],
+            COPIES[self.model.optimizer],
+        )
+        batch, peak = largest_batch(measure, budget)
+        print(f"--data.batch_size {batch}: a step takes {peak / 2**30:.2f} of {budget / 2**30:.2f} GiB on {device}")
 
     def _report(self, history: list[dict[str, float]], comparison: bool) -> None:
         text = self.parser.dump(self.config, skip_none=False)

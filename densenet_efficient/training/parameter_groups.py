@@ -13,7 +13,9 @@ from densenet_efficient.modules import DenseBlock
 def parameter_groups(
     model: EfficientDenseNet, learning_rate: float, layer_decay: float, decay_norms: bool
 ) -> list[dict[str, Any]]:
-    """Groups whose names begin with "head" or "stage N". A stage's rate is `layer_decay` times that of the stage after it.
+    """Groups whose names begin with "head" or "stage N".
+
+    The learning rate of a stage is `layer_decay` times that of the next one.
 
     Gammas, betas and biases have groups of their own, without weight decay unless `decay_norms`.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
@@ -18,21 +17,8 @@ def describe_recipes() -> str:
     return "\n".join(f"  {name:<20} {text}" for name, text in lines)
 
 
-def with_recipe_paths(arguments: Sequence[str]) -> list[str]:
-    """The arguments with each `--config NAME` of a recipe as the path of its file, unless a file has this name."""
-    result = list(arguments)
-    for index, argument in enumerate(result):
-        flag, equals, value = argument.partition("=")
-        if flag not in ("--config", "-c"):
-            continue
-        if equals:
-            result[index] = f"{flag}={_recipe_path(value)}"
-        elif index + 1 < len(result):
-            result[index + 1] = _recipe_path(result[index + 1])
-    return result
-
-
-def _recipe_path(name: str) -> str:
+def recipe_path(name: str) -> str:
+    """The path of a config file: this one, if there is such a file, else that of the recipe of this name."""
     if Path(name).exists():
         return name
     if name in recipe_names():

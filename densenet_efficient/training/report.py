@@ -39,7 +39,7 @@ PACKAGES = ("densenet-efficient", "torch", "torchvision", "pytorch-lightning")
 def write_report(
     output: Path, evaluation: Evaluation, metrics: Mapping[str, Any], mistakes: Sequence[Mistake], config: str
 ) -> list[str]:
-    """Write the pictures, then metrics.json and report.html, and return the names of all. `config` is the run's YAML."""
+    """Write the pictures, then metrics.json and report.html; return all names. `config` is the run's YAML."""
     summary, history = metrics["evaluation"], metrics.get("history", [])
     areas = {name: entry["auroc"]["value"] for name, entry in summary["classes"].items()}
     pictures = {"curves.png": lambda path: draw_curves(history, path)} if history else {}
@@ -107,8 +107,8 @@ def _page(
 ) -> str:
     template = files("densenet_efficient.training").joinpath("report.html.j2").read_text()
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["percent"] = lambda value: "–" if value is None else f"{100 * value:.1f}"
-    environment.filters["area"] = lambda value: "–" if value is None else f"{value:.3f}"
+    environment.filters["percent"] = lambda value: "n/a" if value is None else f"{100 * value:.1f}"
+    environment.filters["area"] = lambda value: "n/a" if value is None else f"{value:.3f}"
     images = {name: base64.b64encode((output / name).read_bytes()).decode() for name in pictures}
     return environment.from_string(template).render(
         metrics=metrics, evaluation=metrics["evaluation"], images=images, mistakes=mistakes, config=config
