@@ -59,7 +59,7 @@ def draw_confusion(evaluation: Evaluation, path: Path) -> None:
     """The confusion matrix of single labels: counts, coloured by their share of the row."""
     counts, names = confusion(evaluation), evaluation.class_names
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = min(2.2 + 0.55 * len(names), 14)
+    side = min(2 + 0.42 * len(names), 14)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)

@@ -88,7 +88,8 @@ def examine(splits: Splits, read: Read) -> DataReport:
     }
     split_of = {path: part for part, samples in parts.items() for path in samples.sources if isinstance(path, str)}
     unreadable = find_unreadable(list(split_of), read)
-    leaks, repeated = [], []
+    leaks: list[list[str]] = []
+    repeated: list[list[str]] = []
     for paths in _same_content(path for path in split_of if path not in unreadable):
         (leaks if len({split_of[path] for path in paths}) > 1 else repeated).append(paths)
     return DataReport(counts, unreadable, leaks, repeated)

@@ -90,6 +90,7 @@ class Classifier(LightningModule):
         self.head_epochs, self.head_learning_rate = head_epochs, head_learning_rate
         self.frozen_batch_norm, self.label_smoothing = frozen_batch_norm, label_smoothing
         self.mix = _mixing(mixup, cutmix, len(task.class_names))
+        self.class_weights: Tensor | None
         self.register_buffer("class_weights", task.class_weights, persistent=False)
         torch.manual_seed(seed)
         self.model = create_model(

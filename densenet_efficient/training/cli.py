@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from pytorch_lightning.tuner import Tuner
+from pytorch_lightning.tuner.tuning import Tuner
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from densenet_efficient.training import datasets  # noqa: F401, so that --data knows them
 from densenet_efficient.training.averaging import AveragedWeights
@@ -48,7 +49,7 @@ DTYPES = {"32": "float32", "bf16": "bfloat16", "16": "float16"}  # of --trainer.
 DESCRIPTIONS = {
     "fit": "Train a classifier of images, then report on it.",
     "validate": "Evaluate a checkpoint on the validation images.",
-    "test": "Evaluate a checkpoint on the test images, or the validation images where there are none, and report.",
+    "test": "Evaluate a checkpoint on the test images, or the validation images where there are none, into test/.",
     "find-learning-rate": "Train for a short while with growing learning rates, and suggest one.",
     "find-batch-size": "Measure the memory that training takes, and find the largest batch that fits.",
     "check-data": "Read every image once; count the classes; find damaged and repeated files.",
@@ -65,6 +66,14 @@ def run(command: str, arguments: Sequence[str]) -> int:
         if command == "check-data":
             return check_data(given)
         TrainingCLI(command, given)
+    except ArgumentError as error:
+        reason = " ".join(str(error).split())
+        configs = [value for flag, value in zip(given, given[1:], strict=False) if flag == "--config"]
+        where = f" (in {', '.join(configs)}, or on the command line)" if configs else ""
+        print(f"error: {reason}{where}; densenet-efficient {command} --help lists the options", file=sys.stderr)
+        return 2
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
     except Interrupted as interrupt:
         print(interrupt, file=sys.stderr)
         return int(interrupt.code or 0)
@@ -73,9 +82,11 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 def check_data(arguments: list[str]) -> int:
     """Examine data, print what was found, and return 1 if files cannot be read or are in two splits."""
-    parser = ArgumentParser(prog="densenet-efficient check-data", description=DESCRIPTIONS["check-data"])
+    parser = ArgumentParser(
+        "densenet-efficient check-data", description=DESCRIPTIONS["check-data"], exit_on_error=False
+    )
     parser.add_subclass_arguments(ImageData, "data", required=True)
-    data: ImageData = parser.instantiate_classes(parser.parse_args(arguments)).data
+    data: ImageData = parser.instantiate(parser.parse_args(arguments)).data
     return print_data_report(examine(data.splits, data.read_source), in_memory=data.in_memory)
 
 
@@ -94,6 +105,8 @@ class TrainingCLI(LightningCLI):
             parser_kwargs={
                 "prog": f"densenet-efficient {command}",
                 "description": DESCRIPTIONS[command],
+                "usage": f"densenet-efficient {command} [--config FILE_OR_RECIPE] [options]",
+                "exit_on_error": False,
                 "epilog": f"recipes, for --config:\n{describe_recipes()}",
             },
             args=arguments,
@@ -122,20 +135,16 @@ class TrainingCLI(LightningCLI):
         add("threads", int | None, None, "CPU threads; torch decides if not given")
         if self.command == "find-batch-size":
             add("memory", float | None, None, "GiB to stay within; all that are free if not given")
-            return
         parser.add_argument("--output", type=Path, required=True, help="the directory of the run")
-        if self.command == "find-learning-rate":
-            return
         add("ckpt_path", str | None, None, "a checkpoint, or last or best of --output; of fit, to continue from")
         add("report", bool, True, "write report.html, its pictures and metrics.json into --output")
-        if self.command != "fit":
-            return
-        add("overwrite", bool, False, "replace the run that --output holds")
-        add("monitor", str, "val_loss", "what the best checkpoint is best in: val_loss, val_accuracy, val_auroc, ...")
-        add("patience", int | None, None, "stop after so many epochs without a better --monitor")
-        add("ema_decay", float | None, None, "validate and save an exponential moving average of the weights")
-        add("save_every_n_steps", int | None, None, "write the last checkpoint within an epoch too")
-        add("compare", bool, False, "finally measure the naive implementation beside the efficient one")
+        add("overwrite", bool, False, "of fit: replace the run that --output holds")
+        best = "of fit: what the best checkpoint is best in: val_loss, val_accuracy, val_auroc, ..."
+        add("monitor", str, "val_loss", best)
+        add("patience", int | None, None, "of fit: stop after so many epochs without a better --monitor")
+        add("ema_decay", float | None, None, "of fit: validate and save an exponential moving average of the weights")
+        add("save_every_n_steps", int | None, None, "of fit: write the last checkpoint within an epoch too")
+        add("compare", bool, False, "of fit: finally measure the naive implementation beside the efficient one")
 
     # ---- what is built ----
 
@@ -157,7 +166,7 @@ class TrainingCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs, logger=False)
         output = Path(self.config.output)
         prepare_directory(output)
-        self.trainer_defaults["callbacks"] = self._fit_callbacks() if self.command == "fit" else [Progress()]
+        self.trainer_defaults["callbacks"] = self._fit_callbacks() if self.command == "fit" else self._progress()
         if self.command != "fit":
             kwargs["logger"] = False
         elif self.config.trainer.logger is None:
@@ -167,12 +176,15 @@ class TrainingCLI(LightningCLI):
             **kwargs, default_root_dir=output, plugins=[AtomicCheckpointIO()], use_distributed_sampler=False
         )
 
+    def _progress(self) -> list[Callback]:
+        return [] if self.config.trainer.enable_progress_bar is False else [Progress()]
+
     def _fit_callbacks(self) -> list[Callback]:
         """In the order in which they act: a checkpoint comes after what it is to hold."""
         config, output = self.config, Path(self.config.output)
         self.history = History()
         mode = "min" if config.monitor.endswith("loss") else "max"
-        callbacks: list[Callback] = [Progress(), LearningRateMonitor("step"), self.history]
+        callbacks = [*self._progress(), LearningRateMonitor("step"), self.history]
         if config.ema_decay is not None:
             callbacks.append(AveragedWeights(decay=config.ema_decay))
         if config.patience is not None:
@@ -202,7 +214,7 @@ class TrainingCLI(LightningCLI):
         if config.report and not config.trainer.fast_dev_run:
             if (output / BEST).exists():
                 self._load_weights(output / BEST)
-            self._report(self.history.records, config.compare)
+            self._report(output, self.history.records, config.compare)
 
     def _announcement(self) -> str:
         splits: Splits = self.datamodule.splits
@@ -217,11 +229,14 @@ class TrainingCLI(LightningCLI):
 
     def run_test(self) -> None:
         self._load_weights(self._required_checkpoint())
-        self._report([], comparison=False)
+        folder = Path(self.config.output) / "test"
+        prepare_directory(folder)
+        self._report(folder, [], comparison=False)
 
     def run_find_learning_rate(self) -> None:
-        finder = Tuner(self.trainer).lr_find(self.model, datamodule=self.datamodule)
-        suggestion = finder and finder.suggestion()
+        self.trainer.fit_loop.max_epochs = -1  # as many steps as it takes
+        finder = Tuner(self.trainer).lr_find(self.model, datamodule=self.datamodule, min_lr=1e-6, max_lr=1.0)
+        suggestion = finder.suggestion() if finder else None
         if not finder or suggestion is None:
             raise RuntimeError("no learning rate stands out; train for longer, or with larger batches")
         picture = Path(self.config.output) / "learning-rate.png"
@@ -242,11 +257,10 @@ class TrainingCLI(LightningCLI):
         batch, peak = largest_batch(measure, budget)
         print(f"--data.batch_size {batch}: a step takes {peak / 2**30:.2f} of {budget / 2**30:.2f} GiB on {device}")
 
-    def _report(self, history: list[dict[str, float]], comparison: bool) -> None:
-        text = self.parser.dump(self.config, skip_none=False)
-        output = Path(self.config.output)
+    def _report(self, folder: Path, history: list[dict[str, float]], comparison: bool) -> None:
+        text = self.parser.dump(self.config)
         report_run(
-            self.trainer, self.model, self.datamodule, output, history=history, config=text, comparison=comparison
+            self.trainer, self.model, self.datamodule, folder, history=history, config=text, comparison=comparison
         )
 
     def _checkpoint(self) -> Path | None:
@@ -276,5 +290,5 @@ class SaveConfig(SaveConfigCallback):
     """Writes the configuration beside the checkpoints, where `test` finds it."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config)
         write_text(Path(trainer.default_root_dir) / "config.yaml", text)

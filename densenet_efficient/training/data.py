@@ -95,6 +95,8 @@ class ImageData(LightningDataModule):
         self.preprocessing = self._preprocessing(image_size, channels, mean, std, stretch, value_range)
         self.splits = self.read()
         self.checked = self.in_memory or bad_files == "unchecked"
+        self.training_loader: TrainingLoader | None = None
+        self.restored: dict[str, Any] = {}
 
     def read(self) -> Splits:
         """The samples; of files only their paths."""
@@ -127,7 +129,19 @@ class ImageData(LightningDataModule):
         weights = self._sampling_weights() if self.weighted_sampling else None
         sampler = EpochSampler(len(train), self.batch_size, self.seed, weights, rank, world_size)
         dataset = LabelledImages(train, self.read_source, self._training_transform())
-        return TrainingLoader(dataset, sampler, self.batch_size, **self._loader_options())
+        self.training_loader = TrainingLoader(dataset, sampler, self.batch_size, **self._loader_options())
+        self.training_loader.load_state_dict(self.restored)
+        return self.training_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in its epoch the training is. (Lightning asks the loader too, but forgets to tell it again if it was
+        made before the loops were restored, as it is to foretell the number of steps.)"""
+        return {} if self.training_loader is None else self.training_loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.restored = state_dict
+        if self.training_loader is not None:
+            self.training_loader.load_state_dict(state_dict)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self.evaluation_loader(self.splits.validation)

@@ -55,13 +55,13 @@ def summarise(evaluation: Evaluation, seed: int = 0) -> dict[str, Any]:
         | {name: intervals[name][index] for name in per_class}
         for index, class_name in enumerate(evaluation.class_names)
     }
-    auroc = [entry["auroc"]["value"] for entry in classes.values() if entry["auroc"]["value"] is not None]
+    areas = [entry["value"] for entry in intervals["auroc"] if entry["value"] is not None]
     overall = {name: entries[0] for name, entries in intervals.items() if name not in per_class}
     return {
         "split": evaluation.split,
         "images": len(evaluation.labels),
         **overall,
-        "macro_auroc": float(np.mean(auroc)) if auroc else None,
+        "macro_auroc": float(np.mean(areas)) if areas else None,
         "expected_calibration_error": calibration(evaluation)[1],
         "classes": classes,
         "confusion": None if evaluation.multi_label else confusion(evaluation).tolist(),

@@ -85,7 +85,7 @@ def evaluate(trainer: Trainer, classifier: Classifier, data: ImageData) -> Evalu
         task.multi_label,
         probabilities.numpy(),
         indicators.double().numpy(),
-        data.test_samples.sources,
+        list(data.test_samples.sources),
         "validation" if data.splits.test is None else "test",
     )
 

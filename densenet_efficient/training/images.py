@@ -38,7 +38,7 @@ def read_image(path: str | Path, channels: int, value_range: ValueRange = None) 
             return _with_channels(_read_dicom(path, value_range), channels)
         file.seek(0)
         try:
-            image = Image.open(file)
+            image: Image.Image = Image.open(file)
             image.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path}: {UNREADABLE} ({error})") from error
@@ -74,7 +74,8 @@ def _with_channels(image: Tensor, channels: int) -> ImageTensor:
 def _read_dicom(path: str | Path, value_range: ValueRange) -> Tensor:
     try:
         from pydicom import dcmread
-        from pydicom.pixels import apply_modality_lut, pixel_array
+        from pydicom.pixels.processing import apply_modality_lut
+        from pydicom.pixels.utils import pixel_array
     except ModuleNotFoundError as error:
         raise ValueError(f"{path}: DICOM needs pydicom; pip install pydicom") from error
     try:

@@ -36,7 +36,8 @@ class SaveLast(Callback):
         self.received: int | None = None
         self.previous: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning has set its own handlers by now.
         self.previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

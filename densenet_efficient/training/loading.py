@@ -85,13 +85,13 @@ class TrainingLoader(DataLoader[Any]):
         super().__init__(dataset, batch_size, sampler=sampler, **kwargs)
         self.epoch_sampler = sampler
         self.given = 0  # batches of this epoch
-        self.restored = {"epoch": -1, "given": 0}
+        self.restored: dict[str, int] = {}
 
     def __iter__(self) -> Any:
         """Starts at the first request, when Lightning has told the sampler its epoch."""
-        goes_on = self.restored["epoch"] == self.epoch_sampler.epoch
+        goes_on = self.restored.get("epoch") == self.epoch_sampler.epoch
         self.given = self.restored["given"] if goes_on else 0
-        self.restored = {"epoch": -1, "given": 0}
+        self.restored = {}
         self.epoch_sampler.start = self.given * (self.batch_size or 1)
         for batch in super().__iter__():
             self.given += 1

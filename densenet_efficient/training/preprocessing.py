@@ -38,7 +38,8 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
         """The inverse of `as_dict`, also after a file format has made lists of the tuples."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **tuples})
 
     def transform(self, augmentation: Sequence[Transform] = (), fit: Transform | None = None) -> Transform:
         """From a uint8 or float image [channels, H, W] to a float32 input [channels, image_size, image_size].

@@ -14,6 +14,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 
 from densenet_efficient.measure import MIB
+from densenet_efficient.training.history import RECORDED
 
 
 class Progress(RichProgressBar):
@@ -41,7 +42,7 @@ class Progress(RichProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         if self._console is not None and self.is_enabled:
-            self._console.print(self._epoch_line(trainer))
+            self._console.print(self._epoch_line(trainer), soft_wrap=True, highlight=False)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
@@ -63,12 +64,12 @@ class Progress(RichProgressBar):
 
     def _epoch_line(self, trainer: Trainer) -> str:
         values = trainer.callback_metrics
-        known = [name for name in EPOCH_METRICS if name in values]
-        figures = "  ".join(f"{name} {values[name]:.4f}" for name in known)
-        return f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {figures}  {self._rate():.1f} images/s"
+        figures = ", ".join(f"{name} {values[key]:.4f}" for key, name in RECORDED.items() if key in values)
+        return f"{self._get_train_description(trainer.current_epoch)}: {figures}, {self._rate():.1f} images/s"
 
-
-EPOCH_METRICS = ("train_loss_epoch", "train_accuracy", "val_loss", "val_accuracy", "val_auroc")
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Of the epoch, counted from 1, as a person does."""
+        return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"
 
 
 def _memory_mib(device: torch.device) -> float:

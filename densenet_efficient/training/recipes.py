@@ -23,4 +23,6 @@ def recipe_path(name: str) -> str:
         return name
     if name in recipe_names():
         return str(FOLDER / f"{name}.yaml")
-    raise FileNotFoundError(f"--config {name}: no such file, and no such recipe; the recipes are\n{describe_recipes()}")
+    raise FileNotFoundError(
+        f"--config {name}: no such file, and no such recipe; the recipes are {', '.join(recipe_names())}"
+    )

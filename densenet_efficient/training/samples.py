@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from densenet_efficient.training.images import IMAGE_SUFFIXES
@@ -21,7 +22,7 @@ SPLIT_NAMES = {"train": "train", "val": "validation", "valid": "validation", "va
 class Samples:
     """Where N images come from, and their labels."""
 
-    sources: Sequence[Any]  # paths, or images as arrays
+    sources: Sequence[Any] | NDArray[Any]  # paths, or images as arrays
     labels: Tensor  # int64 [N], or float32 [N, classes] of zeros and ones
     groups: Sequence[str] | None = None  # of samples that no split may separate
 

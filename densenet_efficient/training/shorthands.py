@@ -41,4 +41,10 @@ def _expand_data(value: str) -> list[str]:
         return ["--data", "FolderData", "--data.folder", value]
     if value.lower().endswith(".csv"):
         return ["--data", "CSVData", "--data.table", value]
-    return ["--data", DATA_NAMES.get(value.lower(), value)]
+    name = DATA_NAMES.get(value.lower(), value)
+    if name not in DATA_NAMES.values() and "." not in name.strip("./"):
+        raise FileNotFoundError(
+            f"--data {value}: no such folder; expected a folder of images, a table ending in .csv, "
+            f"or one of {', '.join(DATA_NAMES)}"
+        )
+    return ["--data", name]

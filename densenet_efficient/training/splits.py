@@ -34,7 +34,7 @@ def stratified_split(
     parts: list[list[int]] = [[] for _ in fractions]
     for unit in order:
         need = lacking[:, rarest[unit]] if counts[unit].any() else lacking_samples
-        best = max(range(len(parts)), key=lambda part: (round(need[part], 9), lacking_samples[part]))
+        best = max(range(len(parts)), key=lambda part: (round(float(need[part]), 9), lacking_samples[part]))
         parts[best] += units[unit]
         lacking[best] -= counts[unit]
         lacking_samples[best] -= len(units[unit])
