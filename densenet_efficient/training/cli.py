@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         TrainingCLI(command, given)
     except ArgumentError as error:
         reason = " ".join(str(error).split())
-        configs = [value for flag, value in zip(given, given[1:], strict=False) if flag == "--config"]
+        configs = [value for flag, value in pairwise(given) if flag == "--config"]
         where = f" (in {', '.join(configs)}, or on the command line)" if configs else ""
         print(f"error: {reason}{where}; densenet-efficient {command} --help lists the options", file=sys.stderr)
         return 2

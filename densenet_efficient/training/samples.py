@@ -105,9 +105,12 @@ def read_folder(folder: Path, validation_fraction: float, test_fraction: float, 
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected one with a subfolder of images per class")
-    if not (folder / "train").is_dir():
-        return split(*_list_classes(folder), validation_fraction, test_fraction, seed)
-    names, train = _list_classes(folder / "train")
+    has_splits = (folder / "train").is_dir()
+    names, train = _list_classes(folder / "train" if has_splits else folder)
+    if len(names) < 2:
+        raise ValueError(f"{folder}: expected at least 2 classes, found only {names[0]}")
+    if not has_splits:
+        return split(names, train, validation_fraction, test_fraction, seed)
     parts = {}
     for path in sorted(folder.iterdir()):
         part = SPLIT_NAMES.get(path.name.lower())
@@ -143,8 +146,6 @@ def _list_classes(folder: Path) -> tuple[list[str], Samples]:
             raise ValueError(f"{directory}: no image in this class folder; add images of it, or remove the folder")
         paths += map(str, images)
         labels += [label] * len(images)
-    if len(classes) < 2:
-        raise ValueError(f"{folder}: expected at least 2 classes, found only {classes[0].name}")
     return [path.name for path in classes], Samples(paths, torch.tensor(labels))
 
 

@@ -30,6 +30,7 @@ def stratified_split(
     order = np.random.default_rng(seed).permutation(len(units))
     order = order[np.argsort(rarity[rarest[order]], kind="stable")]
     lacking = np.outer(fractions, totals)  # [parts, K]
+    lacking[lacking > 0] = lacking[lacking > 0].clip(min=1)  # of a rare class too, one for every part if possible
     lacking_samples = np.array(fractions) * len(labels)
     parts: list[list[int]] = [[] for _ in fractions]
     for unit in order:
