@@ -49,7 +49,7 @@ class Classifier(LightningModule):
         warmup: the fraction of the run in which the learning rate rises.
         layer_decay: the learning rate of a stage is that of the next stage times this.
         head_epochs: train the classifier alone for so many epochs first, with the rest frozen in evaluation mode.
-        head_learning_rate: meanwhile.
+        head_learning_rate: of the classifier in those epochs.
         frozen_batch_norm: keep the running statistics of the weights given, and normalise with them.
         label_smoothing: in [0, 1).
         mixup: alpha of mixup (arXiv:1710.09412); 0 for none.

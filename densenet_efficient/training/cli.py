@@ -75,6 +75,10 @@ def run(command: str, arguments: Sequence[str]) -> int:
         return 2
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except ValueError as error:
+        if error.__cause__ is not None and str(error).startswith("Does not validate"):
+            raise error.__cause__ from error  # what a data module said, which the parser has wrapped
+        raise
     except Interrupted as interrupt:
         print(interrupt, file=sys.stderr)
         return int(interrupt.code or 0)
@@ -235,7 +239,8 @@ class TrainingCLI(LightningCLI):
         self._report(folder, [], comparison=False)
 
     def run_find_learning_rate(self) -> None:
-        self.trainer.fit_loop.max_epochs = -1  # as many steps as it takes
+        self.trainer.fit_loop.max_epochs = 1000  # as many steps as it takes
+        self.model.head_epochs = 0
         finder = Tuner(self.trainer).lr_find(self.model, datamodule=self.datamodule, min_lr=1e-6, max_lr=1.0)
         suggestion = finder.suggestion() if finder else None
         if not finder or suggestion is None:

@@ -156,7 +156,7 @@ class ImageData(LightningDataModule):
 
     def evaluation_loader(self, samples: Samples) -> DataLoader[Any]:
         dataset = LabelledImages(samples, self.read_source, self.preprocessing.transform())
-        return DataLoader(dataset, self.batch_size, **self._loader_options())
+        return DataLoader(dataset, batch_size=self.batch_size, **self._loader_options())
 
     def _loader_options(self) -> dict[str, Any]:
         return {

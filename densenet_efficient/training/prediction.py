@@ -115,7 +115,9 @@ def predict(
         print(f"{len(writer.done)} predictions are in {output}; {len(paths)} to go")
     if not paths:
         return
-    loader = DataLoader(ImageFiles(paths, classifier), batch_size, num_workers=num_workers, collate_fn=collate)
+    loader = DataLoader(
+        ImageFiles(paths, classifier), batch_size=batch_size, num_workers=num_workers, collate_fn=collate
+    )
     trainer = Trainer(
         accelerator=accelerator,
         devices=1,
