@@ -187,7 +187,7 @@ def test_an_image_that_disappears_in_the_middle_of_an_epoch(
         (["--model.learning_rate", "-1"], "expected a number above 0"),
         (["--model.checkpointing", "everything"], "'none', 'bottleneck'"),
         (["--model.netwerk", "densenet121"], "netwerk"),
-        (["--config", "nothing"], "nothing: no such file, and no such recipe; the recipes are demo"),
+        (["--config", "nothing"], "nothing: no such file, and no such recipe; the recipes are cifar10, demo"),
         (["--ckpt_path", "none.ckpt"], "none.ckpt"),
         (["--model.weights", "IMAGENET22K"], "torchvision has no weights for densenet-bc-40-12"),
     ],

@@ -45,7 +45,8 @@ class Classifier(LightningModule):
         weight_decay: of the weights; see decay_norms.
         decay_norms: apply the weight decay to the batch norms and biases too, as the paper does.
         momentum: of sgd.
-        schedule: cosine; steps (a tenth at half and at three quarters of the run); or constant.
+        schedule: cosine; steps (a tenth at each milestone); or constant.
+        milestones: of steps, as fractions of the run.
         warmup: the fraction of the run in which the learning rate rises.
         layer_decay: the learning rate of a stage is that of the next stage times this.
         head_epochs: train the classifier alone for so many epochs first, with the rest frozen in evaluation mode.
@@ -70,6 +71,7 @@ class Classifier(LightningModule):
         decay_norms: bool = False,
         momentum: float = 0.9,
         schedule: Schedule = "cosine",
+        milestones: tuple[float, ...] = (0.5, 0.75),
         warmup: float = 0.05,
         layer_decay: float = 1.0,
         head_epochs: int = 0,
@@ -86,7 +88,7 @@ class Classifier(LightningModule):
         self.task, self.network, self.seed = task, network, seed
         self.optimizer, self.learning_rate, self.momentum = optimizer, learning_rate, momentum
         self.weight_decay, self.decay_norms, self.layer_decay = weight_decay, decay_norms, layer_decay
-        self.schedule, self.warmup = schedule, warmup
+        self.schedule, self.warmup, self.milestones = schedule, warmup, milestones
         self.head_epochs, self.head_learning_rate = head_epochs, head_learning_rate
         self.frozen_batch_norm, self.label_smoothing = frozen_batch_norm, label_smoothing
         self.mix = _mixing(mixup, cutmix, len(task.class_names))
@@ -215,7 +217,8 @@ class Classifier(LightningModule):
         def factor(step: int) -> float:
             if step < head_steps:
                 return self.head_learning_rate / self.learning_rate if is_head else 0.0
-            return rate_factor(self.schedule, (step - head_steps) / max(total - head_steps, 1), self.warmup)
+            progress = (step - head_steps) / max(total - head_steps, 1)
+            return rate_factor(self.schedule, progress, self.warmup, self.milestones)
 
         return factor
 
