@@ -38,12 +38,13 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 AVX512 += ["-mprefer-vector-width=512", "-DCPU_CAPABILITY_AVX512"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16", "-DCPU_CAPABILITY_AVX512_BF16"]
+AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-DCPU_CAPABILITY_AMX"]
 
 # In ascending order: where several objects define the same inline function the linker keeps the first, and so
 # the one compiled for the oldest CPU.
 CPU_CAPABILITIES = {"DEFAULT": ["-DCPU_CAPABILITY_DEFAULT"]}
 if platform.machine() in ("x86_64", "AMD64"):
-    CPU_CAPABILITIES |= {"AVX2": AVX2, "AVX512": AVX512, "AVX512_BF16": AVX512_BF16}
+    CPU_CAPABILITIES |= {"AVX2": AVX2, "AVX512": AVX512, "AVX512_BF16": AVX512_BF16, "AMX": AMX}
 
 
 def sources(pattern: str) -> list[str]:

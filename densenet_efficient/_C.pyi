@@ -6,7 +6,7 @@ class BuildInfo(TypedDict):
     version: str  # of densenet_efficient
     torch: str  # the version compiled against; the running torch must be of the same minor version
     compiler: str
-    cpu_capabilities: list[str]  # ascending: "default", and on x86-64 "avx2", "avx512", "avx512_bf16"
+    cpu_capabilities: list[str]  # ascending: "default", and on x86-64 "avx2", "avx512", "avx512_bf16", "amx"
     cuda_architectures: str | None  # as in TORCH_CUDA_ARCH_LIST; None: built without CUDA
     why_not_cuda: str | None  # the reason and its remedy; None: built with CUDA
 

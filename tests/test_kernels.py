@@ -261,7 +261,7 @@ def test_rows_that_are_no_images(operation, size):
         getattr(cpu, operation)(**cast(case, torch.float32) | size)
 
 
-CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16"]
+CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16", "amx"]
 
 
 @needs_native

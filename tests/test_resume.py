@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import subprocess
@@ -62,7 +61,7 @@ def test_a_killed_run_continues_from_its_last_epoch(
 def test_a_run_continues_within_an_epoch(
     workers: str, images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopping_at(monkeypatch, 8, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+    stopping_at(monkeypatch, 8, lambda trainer: signal.raise_signal(signal.SIGTERM))
     assert fit(images, tmp_path, *AVERAGED) == 128 + signal.SIGTERM
     monkeypatch.undo()
     assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 8
@@ -77,7 +76,7 @@ def test_accumulation_and_steps_between_epochs(images: Path, tmp_path: Path, mon
     """SIGTERM in the middle of an accumulated step waits for its end; so do the checkpoints within an epoch."""
     options = ("--trainer.accumulate_grad_batches", "2", "--save_every_n_steps", "1")
     assert fit(images, tmp_path / "whole", *options) == 0
-    stopping_at(monkeypatch, 6, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+    stopping_at(monkeypatch, 6, lambda trainer: signal.raise_signal(signal.SIGTERM))
     assert fit(images, tmp_path / "stopped", *options) == 128 + signal.SIGTERM
     monkeypatch.undo()
     assert read_checkpoint(tmp_path / "stopped" / "last.ckpt")["global_step"] == 4  # 3 per epoch: batches 2, 4, 5
@@ -88,7 +87,7 @@ def test_accumulation_and_steps_between_epochs(images: Path, tmp_path: Path, mon
 def test_sigterm_after_the_last_batch_of_an_epoch(
     images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopping_at(monkeypatch, 5, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+    stopping_at(monkeypatch, 5, lambda trainer: signal.raise_signal(signal.SIGTERM))
     assert fit(images, tmp_path, *AVERAGED) == 128 + signal.SIGTERM
     monkeypatch.undo()
     assert len(read_checkpoint(tmp_path / "last.ckpt")["callbacks"]["History"]["records"]) == 1

@@ -5,17 +5,34 @@
 #include <algorithm>
 #include <cstdlib>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace densenet_efficient {
 namespace {
 
 constexpr const char* kVariable = "DENSENET_EFFICIENT_CPU_CAPABILITY";
-constexpr std::array kNames{"default", "avx2", "avx512", "avx512_bf16"};
+constexpr std::array kNames{"default", "avx2", "avx512", "avx512_bf16", "amx"};
 
 #define QUALIFIED_CAPABILITY(capability, ...) Capability::capability,
 constexpr std::array kCompiled{FOR_EACH_CPU_CAPABILITY(QUALIFIED_CAPABILITY)};
 #undef QUALIFIED_CAPABILITY
 
 std::string name_of(Capability capability) { return kNames[static_cast<std::size_t>(capability)]; }
+
+#if defined(__x86_64__)
+// Linux saves the tiles of a process that has asked for them; Linux before 5.16 does not know the request.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool cpu_supports(Capability capability) {
 #if defined(__x86_64__)
@@ -30,6 +47,9 @@ bool cpu_supports(Capability capability) {
       return avx512;
     case Capability::AVX512_BF16:
       return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Capability::AMX:
+      return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+             __builtin_cpu_supports("amx-bf16") && may_use_tiles();
     case Capability::DEFAULT:
       return true;
   }

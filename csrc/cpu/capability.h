@@ -8,9 +8,10 @@
 #include <vector>
 
 // Every kernel exists once in each of these namespaces, in ascending order; the flags stand in setup.py.
-#if defined(WITH_CPU_CAPABILITY_AVX512_BF16)
-#define FOR_EACH_CPU_CAPABILITY(apply, ...) \
-  apply(DEFAULT, __VA_ARGS__) apply(AVX2, __VA_ARGS__) apply(AVX512, __VA_ARGS__) apply(AVX512_BF16, __VA_ARGS__)
+#if defined(WITH_CPU_CAPABILITY_AMX)
+#define FOR_EACH_CPU_CAPABILITY(apply, ...)                                       \
+  apply(DEFAULT, __VA_ARGS__) apply(AVX2, __VA_ARGS__) apply(AVX512, __VA_ARGS__) \
+      apply(AVX512_BF16, __VA_ARGS__) apply(AMX, __VA_ARGS__)
 #else
 #define FOR_EACH_CPU_CAPABILITY(apply, ...) apply(DEFAULT, __VA_ARGS__)
 #endif
@@ -32,14 +33,14 @@
 
 namespace densenet_efficient {
 
-enum class Capability : std::size_t { DEFAULT, AVX2, AVX512, AVX512_BF16 };
+enum class Capability : std::size_t { DEFAULT, AVX2, AVX512, AVX512_BF16, AMX };
 
 // The capability in use, chosen once: the one that the environment variable DENSENET_EFFICIENT_CPU_CAPABILITY
 // names, else the best that this CPU supports. Raises ValueError for an unknown name, RuntimeError for one
 // that this CPU does not support.
 Capability cpu_capability();
 
-// "default", "avx2", "avx512" or "avx512_bf16".
+// "default", "avx2", "avx512", "avx512_bf16" or "amx".
 std::string cpu_capability_name();
 
 // The names of all capabilities in this build, in ascending order.

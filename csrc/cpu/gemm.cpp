@@ -13,20 +13,34 @@ namespace {
 
 namespace blas = at::native::cpublas;
 
-// torch tells only by an exception whether oneDNN has micro-kernels for T on this CPU.
+// torch tells only by an exception whether oneDNN has micro-kernels for T on this CPU, and not which layout of B they
+// take: with AVX-512 FP16 alone it is another one than with AMX. So a product tells, whose B has a value of its own in
+// each row and column.
 template <typename T>
 bool probe_brgemm() {
   if (cpu_capability() == Capability::DEFAULT) return false;
+  constexpr int size = 16;
+  alignas(64) T ones[size * size], right[size * size];
+  alignas(64) float product[size * size];
+  float expected[size] = {};
+  for (int k = 0; k < size; k++) {
+    for (int n = 0; n < size; n++) {
+      const float value = static_cast<float>((k + 1) * (n % 4 + 1) % 7);
+      ones[k * size + n] = T(1);
+      right[kPairedRows<T> ? k / 2 * 2 * size + 2 * n + k % 2 : k * size + n] = T(value);
+      expected[n] += value;
+    }
+  }
   try {
-    alignas(64) T ones[16 * 16];
-    alignas(64) float product[16 * 16];
-    for (T& one : ones) one = T(1);
-    blas::brgemm(16, 16, 16, 16, 16, 16, false, ones, ones, product, kPairedRows<T>);
+    blas::brgemm(size, size, size, size, size, size, false, ones, right, product, kPairedRows<T>);
     blas::brgemm_release(kPairedRows<T>);
-    return product[0] == 16 && product[255] == 16;
   } catch (const c10::Error&) {
     return false;
   }
+  for (int i = 0; i < size * size; i++) {
+    if (product[i] != expected[i % size]) return false;
+  }
+  return true;
 }
 
 template <typename T>
@@ -43,15 +57,6 @@ at::Tensor as_matrix(const T* data, int64_t rows, int64_t columns, int64_t strid
 }  // namespace
 
 bool multiplies_bfloat16() { return has_brgemm<c10::BFloat16>(); }
-bool has_amx() {
-#if defined(__x86_64__)
-  static const bool answer = __builtin_cpu_supports("amx-bf16");
-  return answer;
-#else
-  return false;
-#endif
-}
-
 bool multiplies_half() { return has_brgemm<c10::Half>(); }
 
 template <typename T, typename A>

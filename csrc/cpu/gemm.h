@@ -13,9 +13,6 @@ namespace densenet_efficient {
 bool multiplies_bfloat16();
 bool multiplies_half();
 
-// Whether this CPU has AMX for bfloat16.
-bool has_amx();
-
 // C [rows, columns] (+)= A [rows, depth] @ B [depth, columns], row-major with row strides a, b, c (in elements).
 // A 16-bit B comes in pairs of rows: element (k, n) at B[(k / 2) * 2 * b + 2 * n + k % 2], its depth padded to even.
 template <typename T, typename A>

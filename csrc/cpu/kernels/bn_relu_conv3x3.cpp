@@ -51,12 +51,13 @@ void forward(const Conv3x3Forward& p) {
   TileStatistics<A> statistics(p.mean ? tiles.tiles() : 0, p.outputs);
 
   parallel_tasks(tiles.tiles(), [&](TaskRun& run) {
-    const int64_t pitch = tiles.pitch(), pixels = tiles.most_rows() * pitch;
-    Scratch<T> padded(tiles.padded_pixels() * weight.chunk(0).padded);
+    const int64_t pitch = tiles.pitch(), pixels = round_up(tiles.most_rows() * pitch, kProductRows<T>);
+    Scratch<T> padded((tiles.padded_pixels() + kProductRows<T>)*weight.chunk(0).padded);
     Scratch<A> products(pixels * p.outputs), compact(p.mean ? pixels * p.outputs : 0);
     Prefetch prefetch;
+    const Multiplying<T> multiplying;
     for (int64_t tile; run.next(tile);) {
-      const int64_t rows = tiles.rows(tile), step = tiles.rows_of_a_product(tile);
+      const int64_t rows = tiles.rows(tile), step = tiles.rows_of_a_product<T>(tile);
       for (int64_t index = 0; index < weight.chunks(); index++) {
         const ChannelChunk chunk = weight.chunk(index);
         activate_tile<S, T, A>(p, tiles, tile, chunk, padded.get());
@@ -65,9 +66,17 @@ void forward(const Conv3x3Forward& p) {
         for (int64_t ky = 0; ky < 3; ky++) {
           // Three horizontal neighbours are contiguous in the scratch: one product takes all three taps.
           for (int64_t row = 0; row < rows; row += step) {
-            multiply(step * pitch - 1, p.outputs, 3 * chunk.padded, padded.get() + (row + ky) * pitch * chunk.padded,
-                     chunk.padded, weight.taps(index, ky), p.outputs, products.get() + row * pitch * p.outputs,
-                     p.outputs, index + ky > 0, prefetch);
+            multiply(Product<T, A>{.rows = round_up(step * pitch - 1, kProductRows<T>),
+                                   .columns = p.outputs,
+                                   .depth = 3 * chunk.padded,
+                                   .a = padded.get() + (row + ky) * pitch * chunk.padded,
+                                   .a_stride = chunk.padded,
+                                   .b = weight.taps(index, ky),
+                                   .b_stride = p.outputs,
+                                   .c = products.get() + row * pitch * p.outputs,
+                                   .c_stride = p.outputs,
+                                   .accumulate = index + ky > 0},
+                     prefetch);
           }
         }
       }
@@ -83,7 +92,6 @@ void forward(const Conv3x3Forward& p) {
       }
       if (p.mean) statistics.take(tile, static_cast<const A*>(compact.get()), p.outputs, pixel_count);
     }
-    release_gemm<T>();
   });
   if (p.mean) statistics.merge(static_cast<A*>(p.mean), static_cast<A*>(p.variance));
 }

@@ -2,6 +2,7 @@
 
 #include "cpu/kernels/bn_relu_conv3x3.h"
 #include "cpu/kernels/conv3x3_weight.h"
+#include "cpu/kernels/deposit.h"
 #include "cpu/kernels/dispatch.h"
 #include "cpu/kernels/image_tiles.h"
 #include "cpu/kernels/multiply.h"
@@ -11,7 +12,11 @@ namespace densenet_efficient::CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kMostGroups = 32;  // of tiles; each group has partial sums of its own
-constexpr int64_t kDepth = 128;      // pixels per product of the weight's gradient
+constexpr int64_t kColumns = 32;     // channels per product of the weight's gradient
+
+// Pixels per product of the weight's gradient: of AMX all that a tile has, for its sums are costly to take up again.
+template <typename T>
+constexpr int64_t kDepth = kProductRows<T> > 1 ? 1024 : 128;
 
 // What the groups leave: the weight's gradient as [9, outputs, channels], and the sums.
 template <typename A>
@@ -33,22 +38,25 @@ struct Partials {
 // One thread's tiles.
 template <typename T, typename A>
 struct Workspace {
-  int64_t pixels;  // of the tile without its halo, rounded up to whole products
-  int64_t transposed_stride;
+  int64_t pixels;         // of the tile without its halo, rounded up to whole products
+  int64_t padded_pixels;  // of the tile with its halo, and what products that are rounded up read beyond
+  int64_t channels;       // of a chunk, in whole vectors
   Scratch<T> out_grad;    // padded, [padded pixels, padded outputs]
   Scratch<T> transposed;  // [outputs, padded pixels]
-  Scratch<A> products;    // [pixels, channels of a chunk]
-  Scratch<T> activations, paired;
+  Scratch<A> products;    // [pixels, channels]
+  Scratch<T> activations;
   Prefetch prefetch;
 
   Workspace(const ImageTiles& tiles, int64_t outputs, int64_t padded_outputs, int64_t widest)
-      : pixels(round_up(tiles.most_rows() * tiles.pitch(), 2)),
-        transposed_stride(round_up(tiles.padded_pixels(), 16) + 16),
-        out_grad(round_up(tiles.padded_pixels(), 16) * padded_outputs),
-        transposed(outputs * transposed_stride),
-        products(pixels * widest),
-        activations(pixels * widest),
-        paired(kPairedRows<T> ? kDepth * widest : 0) {}
+      : pixels(round_up(tiles.most_rows() * tiles.pitch(), std::max(kProductRows<T>, kProductDepth<T>))),
+        padded_pixels(round_up(tiles.padded_pixels() + kProductDepth<T>, 16)),
+        channels(round_up(widest, 16)),
+        out_grad(padded_pixels * padded_outputs),
+        transposed(outputs * transposed_stride()),
+        products(pixels * channels),
+        activations(pixels * channels) {}
+
+  int64_t transposed_stride() const { return padded_pixels + 16; }
 };
 
 template <typename S, typename T>
@@ -58,7 +66,7 @@ class Backward {
  public:
   explicit Backward(const Conv3x3Backward& arguments)
       : p_(arguments),
-        tiles_(p_.images, p_.height, p_.width),
+        tiles_(p_.images, p_.height, p_.width, kPairedRows<T>),
         groups_(std::min(kMostGroups, tiles_.tiles())),
         weight_(static_cast<const A*>(p_.weight), p_.outputs, p_.channels),
         partials_(groups_, p_.outputs, p_.channels, p_.grad_weight != nullptr) {}
@@ -66,8 +74,8 @@ class Backward {
   void run() {
     parallel_tasks(groups_, [&](TaskRun& run) {
       Workspace<T, A> workspace(tiles_, p_.outputs, weight_.padded_outputs(), weight_.chunk(0).channels);
+      const Multiplying<T> multiplying;
       for (int64_t group; run.next(group);) run_group(group, workspace);
-      release_gemm<T>();
     });
     reduce();
   }
@@ -89,9 +97,8 @@ class Backward {
   // The gradient of the tile's outputs with its halo, padded with zeros, and its transpose.
   void load_out_grad(int64_t tile, Workspace<T, A>& to) {
     const int64_t stride = weight_.padded_outputs(), width = tiles_.width();
-    const int64_t padded = round_up(tiles_.padded_pixels(), 16);
     T* rows_out = to.out_grad.get();
-    std::fill_n(rows_out, padded * stride, T(0));
+    std::fill_n(rows_out, to.padded_pixels * stride, T(0));
     for (int64_t row = -1; row <= tiles_.rows(tile); row++) {
       const int64_t pixel = tiles_.first_pixel(tile, row);
       if (pixel < 0) continue;
@@ -104,7 +111,8 @@ class Backward {
         }
       }
     }
-    if (p_.grad_weight) transpose(rows_out, stride, padded, p_.outputs, to.transposed.get(), to.transposed_stride);
+    if (!p_.grad_weight) return;
+    transpose(rows_out, stride, to.padded_pixels, p_.outputs, to.transposed.get(), to.transposed_stride());
   }
 
   void multiply_input_gradient(int64_t tile, int64_t index, Workspace<T, A>& workspace) {
@@ -115,13 +123,24 @@ class Backward {
     workspace.prefetch.add(x + pixel * p_.x_stride + chunk.first, p_.x_stride, pixels, chunk.channels);
     workspace.prefetch.add(grad ? grad + pixel * p_.grad_stride + chunk.first : nullptr, p_.grad_stride, pixels,
                            chunk.channels);
-    const int64_t step = tiles_.rows_of_a_product(tile);
-    for (int64_t vertical = 0; vertical < 3; vertical++) {
+    // With AMX all three vertical taps at once, for its sums are costly to take up again; else one after the other, so
+    // that the weight of one stays in the first cache.
+    const int64_t step = tiles_.rows_of_a_product<T>(tile), segments = kProductRows<T> > 1 ? 3 : 1;
+    for (int64_t vertical = 0; vertical < 3; vertical += segments) {
       for (int64_t row = 0; row < tiles_.rows(tile); row += step) {
-        multiply(step * pitch - 1, chunk.channels, 3 * stride,
-                 static_cast<const T*>(workspace.out_grad.get() + (row + vertical) * pitch * stride), stride,
-                 static_cast<const T*>(weight_.taps(index, vertical)), chunk.channels,
-                 workspace.products.get() + row * pitch * chunk.channels, chunk.channels, vertical > 0,
+        multiply(Product<T, A>{.rows = round_up(step * pitch - 1, kProductRows<T>),
+                               .columns = chunk.channels,
+                               .depth = 3 * stride,
+                               .a = workspace.out_grad.get() + (row + vertical) * pitch * stride,
+                               .a_stride = stride,
+                               .b = weight_.taps(index, vertical),
+                               .b_stride = chunk.channels,
+                               .c = workspace.products.get() + row * pitch * workspace.channels,
+                               .c_stride = workspace.channels,
+                               .accumulate = vertical > 0,
+                               .segments = segments,
+                               .a_segment = pitch * stride,
+                               .b_segment = 3 * stride * chunk.channels},
                  workspace.prefetch);
       }
     }
@@ -130,73 +149,64 @@ class Backward {
   // Recomputes the activations of a chunk (padding is zero), masks the gradient by them, takes its sums and leaves
   // scale times it in ``grad``.
   void deposit(int64_t group, int64_t tile, const ChannelChunk& chunk, Workspace<T, A>& workspace) {
-    const int64_t rows = tiles_.rows(tile), pitch = tiles_.pitch(), width = tiles_.width(), channels = chunk.channels;
+    const int64_t rows = tiles_.rows(tile), pitch = tiles_.pitch(), channels = workspace.channels;
     for (int64_t row = 0; row < rows; row++) {
       T* activations = workspace.activations.get() + row * pitch * channels;
       const int64_t pixel = tiles_.first_pixel(tile, row);
-      if (pixel < 0) {
-        std::fill_n(activations, pitch * channels, T(0));
-        continue;
-      }
-      std::fill_n(activations + width * channels, channels, T(0));
-      for (int64_t c = 0; c < channels; c += kLanes<A>) {
-        deposit_lanes(group, pixel, chunk.first + c, channels - c,
-                      workspace.products.get() + row * pitch * channels + c, activations + c, channels);
-      }
+      const int64_t filled = pixel < 0 ? 0 : kPairedRows<T> ? round_up(tiles_.width(), 2) : tiles_.width();
+      std::fill_n(activations + filled * channels, (pitch - filled) * channels, T(0));
+      if (pixel < 0) continue;
+      deposit_row(group, pixel, chunk, workspace.products.get() + row * pitch * channels, activations, channels);
     }
+    std::fill_n(workspace.activations.get() + rows * pitch * channels, (workspace.pixels - rows * pitch) * channels,
+                T(0));
   }
 
-  // One row of pixels, as many channels as a vector has lanes.
-  void deposit_lanes(int64_t group, int64_t pixel, int64_t channel, int64_t count, const A* products, T* activations,
-                     int64_t stride) {
-    const S* x = static_cast<const S*>(p_.x) + pixel * p_.x_stride + channel;
-    const Vector<A> scale = load<A>(static_cast<const A*>(p_.scale) + channel, count);
-    const Vector<A> shift = load<A>(static_cast<const A*>(p_.shift) + channel, count);
-    if (!p_.sum_grad) {
-      for (int64_t i = 0; i < tiles_.width(); i++) {
-        store(activations + i * stride, activate(load<A>(x + i * p_.x_stride, count), scale, shift), count);
-      }
-      return;
-    }
-    const Vector<A> mean = load<A>(static_cast<const A*>(p_.mean) + channel, count);
-    A *sums = partials_.sum_grad(group) + channel, *sums_x = partials_.sum_grad_x(group) + channel;
-    S* grad = p_.grad ? static_cast<S*>(p_.grad) + pixel * p_.grad_stride + channel : nullptr;
-    Vector<A> sum{}, sum_x{};
-    for (int64_t i = 0; i < tiles_.width(); i++) {
-      const Vector<A> value = load<A>(x + i * p_.x_stride, count);
-      const Vector<A> activation = activate(value, scale, shift);
-      store(activations + i * stride, activation, count);
-      const Vector<A> masked = relu_mask(activation, load<A>(products + i * stride, count));
-      sum += masked;
-      sum_x += masked * (value - mean);
-      if (!grad) continue;
-      S* to = grad + i * p_.grad_stride;
-      const Vector<A> before = p_.accumulate ? load<A>(static_cast<const S*>(to), count) : Vector<A>{};
-      store(to, before + masked * scale, count);
-    }
-    store(sums, load<A>(static_cast<const A*>(sums), count) + sum, count);
-    store(sums_x, load<A>(static_cast<const A*>(sums_x), count) + sum_x, count);
+  // One row of pixels.
+  void deposit_row(int64_t group, int64_t pixel, const ChannelChunk& chunk, const A* gradient, T* activations,
+                   int64_t stride) const {
+    const int64_t c = chunk.first;
+    Deposit<S, T>{.rows = tiles_.width(),
+                  .columns = chunk.channels,
+                  .x = static_cast<const S*>(p_.x) + pixel * p_.x_stride + c,
+                  .x_stride = p_.x_stride,
+                  .mean = static_cast<const A*>(p_.mean) + c,
+                  .scale = static_cast<const A*>(p_.scale) + c,
+                  .shift = static_cast<const A*>(p_.shift) + c,
+                  .gradient = p_.sum_grad ? gradient : nullptr,
+                  .gradient_stride = stride,
+                  .grad = p_.grad ? static_cast<S*>(p_.grad) + pixel * p_.grad_stride + c : nullptr,
+                  .grad_stride = p_.grad_stride,
+                  .accumulate = p_.accumulate,
+                  .activations = p_.grad_weight ? activations : nullptr,
+                  .activations_stride = stride,
+                  .sum_grad = partials_.sum_grad(group) + c,
+                  .sum_grad_x = partials_.sum_grad_x(group) + c}
+        .run();
   }
 
   // dweight[tap] += (shifted out_grad)^T @ activations. Only the gradient has a halo: the tap shifts it, so that the
   // activations, which are wider, are shared by all nine products.
   void add_weight_gradient(int64_t group, int64_t tile, const ChannelChunk& chunk, bool accumulate,
                            Workspace<T, A>& workspace) {
-    const int64_t pitch = tiles_.pitch(), channels = chunk.channels, pixels = tiles_.rows(tile) * pitch;
-    if (kPairedRows<T> && pixels % 2) std::fill_n(workspace.activations.get() + pixels * channels, channels, T(0));
-    for (int64_t first = 0; first < pixels; first += kDepth) {
-      const int64_t depth = ChannelChunks<T>::even(std::min(kDepth, pixels - first));
-      const T* right = workspace.activations.get() + first * channels;
-      if constexpr (kPairedRows<T>) {
-        pack_gathered(depth, channels, workspace.paired.get(), [&](int64_t row) { return right + row * channels; });
-        right = workspace.paired.get();
-      }
-      for (int64_t tap = 0; tap < 9; tap++) {
-        const int64_t shift = pitch + 1 - (tap / 3 - 1) * pitch - (tap % 3 - 1);
-        multiply(p_.outputs, channels, depth, static_cast<const T*>(workspace.transposed.get() + first + shift),
-                 workspace.transposed_stride, right, channels,
-                 partials_.weight(group) + tap * p_.outputs * p_.channels + chunk.first, p_.channels,
-                 accumulate || first > 0, workspace.prefetch);
+    const int64_t pitch = tiles_.pitch(), pixels = round_up(tiles_.rows(tile) * pitch, kProductDepth<T>);
+    for (int64_t first = 0; first < pixels; first += kDepth<T>) {
+      for (int64_t column = 0; column < chunk.channels; column += kColumns) {
+        for (int64_t tap = 0; tap < 9; tap++) {
+          const int64_t shift = pitch + 1 - (tap / 3 - 1) * pitch - (tap % 3 - 1);
+          const int64_t paired_column = (kPairedRows<T> ? 2 : 1) * column;
+          multiply(Product<T, A>{.rows = p_.outputs,
+                                 .columns = std::min(kColumns, chunk.channels - column),
+                                 .depth = std::min(kDepth<T>, pixels - first),
+                                 .a = workspace.transposed.get() + first + shift,
+                                 .a_stride = workspace.transposed_stride(),
+                                 .b = workspace.activations.get() + first * workspace.channels + paired_column,
+                                 .b_stride = workspace.channels,
+                                 .c = partials_.weight(group) + tap * p_.outputs * p_.channels + chunk.first + column,
+                                 .c_stride = p_.channels,
+                                 .accumulate = accumulate || first > 0},
+                   workspace.prefetch);
+        }
       }
     }
   }

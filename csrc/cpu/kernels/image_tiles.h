@@ -10,14 +10,14 @@
 namespace densenet_efficient::CPU_CAPABILITY {
 
 // A tile is a few rows of one image, or a few whole small images with a zero row between two of them. In the scratch
-// its rows have a pitch of width + 1: one zero pixel at the end of a row pads it and the next one. A tile of R rows
-// takes (R + 2) * pitch + 2 pixels there: the halo row above comes first, after one more zero pixel.
+// its rows have a pitch of width + 1, or more to make it even: zero pixels at the end of a row pad it and the next one.
+// A tile of R rows takes (R + 2) * pitch + 2 pixels there: the halo row above comes first, after one more zero pixel.
 //
 // The cut depends on the shape alone, so that sums have one order for any number of threads.
 class ImageTiles {
  public:
-  ImageTiles(int64_t images, int64_t height, int64_t width)
-      : images_(images), height_(height), width_(width), pitch_(width + 1) {
+  ImageTiles(int64_t images, int64_t height, int64_t width, bool even_pitch = false)
+      : images_(images), height_(height), width_(width), pitch_(even_pitch ? round_up(width + 1, 2) : width + 1) {
     constexpr int64_t wanted_pixels = 400, wanted_tiles = 4, least_rows = 3;
     const int64_t whole = (height + 1) * pitch_;
     if (images > 1 && whole <= wanted_pixels) {
@@ -46,7 +46,10 @@ class ImageTiles {
 
   // How many of a tile's rows one product takes: one where its pixels fill the micro-kernel's blocks, so that padding
   // is not multiplied, else all.
-  int64_t rows_of_a_product(int64_t tile) const { return fills_blocks(width_) ? 1 : rows(tile); }
+  template <typename T>
+  int64_t rows_of_a_product(int64_t tile) const {
+    return kProductRows<T> == 1 && fills_blocks(width_) ? 1 : rows(tile);
+  }
 
   // The number of a tile's pixels that belong to images.
   int64_t pixels(int64_t tile) const {

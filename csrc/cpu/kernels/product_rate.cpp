@@ -17,7 +17,7 @@ using Clock = std::chrono::steady_clock;
 template <typename S, typename T>
 double rate(double seconds) {
   using A = Accumulate<S>;
-  constexpr int64_t rows = 72, columns = 64, depth = 128, products_between_looks = 64;
+  constexpr int64_t rows = kProductRows<T> > 1 ? 64 : 72, columns = 64, depth = 128, products_between_looks = 64;
   std::atomic<int64_t> products{0};
   const auto begin = Clock::now();
   const auto end = begin + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
@@ -27,14 +27,22 @@ double rate(double seconds) {
     std::fill_n(left.get(), rows * depth, T(1));
     std::fill_n(right.get(), depth * columns, T(1));
     Prefetch nothing;
+    const Multiplying<T> multiplying;
     int64_t done = 0;
     while (Clock::now() < end) {
       for (int64_t i = 0; i < products_between_looks; i++, done++) {
-        multiply(rows, columns, depth, static_cast<const T*>(left.get()), depth, static_cast<const T*>(right.get()),
-                 columns, product.get(), columns, false, nothing);
+        multiply(Product<T, A>{.rows = rows,
+                               .columns = columns,
+                               .depth = depth,
+                               .a = left.get(),
+                               .a_stride = depth,
+                               .b = right.get(),
+                               .b_stride = columns,
+                               .c = product.get(),
+                               .c_stride = columns},
+                 nothing);
       }
     }
-    release_gemm<T>();
     products += done;
   });
   const double elapsed = std::chrono::duration<double>(Clock::now() - begin).count();

@@ -44,10 +44,11 @@ template <typename T>
 ALWAYS_INLINE void store_pair(T* to, Vector<float> even, Vector<float> odd) {
 #if defined(CPU_CAPABILITY_AVX512_BF16)
   if constexpr (std::is_same_v<T, BFloat16>) {
-    const auto low = detail::widen(to_bfloat16(even));
-    const auto high = detail::widen(to_bfloat16(odd));
-    const detail::DoubleWords both = low | (high << 16);
-    std::memcpy(to, &both, sizeof(both));
+    const auto halves = detail::bit_cast<__m512i>(
+        _mm512_cvtne2ps_pbh(detail::bit_cast<__m512>(odd), detail::bit_cast<__m512>(even)));  // even ones first
+    const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                             21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(in_turn, halves));
     return;
   }
 #endif

@@ -1,0 +1,112 @@
+// The micro-kernel of AVX-512: sums in registers, one load of B for several rows of A.
+#pragma once
+
+#include "cpu/kernels/prefetch.h"
+#include "cpu/kernels/product.h"
+#include "cpu/vector.h"
+
+namespace densenet_efficient::CPU_CAPABILITY {
+
+// Whether blocks of seven or fourteen rows leave no rest: so it is with rows of the images DenseNets were made for.
+constexpr bool fills_blocks(int64_t rows) { return rows == 7 || rows % 14 == 0; }
+
+#if defined(CPU_CAPABILITY_AVX512)
+
+namespace detail {
+
+// One step of the depth: a float, or a pair of bfloat16 in 32 bits.
+struct FloatStep {
+  using T = float;
+  static constexpr int64_t depth = 1;
+  static ALWAYS_INLINE Vector<float> add(Vector<float> sum, float left, Vector<float> right) {
+    return sum + left * right;
+  }
+};
+
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+struct BFloat16Step {
+  using T = BFloat16;
+  static constexpr int64_t depth = 2;
+  static ALWAYS_INLINE Vector<float> add(Vector<float> sum, float left, Vector<float> right) {
+    const auto pairs = bit_cast<__m512bh>(broadcast(left));
+    return bit_cast<Vector<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), pairs, bit_cast<__m512bh>(right)));
+  }
+};
+#endif
+
+// R rows of V * 16 columns in registers. A's elements and B's rows are taken in steps of the depth.
+template <typename Step, int R, int V>
+ALWAYS_INLINE void multiply_block(const Product<typename Step::T, float>& p, Prefetch& prefetch) {
+  Vector<float> sums[R][V] = {};
+  const int64_t steps = (p.depth + Step::depth - 1) / Step::depth;
+  for (int64_t segment = 0; segment < p.segments; segment++) {
+    const auto *left = p.a + segment * p.a_segment, *right = p.b + segment * p.b_segment;
+    for (int64_t k = 0; k < steps; k++) {
+      Vector<float> row[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) std::memcpy(&row[v], right + (k * p.b_stride + v * 16) * Step::depth, sizeof(row[v]));
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) {
+        float element;
+        std::memcpy(&element, left + r * p.a_stride + k * Step::depth, sizeof(element));
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sums[r][v] = Step::add(sums[r][v], element, row[v]);
+      }
+      if (k % 2 == 0) prefetch.next();
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) {
+      float* to = p.c + r * p.c_stride + v * 16;
+      const int64_t count = p.columns - v * 16;
+      store(to, p.accumulate ? load<float>(static_cast<const float*>(to), count) + sums[r][v] : sums[r][v], count);
+    }
+  }
+}
+
+// A block of ``rows`` <= R rows.
+template <typename Step, int R, int V>
+ALWAYS_INLINE void multiply_rows(int64_t rows, const Product<typename Step::T, float>& p, Prefetch& prefetch) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply_rows<Step, R - 1, V>(rows, p, prefetch);
+  }
+  multiply_block<Step, R, V>(p, prefetch);
+}
+
+// All rows of V * 16 columns, in blocks of R rows at most that differ by one row.
+template <typename Step, int R, int V>
+void multiply_columns(const Product<typename Step::T, float>& p, Prefetch& prefetch) {
+  const int64_t blocks = (p.rows + R - 1) / R;
+  for (int64_t block = 0; block < blocks; block++) {
+    const int64_t row = p.rows * block / blocks, next = p.rows * (block + 1) / blocks;
+    multiply_rows<Step, R, V>(next - row, p.after_rows(row), prefetch);
+  }
+}
+
+template <typename Step>
+void multiply(const Product<typename Step::T, float>& p, Prefetch& prefetch) {
+  constexpr int64_t elements_of_b = 8192 * Step::depth;  // that stay in the first cache while all rows pass by
+  const bool sevens = fills_blocks(p.rows);
+  for (int64_t column = 0; column < p.columns;) {
+    const int64_t rest = p.columns - column, width = rest >= 64 ? 64 : rest > 16 ? 32 : 16;
+    const auto run = width == 64   ? (sevens ? &multiply_columns<Step, 7, 4> : &multiply_columns<Step, 6, 4>)
+                     : width == 32 ? (sevens ? &multiply_columns<Step, 14, 2> : &multiply_columns<Step, 12, 2>)
+                                   : &multiply_columns<Step, 12, 1>;
+    const int64_t steps = p.segments > 1 ? 1 : (p.depth * width + elements_of_b - 1) / elements_of_b;
+    for (int64_t step = 0; step < steps; step++) {
+      const int64_t begin = p.depth * step / steps / 2 * 2, end = step + 1 == steps ? p.depth : p.depth * (step + 1) / steps / 2 * 2;
+      auto part = p.first(p.rows, p.columns, end).after_columns(column);
+      if (begin > 0) part = part.after_depth(begin);
+      run(part, prefetch);
+    }
+    column += width;
+  }
+}
+
+}  // namespace detail
+
+#endif
+
+}  // namespace densenet_efficient::CPU_CAPABILITY
