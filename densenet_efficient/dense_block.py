@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import kernels
 from .batch_norm import Affine, BatchNorm, Projection
+from .synchronisation import Synchronisation
 
 TRANSITION, HEAD, NO_EXIT = "transition", "head", "none"
 
@@ -48,6 +49,7 @@ class Stage:
     exit_norm: BatchNorm | None
     exit_conv: Tensor | None
     drop_rate: float
+    synchronisation: Synchronisation | None = None
 
     @property
     def bottleneck_channels(self) -> int:
@@ -115,6 +117,7 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
     as_images(storage[:, :channels], height, width).copy_(x)
     if with_statistics:
         backend.channel_stats(storage[:, :channels], mean[:channels], variance[:channels])
+        _merge(stage, mean[:channels], variance[:channels])
 
     bottleneck_channels = stage.bottleneck_channels
     bottlenecks: list[Tensor] = []
@@ -132,6 +135,7 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
             bottleneck, stats = bottlenecks[-1], bottleneck_statistics[index].unbind()
             wanted = stats if layer.norm2.running is None else (None, None)
             backend.bn_relu_conv1x1(inputs, affine.scale, affine.shift, layer.conv1, bottleneck, *wanted)
+            _merge(stage, *wanted)
             inputs, affine, weight = bottleneck, layer.norm2.affine(backend, *stats), layer.conv2
         fused_statistics = slot_statistics if layer.dropout is None else (None, None)
         backend.bn_relu_conv3x3(inputs, affine.scale, affine.shift, weight, height, width, slot, *fused_statistics)
@@ -139,11 +143,18 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
             _drop(slot, layer.dropout, stage.drop_rate)
             if with_statistics:
                 backend.channel_stats(slot, *slot_statistics)
+        _merge(stage, *slot_statistics)
         channels += layer.growth_rate
 
     out = _forward_exit(stage, storage, statistics, height, width)
     kept = bottlenecks if save_bottlenecks else []
     return StageOutput(out, as_images(storage, height, width), statistics, bottleneck_statistics, kept)
+
+
+def _merge(stage: Stage, mean: Tensor | None, variance: Tensor | None) -> None:
+    """Makes statistics that were just taken those of all processes."""
+    if stage.synchronisation is not None and mean is not None and variance is not None:
+        stage.synchronisation.merge(mean, variance)
 
 
 def backward_stage(
@@ -165,7 +176,7 @@ def backward_stage(
     mean = saved.statistics[0]
     grad = torch.empty_like(storage)  # of the storage; finished where a channel's last consumer is done
     backend = kernels.backend_for(storage.device)
-    projection = Projection(backend, total, mean)
+    projection = Projection(backend, total, mean, stage.synchronisation)
     accumulate = features_grad is not None
     if features_grad is not None:
         as_images(grad, height, width).copy_(features_grad)
@@ -185,6 +196,7 @@ def backward_stage(
             _drop(grad[:, start:stop], layer.dropout, stage.drop_rate)
         below_needed = input_needed or index > lowest
         backward = _LayerBackward(backend, layer, index, saved, storage[:, :start], grad, below_needed, scratch)
+        backward.synchronisation = stage.synchronisation
         layer_grads[index] = backward.run(layers_needed[index], projection)
         stop = start
     scratch.clear()  # before the peak of the copy below
@@ -217,6 +229,7 @@ class _LayerBackward:
         self.inputs_grad = grad[:, :channels] if below_needed else None
         self.slot_grad = grad[:, channels : channels + layer.growth_rate]
         self.scratch = scratch
+        self.synchronisation: Synchronisation | None = None
         self.rows = inputs.shape[0]
         self.height, self.width = saved.features.shape[2:]
         self.backend = backend
@@ -255,8 +268,9 @@ class _LayerBackward:
             self.slot_grad, bottleneck, affine2.mean, affine2.scale, affine2.shift, layer.conv2,
             self.height, self.width, bottleneck_grad, False, conv2_grad, *sums2,
         )  # fmt: skip
-        finish = Projection(self.backend, bottleneck.shape[1], affine2.mean)
+        finish = Projection(self.backend, bottleneck.shape[1], affine2.mean, self.synchronisation)
         norm2_grads = self._norm_grads(layer.norm2, affine2, sums2, finish)
+        finish.synchronise(slice(None))
         if bottleneck_grad is None:
             return [None, None, None, *norm2_grads, conv2_grad]
 

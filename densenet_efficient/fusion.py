@@ -10,6 +10,8 @@ from torch import nn
 from torch.fx import Proxy
 from torch.nn.modules import module as module_hooks
 
+from .synchronisation import BATCH_NORMS
+
 BATCH_NORM_WITH_ACTIVATION = ("timm.layers.norm_act", "BatchNormAct2d")
 
 
@@ -194,8 +196,8 @@ def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 
 def is_plain_norm(module: nn.Module | None) -> bool:
-    """Whether ``module`` is a BatchNorm2d with gamma and beta, unobserved."""
-    return _is_plain(module, nn.BatchNorm2d) and isinstance(module, nn.BatchNorm2d) and module.affine
+    """Whether ``module`` is a BatchNorm2d, or its synchronised form, with gamma and beta, unobserved."""
+    return isinstance(module, BATCH_NORMS) and type(module) in BATCH_NORMS and not is_observed(module) and module.affine
 
 
 def holds_norm_and_relu(module: nn.Module | None) -> bool:

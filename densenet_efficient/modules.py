@@ -8,6 +8,7 @@ parametrization, another module class) runs through its modules instead, with th
 from __future__ import annotations
 
 import warnings
+from typing import cast
 from weakref import WeakSet
 
 import torch
@@ -19,6 +20,7 @@ from .dense_block import HEAD, NO_EXIT, TRANSITION, as_rows
 from .fusion import LayerParts
 from .input_checks import as_compute_dtype, check_count, check_images, check_input, check_poolable, convolved_pixels
 from .running_statistics import update_running_statistics
+from .synchronisation import BATCH_NORMS, exchange_counts, group_of_all
 
 CHECKPOINTING_LEVELS = ("none", "bottleneck")
 
@@ -178,7 +180,7 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
         elif stage is not None:
             block, layers, consumer = stage
             x, children = run_stage(block, layers, consumer, x)[0], children[2:]
-            if isinstance(consumer, nn.BatchNorm2d):
+            if isinstance(consumer, BATCH_NORMS):
                 return x, True
         else:
             x, children = children[0](x), children[1:]
@@ -227,7 +229,11 @@ def run_stage(
     check_input(layers[0].norm1, x)
     if consumer is not None and stage_exit == TRANSITION:
         check_poolable(exit_norm, x)
-    check_count(norms, x)
+    group = group_of_all(norms)
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    counts = exchange_counts(count, group, x)
+    if counts is None:
+        check_count(norms, x)
     x = as_compute_dtype(x, _convolution_weights(layers, exit_parameters))
     drop_rate, masks = _draw_masks(layers, x)
     out, features, statistics, bottleneck_statistics, _ = operators.dense_stage(
@@ -242,8 +248,11 @@ def run_stage(
         stage_exit,
         drop_rate,
         block.checkpointing == "none" and torch.is_grad_enabled(),
+        counts,
+        group,
     )
-    _update_stage_statistics(layers, exit_norm, statistics, bottleneck_statistics, x)
+    total = count if counts is None else counts.sum()
+    _update_stage_statistics(layers, exit_norm, statistics, bottleneck_statistics, total)
     return out, features
 
 
@@ -266,14 +275,17 @@ def run_stem(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor, save_conv: bool) 
     check_images(conv, x)
     x = as_compute_dtype(x, [conv.weight])
     batch = fusion.uses_batch_statistics(norm)
-    if batch and x.shape[0] * convolved_pixels(conv, x) == 1:
+    group = group_of_all([norm])
+    count = x.shape[0] * convolved_pixels(conv, x)
+    counts = exchange_counts(count, group, x)
+    if batch and count == 1 and counts is None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
     running = [] if batch else _running(norm)
     out, statistics, _ = operators.stem(
         x, conv.weight, norm.weight, norm.bias, running, list(conv.stride), list(conv.padding), norm.eps,
-        save_conv and torch.is_grad_enabled(),
+        save_conv and torch.is_grad_enabled(), counts, group,
     )  # fmt: skip
-    update_running_statistics([norm], [statistics], x.shape[0] * convolved_pixels(conv, x))
+    update_running_statistics([norm], [statistics], count if counts is None else counts.sum())
     return out
 
 
@@ -295,8 +307,8 @@ def saves_conv(children: list[nn.Module]) -> bool:
 def _describe_exit(consumer: nn.Module | None) -> tuple[str, nn.BatchNorm2d | None, nn.Conv2d | None]:
     if consumer is None:
         return NO_EXIT, None, None
-    if isinstance(consumer, nn.BatchNorm2d):
-        return HEAD, consumer, None
+    if isinstance(consumer, BATCH_NORMS):
+        return HEAD, cast(nn.BatchNorm2d, consumer), None
     parts = fusion.transition_parts(consumer)
     assert parts is not None
     return TRANSITION, *parts
@@ -336,7 +348,7 @@ def _update_stage_statistics(
     exit_norm: nn.BatchNorm2d | None,
     statistics: Tensor,
     bottleneck_statistics: Tensor,
-    x: Tensor,
+    count: int | Tensor,
 ) -> None:
     """Shared statistics, one running copy per consumer."""
     norms = [layer.norm1 for layer in layers] + ([exit_norm] if exit_norm is not None else [])
@@ -344,4 +356,4 @@ def _update_stage_statistics(
     if layers[0].bottleneck:
         norms += [layer.norms[1] for layer in layers]
         shares += list(bottleneck_statistics.unbind(0))
-    update_running_statistics(norms, shares, x.shape[0] * x.shape[2] * x.shape[3])
+    update_running_statistics(norms, shares, count)

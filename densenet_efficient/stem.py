@@ -13,6 +13,7 @@ from torch import Tensor
 from . import kernels
 from .batch_norm import BatchNorm, Projection
 from .dense_block import as_images, as_rows, empty_images
+from .synchronisation import Synchronisation
 
 IMAGES_AT_A_TIME = {"cpu": 4}  # by type of device, in the convolution's backward; else the whole batch
 
@@ -24,6 +25,7 @@ class Stem(NamedTuple):
     stride: list[int]
     padding: list[int]
     norm: BatchNorm
+    synchronisation: Synchronisation | None = None
 
 
 class StemOutput(NamedTuple):
@@ -48,6 +50,8 @@ def forward_stem(stem: Stem, x: Tensor, save_conv: bool) -> StemOutput:
     statistics = x.new_zeros(2, rows.shape[1], dtype=kernels.accumulation_dtype(x.dtype))
     if stem.norm.running is None:
         backend.channel_stats(rows, *statistics)
+        if stem.synchronisation is not None:
+            stem.synchronisation.merge(*statistics)
     affine = stem.norm.affine(backend, *statistics)
     out = empty_images(x, x.shape[0], rows.shape[1], pooled_size(height), pooled_size(width))
     backend.bn_relu_max_pool(rows, affine.scale, affine.shift, height, width, as_rows(out))
@@ -77,7 +81,7 @@ def backward_stem(
         sum_grad,
         sum_grad_x,
     )
-    projection = Projection(backend, rows.shape[1], affine.mean)
+    projection = Projection(backend, rows.shape[1], affine.mean, stem.synchronisation)
     norm_grad = projection.add(stem.norm, affine, sum_grad, sum_grad_x, rows.shape[0])
     projection.apply(grad, rows, affine.mean, 0, rows.shape[1])
     del rows, conv_out

@@ -21,6 +21,7 @@ from torchmetrics.classification import (
 from torchvision.transforms import v2
 
 from densenet_efficient.models import create_model
+from densenet_efficient.synchronisation import BATCH_NORMS
 from densenet_efficient.training.checkpoint import ENTRY, SavedClassifier, check_class_names, describe_classifier
 from densenet_efficient.training.data import Task
 from densenet_efficient.training.parameter_groups import parameter_groups
@@ -146,7 +147,7 @@ class Classifier(LightningModule):
             self.model.features.eval()
         elif self.frozen_batch_norm:
             for module in self.model.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, BATCH_NORMS):
                     module.eval()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
