@@ -13,7 +13,7 @@ NATIVE_SOURCES := $(shell find csrc -type f)
 venv: .venv/installed
 
 demo: venv
-	$(BIN)/densenet-efficient train --data digits --output runs/demo
+	$(BIN)/densenet-efficient fit --config demo --output runs/demo
 
 test: venv
 	$(BIN)/pytest --numprocesses auto

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .synchronisation import Synchronisation
+
 
 class BatchNorm(NamedTuple):
     """What one batch norm brings to an operator, without its module."""
@@ -42,8 +44,11 @@ class Projection:
     so that only its two coefficients are summed here and the channels are corrected once, after their last consumer.
     """
 
-    def __init__(self, backend: ModuleType, channels: int, like: Tensor) -> None:
+    def __init__(
+        self, backend: ModuleType, channels: int, like: Tensor, synchronisation: Synchronisation | None = None
+    ) -> None:
         self.backend = backend
+        self.synchronisation = synchronisation
         self.slope, self.offset = like.new_zeros(2, channels).unbind()
         self.is_empty = True  # then the batch's statistics may not even have been taken
 
@@ -59,13 +64,23 @@ class Projection:
             slope, offset = self.slope[:channels], self.offset[:channels]
         grad_weight = torch.empty_like(sum_grad)
         self.backend.batch_norm_gradients(
-            sum_grad, sum_grad_x, affine.rstd, affine.scale, count, grad_weight, slope, offset
+            sum_grad, sum_grad_x, affine.rstd, affine.scale, self._divisor(count), grad_weight, slope, offset
         )
         return grad_weight
+
+    def synchronise(self, channels: slice) -> None:
+        """Makes the coefficients of these channels those of all processes; once, after their last consumer."""
+        if self.synchronisation is not None and not self.is_empty:
+            self.synchronisation.average(self.slope[channels], self.offset[channels])
+
+    def _divisor(self, count: int) -> int:
+        """Of the sums: the values per channel, unless the division comes with the synchronisation."""
+        return count if self.synchronisation is None else 1
 
     def apply(self, grad: Tensor, x: Tensor, mean: Tensor, start: int, stop: int) -> None:
         """Corrects the gradient [M, stop - start] of the channels ``start`` to ``stop``, in place."""
         if self.is_empty:
             return
         channels = slice(start, stop)
+        self.synchronise(channels)
         self.backend.project_gradient(grad, x, mean[channels], self.slope[channels], self.offset[channels])

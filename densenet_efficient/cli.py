@@ -1,4 +1,4 @@
-"""The command line: densenet-efficient train, predict, summary and visualize.
+"""The command line: densenet-efficient fit, test, predict, summary, visualize and others.
 
 What is heavy to import is imported by the command that needs it, so that --help answers at once.
 """
@@ -10,21 +10,35 @@ import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 FAILED, INTERRUPTED = 2, 130
+# Of the commands whose options Lightning's CLI parses.
+TRAINING_COMMANDS = {
+    "fit": "train a classifier on images, or continue to",
+    "validate": "evaluate a checkpoint on the validation images",
+    "test": "evaluate a checkpoint on the test images, and report",
+    "check-data": "read every image, count the classes, find damaged and repeated files",
+    "find-learning-rate": "try growing learning rates and suggest one",
+    "find-batch-size": "find the largest batch whose training fits into the memory",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, or 2 after an error of one line, or 130 after Ctrl-C."""
-    options = build_parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if given and given[0] in TRAINING_COMMANDS:
+            from densenet_efficient.training.cli import run
+
+            return run(given[0], given[1:])
+        options = build_parser().parse_args(given)
         options.command(options)
-    except KeyboardInterrupt as interrupt:
-        print(f"Interrupted; {interrupt}" if interrupt.args else "Interrupted", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("Interrupted", file=sys.stderr)
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        print(f"error: {error}; pip install 'densenet-efficient[train]' brings it", file=sys.stderr)
+        remedy = "" if "pip install" in str(error) else "; pip install 'densenet-efficient[train]' brings it"
+        print(f"error: {error}{remedy}", file=sys.stderr)
         return FAILED
     except (OSError, ValueError, RuntimeError, ArithmeticError, pickle.UnpicklingError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -37,45 +51,33 @@ def build_parser() -> argparse.ArgumentParser:
         prog="densenet-efficient", description="Train, use and examine memory-efficient DenseNets."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_train(commands)
+    for name, text in TRAINING_COMMANDS.items():  # only for the list of commands
+        commands.add_parser(name, help=text, add_help=False)
     add_predict(commands)
     add_summary(commands)
     add_visualize(commands)
     return parser
 
 
-def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="train a classifier and compare it with the naive implementation",
-        description="Train a classifier on images, then measure it, naive and efficient.",
-    )
-
-    def add(name: str, text: str, **settings: Any) -> None:
-        default = " (default: %(default)s)" if "default" in settings else ""
-        parser.add_argument(name, help=text + default, **settings)
-
-    add("--data", "digits, or a folder with one subfolder per class, or with train/ and val/", default="digits")
-    add("--output", "where the checkpoint, metrics and pictures go", type=Path, required=True, metavar="DIR")
-    add("--model", "one of the networks that summary knows too", default="densenet-bc-40-12")
-    add("--epochs", "passes over the training images", type=positive_int, default=12)
-    add("--batch-size", "images per step", type=batch_size, default=64)
-    add("--learning-rate", "peak of the one-cycle schedule", type=positive_float, default=3e-3)
-    add("--image-size", "pixels per side, of a folder's images", type=positive_int, default=224)
-    levels = ("none", "bottleneck")
-    add("--checkpointing", "what the backward recomputes", choices=levels, default="bottleneck")
-    add("--seed", "of the weights, the held-out images, order and augmentation", type=int, default=0)
-    add("--device", "cpu, cuda or cuda:N", default="cpu")
-    add("--threads", "CPU threads; torch decides if not given", type=positive_int)
-    depths = [22, 46, 70, 100]
-    add("--memory-depths", "depths of the memory picture", type=positive_int, nargs="+", default=depths)
-    parser.set_defaults(command=run_train)
-
-
 def add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("predict", help="classify image files", description="Classify image files.")
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="written by train")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG, ...")
+    parser = commands.add_parser(
+        "predict",
+        help="classify image files",
+        description="Classify images with a checkpoint of fit, which holds all that is needed besides.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="FILE", help="written by fit")
+    add("inputs", type=Path, nargs="+", metavar="INPUT", help="an image, a folder of images, or a CSV table of paths")
+    add("--output", type=Path, metavar="CSV", help="write all probabilities there; what it holds is not computed again")
+    views = "average over the image alone, its mirror image too, or all 8 symmetries (default: %(default)s)"
+    add("--views", choices=("none", "mirror", "dihedral"), default="none", help=views)
+    add("--batch-size", type=positive_int, default=32, help="images at once (default: %(default)s)")
+    add("--path-column", default="path", help="of a CSV table (default: %(default)s)")
+    add("--num-workers", type=int, default=0, help="processes that read images (default: %(default)s)")
+    add("--accelerator", default="auto", help="auto, cpu or gpu (default: %(default)s)")
+    add("--precision", default="32-true", help="such as 32-true, bf16-mixed, 16-mixed (default: %(default)s)")
+    bad = "stop at a file that is no undamaged image, or name and leave it out (default: %(default)s)"
+    add("--bad-files", choices=("refuse", "skip"), default="refuse", help=bad)
     parser.set_defaults(command=run_predict)
 
 
@@ -101,7 +103,7 @@ def add_visualize(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     def add(name: str, text: str) -> argparse.ArgumentParser:
         picture = pictures.add_parser(name, help=text, description=f"Draw {text}, as a PNG.")
         source = picture.add_mutually_exclusive_group(required=True)
-        source.add_argument("--checkpoint", type=Path, metavar="FILE", help="written by train")
+        source.add_argument("--checkpoint", type=Path, metavar="FILE", help="written by fit")
         source.add_argument("--model", help="name of a network, such as densenet201")
         picture.add_argument("--weights", help="torchvision's, such as IMAGENET1K_V1; fresh ones if not given")
         picture.add_argument(
@@ -125,23 +127,11 @@ def add_visualize(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.set_defaults(command=run_visualize)
 
 
-def run_train(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from densenet_efficient.training.job import TrainingOptions, train
-
-    given = {name: value for name, value in vars(options).items() if name != "command"}
-    train(TrainingOptions(**given), Console())
-
-
 def run_predict(options: argparse.Namespace) -> None:
-    from densenet_efficient.training.checkpoint import load_checkpoint
-    from densenet_efficient.training.predict import classify
+    from densenet_efficient.training.prediction import predict
 
-    for path, ranking in classify(load_checkpoint(options.checkpoint), options.images):
-        (best, probability), *_ = ranking
-        top = ", ".join(f"{name} {value:.1%}" for name, value in ranking)
-        print(f"{path}: {best} ({probability:.1%}); top {len(ranking)}: {top}")
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "bad_files")}
+    predict(given.pop("checkpoint"), given.pop("inputs"), **given, refuse_bad_files=options.bad_files == "refuse")
 
 
 def run_summary(options: argparse.Namespace) -> None:
@@ -163,20 +153,6 @@ def positive_int(text: str) -> int:
     return value
 
 
-def batch_size(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"expected at least 2, so that a batch has a variance, got {text}")
-    return value
-
-
-def positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return value
-
-
 def input_shape(text: str) -> tuple[int, ...]:
     from densenet_efficient.summary import parse_input_shape
 
@@ -187,10 +163,16 @@ def input_shape(text: str) -> tuple[int, ...]:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of the message; of an OSError without a message of its own, the file and the reason."""
+    """The first line of the message; of an OSError without a message of its own, the file and the reason.
+
+    A message that a worker process sends has its traceback before it.
+    """
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return (str(error) or type(error).__name__).splitlines()[0]
+    lines = str(error).splitlines() or [type(error).__name__]
+    if lines[0].startswith("Caught "):
+        return lines[-1].removeprefix(f"{type(error).__name__}: ")
+    return lines[0]
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from . import kernels
 from .batch_norm import Affine, BatchNorm, Projection
 from .kernels import spatial
 from .layout import as_images, as_rows, empty_images
+from .synchronisation import Synchronisation
 
 TRANSITION, TRANSITION_DOWN, HEAD, NO_EXIT = "transition", "transition down", "head", "none"
 
@@ -58,6 +59,7 @@ class Stage:
     exit_conv: Tensor | None
     exit_dropout: Tensor | None  # [M, C'] of a transition down, True where its convolution's output is kept
     drop_rate: float
+    synchronisation: Synchronisation | None = None
 
     @property
     def bottleneck_channels(self) -> int:
@@ -110,6 +112,7 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
     as_images(storage[:, :channels], *size).copy_(x)
     if with_statistics:
         backend.channel_stats(storage[:, :channels], mean[:channels], variance[:channels])
+        _merge(stage, mean[:channels], variance[:channels])
 
     bottleneck_channels = stage.bottleneck_channels
     bottlenecks: list[Tensor] = []
@@ -127,6 +130,7 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
             bottleneck, stats = bottlenecks[-1], bottleneck_statistics[index].unbind()
             wanted = stats if layer.norm2.running is None else (None, None)
             backend.bn_relu_conv1x1(inputs, affine.scale, affine.shift, layer.conv1, bottleneck, *wanted)
+            _merge(stage, *wanted)
             inputs, affine, weight = bottleneck, layer.norm2.affine(backend, *stats), layer.conv2
         fused_statistics = slot_statistics if layer.dropout is None else (None, None)
         spatial.bn_relu_conv(
@@ -136,11 +140,18 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
             _drop(slot, layer.dropout, stage.drop_rate)
             if with_statistics:
                 backend.channel_stats(slot, *slot_statistics)
+        _merge(stage, *slot_statistics)
         channels += layer.growth_rate
 
     out = _forward_exit(stage, storage, statistics, size)
     kept = bottlenecks if save_bottlenecks else []
     return StageOutput(out, as_images(storage, *size), statistics, bottleneck_statistics, kept)
+
+
+def _merge(stage: Stage, mean: Tensor | None, variance: Tensor | None) -> None:
+    """Makes statistics that were just taken those of all processes."""
+    if stage.synchronisation is not None and mean is not None and variance is not None:
+        stage.synchronisation.merge(mean, variance)
 
 
 def backward_stage(
@@ -163,7 +174,7 @@ def backward_stage(
     kernels.return_freed_memory(storage)
     grad = torch.empty_like(storage)  # of the storage; finished where a channel's last consumer is done
     backend = kernels.backend_for(storage.device)
-    projection = Projection(backend, total, mean)
+    projection = Projection(backend, total, mean, stage.synchronisation)
     accumulate = features_grad is not None
     if features_grad is not None:
         as_images(grad, *size).copy_(features_grad)
@@ -184,6 +195,7 @@ def backward_stage(
             _drop(grad[:, start:stop], layer.dropout, stage.drop_rate)
         below_needed = input_needed or index > lowest
         backward = _LayerBackward(backend, layer, index, saved, storage[:, :start], grad, below_needed, scratch)
+        backward.synchronisation = stage.synchronisation
         layer_grads[index] = backward.run(layers_needed[index], projection)
         stop = start
     scratch.clear()  # before the peak of the copy below
@@ -216,6 +228,7 @@ class _LayerBackward:
         self.inputs_grad = grad[:, :channels] if below_needed else None
         self.slot_grad = grad[:, channels : channels + layer.growth_rate]
         self.scratch = scratch
+        self.synchronisation: Synchronisation | None = None
         self.rows = inputs.shape[0]
         self.size = tuple(saved.features.shape[2:])
         self.backend = backend
@@ -254,8 +267,9 @@ class _LayerBackward:
             self.backend, self.slot_grad, bottleneck, affine2.mean, affine2.scale, affine2.shift, layer.conv2,
             self.size, layer.dilation, bottleneck_grad, False, conv2_grad, *sums2,
         )  # fmt: skip
-        finish = Projection(self.backend, bottleneck.shape[1], affine2.mean)
+        finish = Projection(self.backend, bottleneck.shape[1], affine2.mean, self.synchronisation)
         norm2_grads = self._norm_grads(layer.norm2, affine2, sums2, finish)
+        finish.synchronise(slice(None))
         if bottleneck_grad is None:
             return [None, None, None, *norm2_grads, conv2_grad]
 

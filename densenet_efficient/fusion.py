@@ -12,9 +12,20 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn.modules import module as module_hooks
 
-from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, MAX_POOLS, BatchNorm, Convolution, MaxPool, dims_of
+from .dimensions import (
+    AVG_POOLS,
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    MAX_POOLS,
+    BatchNorm,
+    Convolution,
+    MaxPool,
+    dims_of,
+    is_for,
+)
 
-PLAIN_NORMS, PLAIN_CONVOLUTIONS = frozenset(BATCH_NORMS.values()), frozenset(CONVOLUTIONS.values())
+PLAIN_NORMS = frozenset({*BATCH_NORMS.values(), nn.SyncBatchNorm})
+PLAIN_CONVOLUTIONS = frozenset(CONVOLUTIONS.values())
 COMMON_GEOMETRIES = {((1, 1), (1, 1), (0, 0)), ((3, 3), (1, 1), (1, 1))}  # kernel size, dilation, padding
 ONES = {(1,), (1, 1), (1, 1, 1)}  # a kernel size or a stride of one along each axis
 BATCH_NORM_WITH_ACTIVATION = ("timm.layers.norm_act", "BatchNormAct2d")
@@ -160,8 +171,8 @@ def read_layer(modules: Mapping[str, nn.Module | None], drop_rate: float, traini
     parts = LayerParts(norms[0], convolutions[0], norms[1], convolutions[1], drop_rate, training)
     if any(conv.in_channels != norm.num_features for conv, norm in zip(parts.convolutions, parts.norms, strict=True)):
         return " has other channel counts than its norms"
-    dims = dims_of(parts.norm1)
-    if any(dims_of(module) != dims for module in (*parts.norms, *parts.convolutions)):
+    dims = parts.spatial_dims
+    if any(dims_of(conv) != dims for conv in parts.convolutions) or not all(is_for(norm, dims) for norm in parts.norms):
         return " has norms and convolutions of different spatial dimensions"
     return parts
 
@@ -196,7 +207,7 @@ def take_stem(children: list[nn.Module]) -> tuple[Convolution, BatchNorm, list[n
     norm, (pool, *rest) = taken
     if not _is_plain(pool, MAX_POOLS[dims]) or _pooling(pool) != (3, 2, 1, 1, False, False):
         return None
-    return (conv, norm, rest) if _scalar(conv.dilation) == 1 and dims_of(norm) == dims else None
+    return (conv, norm, rest) if _scalar(conv.dilation) == 1 and is_for(norm, dims) else None
 
 
 def transition_parts(transition: nn.Module) -> tuple[BatchNorm, Convolution] | None:
@@ -212,8 +223,8 @@ def transition_parts(transition: nn.Module) -> tuple[BatchNorm, Convolution] | N
     norm, (conv, pool) = taken
     plain = (
         _is_pointwise(conv)
-        and dims_of(cast(Convolution, conv)) == dims_of(norm)
-        and _is_plain(pool, AVG_POOLS[dims_of(norm)])
+        and is_for(norm, dims_of(cast(Convolution, conv)))
+        and _is_plain(pool, AVG_POOLS[dims_of(cast(Convolution, conv))])
         and (_scalar(pool.kernel_size), _scalar(pool.stride), _scalar(pool.padding)) == (2, 2, 0)
         and not pool.ceil_mode
         and getattr(pool, "divisor_override", None) is None  # which one dimension has not
@@ -234,7 +245,7 @@ def transition_down_parts(transition: nn.Module) -> tuple[BatchNorm, Convolution
     norm, (conv, drop, pool) = taken
     plain = (
         _is_pointwise(conv)
-        and dims_of(cast(Convolution, conv)) == dims_of(norm)
+        and is_for(norm, dims_of(cast(Convolution, conv)))
         and _is_plain(drop, nn.Dropout)
         and _is_plain(pool, nn.MaxPool2d)
         and _pooling(pool) == (2, 2, 0, 1, False, False)
@@ -255,7 +266,7 @@ def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 
 def is_plain_norm(module: nn.Module | None) -> bool:
-    """Whether ``module`` is a BatchNorm1d, 2d or 3d with gamma and beta, unobserved."""
+    """Whether ``module`` is a BatchNorm1d, 2d or 3d, or a synchronised one, with gamma and beta, unobserved."""
     return type(module) in PLAIN_NORMS and not is_observed(cast(nn.Module, module)) and cast(BatchNorm, module).affine
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import fusion, inference, operators
 from .argument_checks import check_drop_rate, check_kernel_size, check_level, check_positive, check_spatial_dims
 from .dense_block import HEAD, NO_EXIT, TRANSITION, TRANSITION_DOWN
-from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, BatchNorm, Convolution, dims_of, global_average
+from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, BatchNorm, Convolution, dims_of, global_average, is_for
 from .fusion import LayerParts
 from .input_checks import (
     as_compute_dtype,
@@ -33,6 +33,7 @@ from .input_checks import (
 from .kernels import spatial
 from .layout import as_rows
 from .running_statistics import update_running_statistics
+from .synchronisation import exchange_counts, group_of_all
 
 
 class DenseLayer(nn.Module):
@@ -325,7 +326,7 @@ def take_stage(children: list[nn.Module], with_head: bool) -> tuple[StageBlock, 
     if not is_head and down is None and fusion.transition_parts(consumer) is None:
         return None
     layers, norm = block.read(), _describe_exit(consumer)[1]
-    if isinstance(layers, str) or norm is None or dims_of(norm) != layers[0].spatial_dims:
+    if isinstance(layers, str) or norm is None or not is_for(norm, layers[0].spatial_dims):
         return None
     if down is not None and down[2] != layers[0].dropout:
         return None
@@ -357,10 +358,14 @@ def run_stage(
         exit_parameters += [exit_norm.weight, exit_norm.bias]
     if exit_conv is not None:
         exit_parameters.append(exit_conv.weight)
-    check_input(layers[0].norm1, x)
+    check_input(layers[0].norm1, layers[0].spatial_dims, x)
     if stage_exit in (TRANSITION, TRANSITION_DOWN):
         check_poolable(exit_norm, x)
-    check_count(norms, x)
+    group = group_of_all(norms)
+    count = pixels(x)
+    counts = exchange_counts(count, group, x)
+    if counts is None:
+        check_count(norms, x)
     x = as_compute_dtype(x, _convolution_weights(layers, exit_parameters))
     drop_rate, masks = _draw_masks(layers, exit_conv if stage_exit == TRANSITION_DOWN else None, x)
     out, features, statistics, bottleneck_statistics, _ = operators.dense_stage(
@@ -376,8 +381,11 @@ def run_stage(
         stage_exit,
         drop_rate,
         block.checkpointing == "none" and torch.is_grad_enabled(),
+        counts,
+        group,
     )
-    _update_stage_statistics(layers, exit_norm, statistics, bottleneck_statistics, x)
+    total = count if counts is None else counts.sum()
+    _update_stage_statistics(layers, exit_norm, statistics, bottleneck_statistics, total)
     return out, features
 
 
@@ -392,7 +400,7 @@ def _make_plan(block: StageBlock, layers: list[LayerParts], consumer: nn.Module 
 
 
 def _run_plan(plan: inference.Plan, x: Tensor) -> tuple[Tensor, Tensor]:
-    check_input(plan.norms[0], x)
+    check_input(plan.norms[0], dims_of(plan.convolutions[0]), x)
     if plan.exit in (TRANSITION, TRANSITION_DOWN):
         check_poolable(plan.exit_norm, x)
     return plan.run(as_compute_dtype(x, [plan.weight]))
@@ -403,14 +411,17 @@ def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool) -> 
     check_images(conv, x)
     x = as_compute_dtype(x, [conv.weight])
     batch = fusion.uses_batch_statistics(norm)
-    if batch and x.shape[0] * convolved_pixels(conv, x) == 1:
+    group = group_of_all([norm])
+    count = x.shape[0] * convolved_pixels(conv, x)
+    counts = exchange_counts(count, group, x)
+    if batch and count == 1 and counts is None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
     running = [] if batch else _running(norm)
     out, statistics, _ = operators.stem(
         x, conv.weight, norm.weight, norm.bias, running, list(conv.stride), list(conv.padding), norm.eps,
-        save_conv and torch.is_grad_enabled(),
+        save_conv and torch.is_grad_enabled(), counts, group,
     )  # fmt: skip
-    update_running_statistics([norm], [statistics], x.shape[0] * convolved_pixels(conv, x))
+    update_running_statistics([norm], [statistics], count if counts is None else counts.sum())
     return out
 
 
@@ -477,7 +488,7 @@ def _update_stage_statistics(
     exit_norm: BatchNorm | None,
     statistics: Tensor,
     bottleneck_statistics: Tensor,
-    x: Tensor,
+    count: int | Tensor,
 ) -> None:
     """Shared statistics, one running copy per consumer."""
     norms = [layer.norm1 for layer in layers] + ([exit_norm] if exit_norm is not None else [])
@@ -485,4 +496,4 @@ def _update_stage_statistics(
     if layers[0].bottleneck:
         norms += [layer.norms[1] for layer in layers]
         shares += list(bottleneck_statistics.unbind(0))
-    update_running_statistics(norms, shares, pixels(x))
+    update_running_statistics(norms, shares, count)

@@ -26,6 +26,7 @@ from .dense_block import (
 from .kernels import accumulation_dtype, spatial
 from .layout import as_images, empty_images
 from .stem import Stem, StemOutput, backward_stem, forward_stem
+from .synchronisation import Synchronisation
 
 NAMESPACE = "densenet_efficient"
 PARAMETERS_WITH_BOTTLENECK, PARAMETERS_WITHOUT = 6, 3
@@ -113,6 +114,8 @@ def dense_stage(
     stage_exit: str,
     drop_rate: float,
     save_bottlenecks: bool,
+    counts: Tensor | None = None,
+    group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """A dense block and its exit; the outputs are those of `dense_block.StageOutput`.
 
@@ -126,6 +129,7 @@ def dense_stage(
         dilations: one per layer, of its last convolution.
         stage_exit: "transition", "transition down", "head" or "none".
         save_bottlenecks: whether the backward finds the bottleneck outputs saved, or recomputes them.
+        counts, group: those of a `Synchronisation`; None and empty for a process by itself.
     """
     stage = _unflatten(
         parameters,
@@ -139,6 +143,7 @@ def dense_stage(
         stage_exit,
         drop_rate,
     )
+    stage.synchronisation = _synchronisation(counts, group)
     return _run_stage(x, stage, save_bottlenecks)
 
 
@@ -161,6 +166,8 @@ def _(
     stage_exit: str,
     drop_rate: float,
     save_bottlenecks: bool,
+    counts: Tensor | None = None,
+    group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     images, channels, *size = x.shape
     layers = _by_layer(parameters, bottleneck)
@@ -200,6 +207,8 @@ def dense_stage_backward(
     stage_exit: str,
     drop_rate: float,
     needed: list[bool],
+    counts: Tensor | None = None,
+    group: str = "",
 ) -> list[Tensor]:
     """The gradients of (x, *parameters, *exit_parameters) for which ``needed`` is true, in this order."""
     stage = _unflatten(
@@ -214,6 +223,7 @@ def dense_stage_backward(
         stage_exit,
         drop_rate,
     )
+    stage.synchronisation = _synchronisation(counts, group)
     saved = StageOutput(features.new_empty(0), features, statistics, bottleneck_statistics, bottlenecks)
     count = 1 + len(parameters)
     gradients = _run_stage_backward(
@@ -266,6 +276,8 @@ def _(
     stage_exit: str,
     drop_rate: float,
     needed: list[bool],
+    counts: Tensor | None = None,
+    group: str = "",
 ) -> list[Tensor]:
     images, _, *size = features.shape
     channels = _input_channels(features, parameters, bottleneck)
@@ -275,27 +287,29 @@ def _(
 
 
 def _save_stage(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, parameters, exit_parameters, running, masks, *values, _ = inputs
+    _, parameters, exit_parameters, running, masks, *values, _, counts, group = inputs
     _, features, statistics, bottleneck_statistics, bottlenecks = output
     groups = (bottlenecks, parameters, exit_parameters, running, masks)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(statistics, bottleneck_statistics, *bottlenecks)
     ctx.lengths = [len(group) for group in groups]
-    ctx.values = values
+    ctx.values, ctx.counts, ctx.group = values, counts, group
     ctx.save_for_backward(
-        features, statistics, bottleneck_statistics, *(tensor for group in groups for tensor in group)
+        features, statistics, bottleneck_statistics, *(tensor for tensors in groups for tensor in tensors)
     )
 
 
 def _backward_stage(ctx: Any, out_grad: Tensor | None, features_grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * (len(ctx.values) + 1)
+    nothing = (None,) * (len(ctx.values) + 3)
     lengths = ctx.lengths[1:]  # of the inputs
     if out_grad is None and features_grad is None:
         return None, *([None] * length for length in lengths), *nothing
     saved, groups = ctx.saved_tensors[:3], _split(ctx.saved_tensors[3:], ctx.lengths)
     input_needed, parameters_needed, exit_needed, *_rest = ctx.needs_input_grad
     needed = [input_needed, *parameters_needed, *exit_needed]
-    gradients = iter(dense_stage_backward(out_grad, features_grad, *saved, *groups, *ctx.values, needed))
+    gradients = iter(
+        dense_stage_backward(out_grad, features_grad, *saved, *groups, *ctx.values, needed, ctx.counts, ctx.group)
+    )
     spread = [next(gradients) if wanted else None for wanted in needed]
     return (
         spread[0],
@@ -326,12 +340,15 @@ def stem(
     padding: list[int],
     epsilon: float,
     save_conv: bool,
+    counts: Tensor | None = None,
+    group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Convolution, BN, ReLU and 3x3 maximum pooling; the outputs are those of `stem.StemOutput`.
 
     ``running`` is (mean, variance) where the norm uses its running statistics, else empty.
     """
-    return _run_stem(x, _describe_stem(conv, weight, bias, running, stride, padding, epsilon), save_conv)
+    description = _describe_stem(conv, weight, bias, running, stride, padding, epsilon, counts, group)
+    return _run_stem(x, description, save_conv)
 
 
 @_without_autocast
@@ -347,9 +364,15 @@ def _describe_stem(
     stride: list[int],
     padding: list[int],
     epsilon: float,
+    counts: Tensor | None,
+    group: str,
 ) -> Stem:
     pair = (running[0], running[1]) if running else None
-    return Stem(conv, stride, padding, BatchNorm(weight, bias, epsilon, pair))
+    return Stem(conv, stride, padding, BatchNorm(weight, bias, epsilon, pair), _synchronisation(counts, group))
+
+
+def _synchronisation(counts: Tensor | None, group: str) -> Synchronisation | None:
+    return None if counts is None else Synchronisation(counts, group)
 
 
 @stem.register_fake
@@ -363,6 +386,8 @@ def _(
     padding: list[int],
     epsilon: float,
     save_conv: bool,
+    counts: Tensor | None = None,
+    group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     images, channels = x.shape[0], conv.shape[0]
     axes = zip(x.shape[2:], conv.shape[2:], stride, padding, strict=True)
@@ -387,9 +412,11 @@ def stem_backward(
     padding: list[int],
     epsilon: float,
     needed: list[bool],
+    counts: Tensor | None = None,
+    group: str = "",
 ) -> list[Tensor]:
     """The gradients of (x, conv, weight, bias) for which ``needed`` is true, in this order."""
-    description = _describe_stem(conv, weight, bias, running, stride, padding, epsilon)
+    description = _describe_stem(conv, weight, bias, running, stride, padding, epsilon, counts, group)
     gradients = _run_stem_backward(out_grad, x, description, StemOutput(out_grad, statistics, conv_out), needed)
     return _needed_gradients(gradients, [x, conv, weight, bias], needed)
 
@@ -415,6 +442,8 @@ def _(
     padding: list[int],
     epsilon: float,
     needed: list[bool],
+    counts: Tensor | None = None,
+    group: str = "",
 ) -> list[Tensor]:
     gradients = [empty_images(x, *x.shape)]
     gradients += [parameter.new_empty(parameter.shape) for parameter in (conv, weight, bias)]
@@ -422,21 +451,22 @@ def _(
 
 
 def _save_stem(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, conv, weight, bias, running, *values, _ = inputs
+    x, conv, weight, bias, running, *values, _, counts, group = inputs
     _, statistics, conv_out = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(statistics, conv_out)
-    ctx.values = values
+    ctx.values, ctx.counts, ctx.group = values, counts, group
     ctx.save_for_backward(x, statistics, conv_out, conv, weight, bias, *running)
 
 
 def _backward_stem(ctx: Any, out_grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     x, statistics, conv_out, conv, weight, bias, *running = ctx.saved_tensors
-    nothing = ([None] * len(running), *(None,) * (len(ctx.values) + 1))
+    nothing = ([None] * len(running), *(None,) * (len(ctx.values) + 3))
     if out_grad is None:
         return None, None, None, None, *nothing
     needed = list(ctx.needs_input_grad[:4])
-    gradients = iter(stem_backward(out_grad, x, statistics, conv_out, conv, weight, bias, running, *ctx.values, needed))
+    saved = (x, statistics, conv_out, conv, weight, bias, running)
+    gradients = iter(stem_backward(out_grad, *saved, *ctx.values, needed, ctx.counts, ctx.group))
     return *(next(gradients) if want else None for want in needed), *nothing
 
 

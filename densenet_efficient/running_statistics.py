@@ -10,7 +10,7 @@ from torch import Tensor
 from .dimensions import BatchNorm
 
 
-def update_running_statistics(norms: list[BatchNorm], batch: list[Tensor], count: int) -> None:
+def update_running_statistics(norms: list[BatchNorm], batch: list[Tensor], count: int | Tensor) -> None:
     """torch.nn.BatchNorm2d's update of its buffers from (mean, biased variance) [2, C] over ``count`` values."""
     groups = _by_momentum(norms, batch)
     if not groups:
@@ -19,7 +19,8 @@ def update_running_statistics(norms: list[BatchNorm], batch: list[Tensor], count
         for momentum, group in groups.items():
             means = [cast(Tensor, norm.running_mean) for norm, _ in group]
             variances = [cast(Tensor, norm.running_var) for norm, _ in group]
-            unbiased = torch._foreach_mul([share[1] for _, share in group], count / (count - 1))
+            correction = count / (count - 1)  # a tensor, if the values are of several processes
+            unbiased = torch._foreach_mul([share[1] for _, share in group], correction)
             torch._foreach_lerp_(means, _in_dtype_of(means, [share[0] for _, share in group]), momentum)
             torch._foreach_lerp_(variances, _in_dtype_of(variances, list(unbiased)), momentum)
 

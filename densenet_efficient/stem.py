@@ -14,6 +14,7 @@ from . import kernels
 from .batch_norm import BatchNorm, Projection
 from .kernels import spatial
 from .layout import as_images, as_rows, channels_last, empty_images
+from .synchronisation import Synchronisation
 
 # In the convolution's backward, by type of device and spatial dimensions; else the whole batch.
 IMAGES_AT_A_TIME = {("cpu", 1): 4, ("cpu", 2): 4, ("cpu", 3): 1}
@@ -26,6 +27,7 @@ class Stem(NamedTuple):
     stride: list[int]
     padding: list[int]
     norm: BatchNorm
+    synchronisation: Synchronisation | None = None
 
     @property
     def geometry(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
@@ -50,6 +52,8 @@ def forward_stem(stem: Stem, x: Tensor, save_conv: bool) -> StemOutput:
     statistics = x.new_zeros(2, rows.shape[1], dtype=kernels.accumulation_dtype(x.dtype))
     if stem.norm.running is None:
         backend.channel_stats(rows, *statistics)
+        if stem.synchronisation is not None:
+            stem.synchronisation.merge(*statistics)
     affine = stem.norm.affine(backend, *statistics)
     out = empty_images(x, x.shape[0], rows.shape[1], *spatial.max_pooled_size(size))
     spatial.bn_relu_max_pool(backend, rows, affine.scale, affine.shift, size, as_rows(out))
@@ -71,7 +75,7 @@ def backward_stem(
         backend, as_rows(out_grad).contiguous(), rows, affine.mean, affine.scale, affine.shift, size,
         grad, sum_grad, sum_grad_x,
     )  # fmt: skip
-    projection = Projection(backend, rows.shape[1], affine.mean)
+    projection = Projection(backend, rows.shape[1], affine.mean, stem.synchronisation)
     norm_grad = projection.add(stem.norm, affine, sum_grad, sum_grad_x, rows.shape[0])
     projection.apply(grad, rows, affine.mean, 0, rows.shape[1])
     del rows, conv_out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,25 +12,35 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
+from training_cases import fit, fit_arguments, make_images
 
-from densenet_efficient.cli import main
-from densenet_efficient.training.checkpoint import load_checkpoint
+from densenet_efficient.cli import TRAINING_COMMANDS, main
+from densenet_efficient.training import finish
+from densenet_efficient.training.checkpoint import load_classifier, read_checkpoint
+from densenet_efficient.training.recipes import FOLDER, recipe_names
 
-TRAIN = ["train", "--data", "digits", "--output"]
-FILES = ["checkpoint.pt", "curves.png", "memory.png", "metrics.json"]
+DEMO = ["fit", "--config", "demo", "--trainer.max_epochs", "1", "--output"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of one epoch, in a directory that holds an earlier run and another file."""
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo, shortened to one epoch, in a directory that holds an earlier run and another file."""
     output = tmp_path_factory.mktemp("runs") / "demo"
     output.mkdir()
-    (output / "metrics.json").write_text("earlier")
+    (output / "last.ckpt").write_text("earlier")
     (output / "notes.txt").write_text("mine")
-    assert main([*TRAIN, str(output), "--epochs", "1", "--memory-depths", "10"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "MEMORY_DEPTHS", (10,))
+        assert main([*DEMO, str(output)]) == 0
     return output
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"))
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -43,7 +52,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return err
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["predict"], ["summary"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in TRAINING_COMMANDS), ["predict"], ["summary"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_status:
         main([*command, "--help"])
@@ -51,25 +60,47 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: densenet-efficient" in capsys.readouterr().out
 
 
-def test_help_does_not_wait_for_what_training_imports() -> None:
-    code = "import sys; from densenet_efficient import cli; cli.build_parser(); print(*sys.modules)"
+def test_every_option_of_fit_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["fit", "--help"], ["fit", "--data.help=CSVData"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        help_text = capsys.readouterr().out
+        for paragraph in help_text.split("\n  --")[1:]:
+            name = paragraph.split()[0]
+            if name.startswith(("model.", "data.", "output", "monitor")):
+                described = paragraph.partition("(type:")[0].partition(name)[2].split()
+                assert len(described) > 2, name
+    assert "group_column" in help_text and "batch_size" in help_text
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
+    code = """
+import sys, densenet_efficient
+from densenet_efficient import cli
+cli.build_parser()
+print(*sys.modules)
+"""
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "densenet_efficient.cli" in modules.split()
-    assert not {"torchvision", "sklearn", "matplotlib", "rich"} & set(modules.split())
+    heavy = {"torchvision", "sklearn", "matplotlib", "rich", "pytorch_lightning", "torchmetrics", "jsonargparse"}
+    assert not heavy & set(modules.split())
 
 
-def test_train_leaves_its_four_files(run: Path) -> None:
-    assert sorted(path.name for path in run.iterdir()) == sorted([*FILES, "notes.txt"])
-    for name in ("curves.png", "memory.png"):
-        with Image.open(run / name) as image:
-            assert image.format == "PNG"
+# ---- the demo ----
 
 
-def test_metrics_compare_naive_and_efficient(run: Path) -> None:
-    metrics = json.loads((run / "metrics.json").read_text())
+def test_the_demo_leaves_its_files(demo: Path) -> None:
+    files = {"best.ckpt", "last.ckpt", "metrics.json", "curves.png", "memory.png", "report.html", "config.yaml"}
+    assert files | {"notes.txt"} <= {path.name for path in demo.iterdir()}
+    with Image.open(demo / "memory.png") as image:
+        assert image.format == "PNG"
+
+
+def test_its_metrics_compare_naive_and_efficient(demo: Path) -> None:
+    metrics = json.loads((demo / "metrics.json").read_text())
     comparison = metrics["comparison"]
     assert comparison["accuracy"]["naive"] == comparison["accuracy"]["efficient"]
-    assert comparison["accuracy"]["efficient"] == metrics["history"][-1]["held_out_accuracy"]
+    assert comparison["accuracy"]["efficient"] == pytest.approx(metrics["history"][-1]["val_accuracy"])
     for cost in ("step_ms", "mib_per_image"):
         assert list(comparison[cost]) == ["naive", "efficient"]
         assert min(comparison[cost].values()) > 0
@@ -77,131 +108,116 @@ def test_metrics_compare_naive_and_efficient(run: Path) -> None:
     assert metrics["versions"]["torch"] == torch.__version__.split("+")[0]
 
 
-def test_predict_classifies_an_image_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_classifies_an_image_file(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     digits = load_digits()
     image = Image.fromarray((digits.images[0] * (255 / 16)).astype("uint8")).resize((80, 80))
     image.convert("RGB").save(tmp_path / "zero.png")
-    assert main(["predict", "--checkpoint", str(run / "checkpoint.pt"), str(tmp_path / "zero.png")]) == 0
+    assert main(["predict", "--checkpoint", str(demo / "best.ckpt"), str(tmp_path / "zero.png")]) == 0
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{tmp_path / 'zero.png'}: ")
     assert "top 3: " in line
 
 
+# ---- runs ----
+
+
+def test_a_run_is_tested_from_its_own_configuration(images: Path, tmp_path: Path) -> None:
+    assert fit(images, tmp_path / "run", "--trainer.max_epochs", "1", "--report", "true") == 0
+    before = (tmp_path / "run" / "metrics.json").read_bytes()
+    config = ["--config", str(tmp_path / "run" / "config.yaml"), "--ckpt_path", "best"]
+    assert main(["test", *config]) == 0
+    tested = json.loads((tmp_path / "run" / "test" / "metrics.json").read_text())
+    assert tested["evaluation"] == json.loads(before)["evaluation"]
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+    assert main(["validate", *config]) == 0
+    logs = {path.name.partition(".")[0] for path in (tmp_path / "run" / "logs").rglob("*") if path.is_file()}
+    assert {"metrics", "events"} <= logs
+
+
+def test_an_earlier_run_is_not_replaced_by_accident(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "last.ckpt").write_text("mine")
+    error = fails(fit_arguments(images, tmp_path), capsys)
+    assert "holds an earlier run; continue it with --ckpt_path last, replace it with --overwrite true" in error
+    assert (tmp_path / "last.ckpt").read_text() == "mine"
+
+
 def test_interrupt_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    command = [sys.executable, "-m", "densenet_efficient.cli", *TRAIN, str(output), "--epochs", "1000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("Training ")
-    time.sleep(0.5)
+    arguments = ["fit", "--config", "demo", "--trainer.max_epochs", "1000", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "densenet_efficient.cli", *arguments, "--save_every_n_steps", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "last.ckpt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == f"Interrupted; the weights so far are in {output / 'checkpoint.pt'}"
+    assert err.splitlines()[-1].startswith("Interrupted after a whole step; continue from ")
     assert "Traceback" not in err
-    assert [path.name for path in output.iterdir()] == ["checkpoint.pt"]
-    assert load_checkpoint(output / "checkpoint.pt").class_names == list("0123456789")
+    assert load_classifier(tmp_path / "last.ckpt").class_names == list("0123456789")
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_image_that_disappears_in_the_middle_of_an_epoch(
+    workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from training_cases import stopping_at
+
+    images = make_images(tmp_path / "images")
+    for path in (images / "dark").iterdir():
+        stopping_at(monkeypatch, 3, lambda trainer, path=path: [p.write_text("no") for p in path.parent.iterdir()])
+    error = fails(fit_arguments(images, tmp_path / "run", "--data.num_workers", workers), capsys)
+    assert f"error: {images}/dark/" in error and "expected an undamaged image" in error
+    assert read_checkpoint(tmp_path / "run" / "last.ckpt")["global_step"] == 2
+
+
+# ---- bad input ----
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "nowhere"], "nowhere: no such folder"),
-        (["--model", "densenet-1"], "densenet-bc-100-12"),
-        (["--device", "toaster"], "toaster"),
-        (["--batch-size", "5000"], "one batch of 5000 images"),
-        (["--memory-depths", "23"], "depth"),
+        (["--data", "nowhere"], "nowhere: no such folder; expected a folder of images, a table ending in .csv, or one"),
+        (["--data", "nowhere.csv"], "nowhere.csv: No such file"),
+        (["--model.network", "densenet-1"], "densenet-bc-100-12"),
+        (["--trainer.accelerator", "gpu"], "gpu"),
+        (["--data.batch_size", "5000"], "one batch of 5000 images"),
+        (["--data.batch_size", "1"], "expected at least 2, so that a batch has a variance"),
+        (["--model.learning_rate", "-1"], "expected a number above 0"),
+        (["--model.checkpointing", "everything"], "'none', 'bottleneck'"),
+        (["--model.netwerk", "densenet121"], "netwerk"),
+        (["--config", "nothing"], "nothing: no such file, and no such recipe; the recipes are cifar10, demo"),
+        (["--ckpt_path", "none.ckpt"], "none.ckpt"),
+        (["--model.weights", "IMAGENET22K"], "torchvision has no weights for densenet-bc-40-12"),
     ],
 )
-def test_train_refuses_before_it_writes(
+def test_fit_refuses_before_it_trains(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in fails([*TRAIN, str(tmp_path / "run"), *arguments], capsys)
-    assert not (tmp_path / "run").exists()
+    given = ["fit", "--data", "digits", "--model.network", "densenet-bc-40-12", "--output", str(tmp_path / "run")]
+    assert message in fails([*given, *arguments], capsys)
+    assert not list((tmp_path / "run").glob("*.ckpt"))
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--epochs", "0"],
-        ["--batch-size", "1"],
-        ["--learning-rate", "nan"],
-        ["--checkpointing", "everything"],
-        ["--threads", "-1"],
-    ],
-)
-def test_train_refuses_values_out_of_range(arguments: list[str], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as exit_status:
-        main([*TRAIN, str(tmp_path / "run"), *arguments])
-    assert exit_status.value.code == 2
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [*TRAIN, str(tmp_path / "run"), "--learning-rate", "1e38"]
-    assert "the training loss became nan" in fails(arguments, capsys)
-    assert not any((tmp_path / "run").iterdir())
+def test_a_config_with_an_unknown_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {netwerk: densenet121}\ndata: DigitsData\n")
+    error = fails(["fit", "--config", str(tmp_path / "mine.yaml"), "--output", str(tmp_path / "run")], capsys)
+    assert "netwerk" in error and str(tmp_path / "mine.yaml") in error and "--help lists the options" in error
 
 
 def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("mine")
     for output in (tmp_path / "file", tmp_path / "file" / "run"):
-        assert f"cannot write into {output}" in fails([*TRAIN, str(output)], capsys)
+        assert f"cannot write into {output}" in fails([*DEMO, str(output)], capsys)
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_predict_without_its_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    error = fails(["predict", "--checkpoint", str(tmp_path / "none.pt"), "image.png"], capsys)
-    assert f"{tmp_path / 'none.pt'}: No such file" in error
-
-
-class Malicious:
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.system, ("exit 1",)
-
-
-def damage(path: Path, how: str) -> None:
-    content = torch.load(path, weights_only=True)
-    if how == "truncated":
-        path.write_bytes(path.read_bytes()[:5000])
-    elif how == "more than tensors and plain values":
-        torch.save({**content, "class_names": Malicious()}, path)
-    elif how == "another architecture":
-        torch.save({**content, "config": {**content["config"], "growth_rate": 13}}, path)
-    else:
-        torch.save(content["state_dict"], path)
-
-
-@pytest.mark.parametrize(
-    "how",
-    ["truncated", "more than tensors and plain values", "another architecture", "not a checkpoint of densenet"],
-)
-def test_predict_with_a_bad_checkpoint(run: Path, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = Path(shutil.copy(run / "checkpoint.pt", tmp_path))
-    damage(path, how)
-    error = fails(["predict", "--checkpoint", str(path), "image.png"], capsys)
-    assert f"error: {path}: " in error
-    assert how in error
-
-
-def test_predict_without_its_image(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    error = fails(["predict", "--checkpoint", str(run / "checkpoint.pt"), "none.png"], capsys)
+def test_predict_without_its_files(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = fails(["predict", "--checkpoint", str(tmp_path / "none.ckpt"), "image.png"], capsys)
+    assert f"{tmp_path / 'none.ckpt'}: No such file" in error
+    error = fails(["predict", "--checkpoint", str(demo / "best.ckpt"), "none.png"], capsys)
     assert "none.png: No such file" in error
-
-
-@pytest.mark.parametrize("kept", [0, 20, 60])
-def test_predict_with_a_damaged_image(run: Path, kept: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Image.new("L", (64, 64), 7).save(tmp_path / "whole.png")
-    (tmp_path / "damaged.png").write_bytes((tmp_path / "whole.png").read_bytes()[:kept])
-    images = [str(tmp_path / "whole.png"), str(tmp_path / "damaged.png")]
-    error = fails(["predict", "--checkpoint", str(run / "checkpoint.pt"), *images], capsys)
-    assert f"{tmp_path / 'damaged.png'}: expected an image file" in error
-
-
-def test_predict_with_a_text_for_an_image(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "text.png").write_text("no image")
-    error = fails(["predict", "--checkpoint", str(run / "checkpoint.pt"), str(tmp_path / "text.png")], capsys)
-    assert "expected an image file" in error
 
 
 @pytest.mark.parametrize("shape", ["4x3x224", "4,3,224,224", "4x3x0x224"])
@@ -209,3 +225,38 @@ def test_summary_refuses_a_malformed_input(shape: str) -> None:
     with pytest.raises(SystemExit) as exit_status:
         main(["summary", "densenet201", "--input", shape])
     assert exit_status.value.code == 2
+
+
+# ---- recipes and finders ----
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_are_valid(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        main(["fit", "--config", name, "--output", "runs/any", "--print_config"])
+    assert exit_status.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    for section, values in yaml.safe_load((FOLDER / f"{name}.yaml").read_text()).items():
+        if isinstance(values, dict) and section != "data":
+            assert {key: printed[section][key] for key in values} == values
+
+
+def test_the_learning_rate_finder(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = fit_arguments(images, tmp_path)
+    assert main(["find-learning-rate", *arguments[1:]]) == 0
+    assert "--model.learning_rate " in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["learning-rate.png"]
+
+
+def test_the_batch_size_finder(monkeypatch: pytest.MonkeyPatch) -> None:
+    from densenet_efficient.models import create_model
+    from densenet_efficient.training.batch_size import largest_batch, measure_training
+
+    assert largest_batch(lambda batch: 100 + 7 * batch, 1000) == (128, 996)
+    steps = largest_batch(lambda batch: 100 + 7 * batch + (30 if batch > 100 else 0), 1000)
+    assert steps[0] in (123, 124) and steps[1] <= 1000
+    with pytest.raises(ValueError, match="not even 2 images fit into"):
+        largest_batch(lambda batch: 100 + 7 * batch, 110)
+    model = create_model("densenet-bc-40-12")
+    measure = measure_training(model, (3, 8, 8), "cpu", "float32", states=2)
+    assert measure(4) > 2**26

@@ -1,76 +1,124 @@
-"""Checkpoints: a model with its class names and preprocessing, in tensors and JSON-like values only."""
+"""Checkpoints: written whole or not at all, read without running code, complete enough to predict with.
+
+A checkpoint is Lightning's, of tensors and plain values only, with one entry more: what the classifier is.
+"""
 
 from __future__ import annotations
 
 import pickle
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from densenet_efficient.models import EfficientDenseNet
-from densenet_efficient.training.data import Preprocessing
 from densenet_efficient.training.files import atomic_write
+from densenet_efficient.training.preprocessing import Preprocessing
 
-FORMAT = "densenet-efficient 1"
-REMEDY = "expected a file written by densenet-efficient train"
+ENTRY = "densenet_efficient"
+REMEDY = "expected a checkpoint written by densenet-efficient fit"
+MODEL_PREFIX = "model."
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A classifier as it is stored."""
+class SavedClassifier:
+    """A classifier as it is stored: its network, its classes, and how its input is made."""
 
     model: EfficientDenseNet
     class_names: list[str]
+    multi_label: bool
     preprocessing: Preprocessing
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` whole or not at all: an earlier file stands until the new one is complete."""
-    content = {
-        "format": FORMAT,
-        "config": checkpoint.model.config,
-        "state_dict": checkpoint.model.state_dict(),
-        "class_names": checkpoint.class_names,
-        "preprocessing": checkpoint.preprocessing.as_dict(),
+def describe_classifier(classifier: SavedClassifier) -> dict[str, Any]:
+    """The entry of a checkpoint, in plain values."""
+    return {
+        "config": classifier.model.config,
+        "class_names": list(classifier.class_names),
+        "multi_label": classifier.multi_label,
+        "preprocessing": classifier.preprocessing.as_dict(),
     }
-    with atomic_write(path) as file:
-        torch.save(content, file)
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint onto the CPU, without running any code that it may hold.
+def load_classifier(path: str | Path) -> SavedClassifier:
+    """Read a checkpoint onto the CPU, without running any code that it may hold. Averaged weights, where there are any.
 
     Raises OSError if there is no such file, pickle.UnpicklingError if it holds anything but tensors and plain
     values, and RuntimeError if it is damaged, of another program, or does not fit its own model.
     """
-    content = _read(Path(path))
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    content = read_checkpoint(path)
+    if not isinstance(content, dict) or not isinstance(content.get(ENTRY), dict):
         raise RuntimeError(f"{path}: not a checkpoint of densenet-efficient; {REMEDY}")
     try:
-        model = EfficientDenseNet(**content["config"])
-        model.load_state_dict(content["state_dict"])
-        checkpoint = Checkpoint(model, list(content["class_names"]), Preprocessing(**content["preprocessing"]))
+        entry, state = content[ENTRY], content["state_dict"]
+        model = EfficientDenseNet(**entry["config"])
+        model.load_state_dict({key.removeprefix(MODEL_PREFIX): value for key, value in state.items()})
+        return SavedClassifier(
+            model,
+            list(entry["class_names"]),
+            bool(entry["multi_label"]),
+            Preprocessing.from_dict(entry["preprocessing"]),
+        )
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise RuntimeError(
             f"{path}: its weights are of another architecture than it says ({reason:.200}); {REMEDY}"
         ) from error
-    return checkpoint
 
 
-def _read(path: Path) -> Any:
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
+    """The content of a checkpoint; raises as `load_classifier`."""
     with open(path, "rb") as file:
         if not zipfile.is_zipfile(file):  # its index stands at its end, so a truncated file has none
             raise RuntimeError(f"{path}: truncated, or not a checkpoint at all; {REMEDY}")
         file.seek(0)
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError as error:
             raise pickle.UnpicklingError(
                 f"{path}: refused, since it holds more than tensors and plain values; {REMEDY}"
             ) from error
         except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
             raise RuntimeError(f"{path}: damaged; {REMEDY}") from error
+
+
+def check_class_names(path: str | Path, theirs: list[str], class_names: list[str]) -> None:
+    """Raise ValueError if the classes of a checkpoint are not those of the data, in the same order."""
+    if theirs == class_names:
+        return
+    missing = [name for name in theirs if name not in class_names]
+    added = [name for name in class_names if name not in theirs]
+    differences = [f"only in the checkpoint: {', '.join(missing)}"] if missing else []
+    differences += [f"only in the data: {', '.join(added)}"] if added else []
+    raise ValueError(
+        f"{path}: a checkpoint of another class list than the data ({'; '.join(differences) or 'another order'}); "
+        "give the data it was trained on, or start from its weights alone with --model.weights"
+    )
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes to a temporary file, waits for the disk, renames: an earlier checkpoint stands until the new is whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # torch's own writer turns a full disk into a RuntimeError
+            kept = "the earlier one is kept" if path.exists() else "there is no earlier one"
+            cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+            raise OSError(
+                f"{path}: cannot write this checkpoint ({cause}), {kept}; make room, "
+                "then continue with --ckpt_path last"
+            ) from error
+
+    def load_checkpoint(
+        self, path: Any, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        content: dict[str, Any] = read_checkpoint(path, map_location or "cpu")
+        return content

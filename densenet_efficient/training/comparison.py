@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-from torch.utils.data import DataLoader
+import torch
+from rich.table import Table
+from torch import Tensor, nn
 
 from densenet_efficient.measure import make_step, peak_memory_per_image, step_times
 from densenet_efficient.models import EfficientDenseNet, cifar_densenet
 from densenet_efficient.reference import NaiveDenseNet
-from densenet_efficient.training.checkpoint import Checkpoint
-from densenet_efficient.training.data import LabelledImages
-from densenet_efficient.training.loop import evaluate
 
 FACTORIES: dict[str, Callable[..., nn.Module]] = {"naive": NaiveDenseNet, "efficient": EfficientDenseNet}
 
@@ -26,24 +24,41 @@ PerImplementation = dict[str, float]  # one value for "naive" and one for "effic
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the same network reaches and costs in both implementations."""
+    """What the same network with the same weights reaches and costs in both implementations."""
 
-    accuracy: PerImplementation  # 0 to 1, of the held-out images
+    accuracy: PerImplementation  # 0 to 1, of the validation images
     step_ms: PerImplementation  # milliseconds per training step
     mib_per_image: PerImplementation  # MiB that each image of a training batch adds to the peak
 
 
-def compare(checkpoint: Checkpoint, held_out: LabelledImages, batch_size: int, device: str) -> Comparison:
-    """Put the trained weights into both implementations and measure both, in this run."""
-    config, input_shape = checkpoint.model.config, checkpoint.preprocessing.input_shape
-    models = {name: factory(**config).to(device) for name, factory in FACTORIES.items()}
-    for model in models.values():
-        model.load_state_dict(checkpoint.model.state_dict())
-    batches = DataLoader(held_out, batch_size)
-    accuracy = {name: evaluate(model, batches)[1] for name, model in models.items()}
+def compare(
+    model: EfficientDenseNet,
+    input_shape: tuple[int, int, int],  # channels, height, width
+    batches: Iterable[tuple[Tensor, Tensor]],
+    batch_size: int,
+    device: str,
+) -> Comparison:
+    """Put the weights of `model` into both implementations and measure both, in this run."""
+    models = {name: factory(**model.config).to(device) for name, factory in FACTORIES.items()}
+    for other in models.values():
+        other.load_state_dict(model.state_dict())
+    accuracy = {name: _accuracy(other, batches, device) for name, other in models.items()}
     # Only now, since these steps train the models.
-    steps = {name: make_step(model, input_shape, batch_size, device=device) for name, model in models.items()}
-    return Comparison(accuracy, step_times(steps), peak_memory(config, input_shape, device))
+    steps = {name: make_step(other, input_shape, batch_size, device=device) for name, other in models.items()}
+    return Comparison(accuracy, step_times(steps), peak_memory(model.config, input_shape, device))
+
+
+@torch.inference_mode()
+def _accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: str) -> float:
+    """Of several labels per image, the share of labels that are right."""
+    model.eval()
+    right, count = 0, 0
+    for images, labels in batches:
+        logits = model(images.to(device)).cpu()
+        given = logits.argmax(1) if labels.dim() == 1 else (logits > 0).to(labels.dtype)
+        right += int((given == labels).sum())
+        count += labels.numel()
+    return right / count
 
 
 def peak_memory(config: dict[str, Any], input_shape: tuple[int, int, int], device: str) -> PerImplementation:
@@ -61,3 +76,21 @@ def peak_memory(config: dict[str, Any], input_shape: tuple[int, int, int], devic
 def configs_by_depth(depths: Sequence[int], checkpointing: str) -> dict[int, dict[str, Any]]:
     """The paper's DenseNets-BC of growth rate 12 for CIFAR. Raises ValueError for a depth that none has."""
     return {depth: cifar_densenet(depth, 12, checkpointing=checkpointing).config for depth in depths}
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """One row per figure; the last column is how many times less the efficient implementation needs."""
+    table = Table(title="The same network with the same weights, both measured in this run")
+    table.add_column("")
+    for column in ("naive", "efficient", "naive / efficient"):
+        table.add_column(column, justify="right")
+    accuracy = comparison.accuracy
+    verdict = "equal" if accuracy["naive"] == accuracy["efficient"] else "NOT EQUAL"
+    table.add_row("validation accuracy", f"{accuracy['naive']:.2%}", f"{accuracy['efficient']:.2%}", verdict)
+    for name, unit, cost in (
+        ("time per step", "ms", comparison.step_ms),
+        ("peak memory per image", "MiB", comparison.mib_per_image),
+    ):
+        naive, efficient = cost["naive"], cost["efficient"]
+        table.add_row(name, f"{naive:.2f} {unit}", f"{efficient:.2f} {unit}", f"{naive / efficient:.1f}x")
+    return table

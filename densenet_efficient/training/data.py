@@ -1,189 +1,279 @@
-"""Labelled images to train on: scikit-learn's handwritten digits, or a folder with one subfolder a class."""
+"""The data modules: what `--data` may name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from PIL import Image, ImageOps
-from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
+from pytorch_lightning import LightningDataModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-HELD_OUT_FRACTION = 0.2
+from densenet_efficient.training.check import keep_readable
+from densenet_efficient.training.images import read_image
+from densenet_efficient.training.loading import EpochSampler, LabelledImages, TrainingLoader
+from densenet_efficient.training.preprocessing import Preprocessing, Transform, normalisation
+from densenet_efficient.training.samples import Columns, Samples, Splits, read_folder, read_table
 
-Transform = Callable[[Any], Any]
+Augmentation = Literal["none", "photograph", "medical", "small", "digits"] | list[nn.Module]
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """What happens to an image before the model sees it. A checkpoint holds it, for `predict`."""
+class Task:
+    """What a classifier must know of its data. (A plain class: the parser takes dataclasses for groups of options.)"""
 
-    mode: str  # "L" for one channel, "RGB" for three
-    sizes: tuple[int, ...]  # pixels of the shorter side; the image is resized to each in turn, then cropped square
-    mean: tuple[float, ...]  # one value per channel, of images in [0, 1]
-    std: tuple[float, ...]
+    def __init__(
+        self,
+        class_names: list[str],
+        multi_label: bool,  # any number of classes per image, instead of one
+        preprocessing: Preprocessing,
+        class_weights: Tensor | None = None,  # [classes], of the loss
+    ) -> None:
+        self.class_names, self.multi_label = class_names, multi_label
+        self.preprocessing, self.class_weights = preprocessing, class_weights
+
+
+class ImageData(LightningDataModule):
+    """Images with labels, of one of the kinds below.
+
+    Args:
+        batch_size: images per step and process.
+        image_size: pixels of each side of the model's input; None means the data set's own, or 224.
+        channels: 3, or 1 for grey images; None means the data set's own, or 3.
+        augmentation: none; photograph (random crop and mirroring); medical (slight rotation, shift, zoom and
+            contrast); small (the paper's for CIFAR: shift by 4 pixels and mirroring); digits (slight rotation, shift
+            and zoom, and inversion); or a list of torchvision.transforms.v2 modules, applied after resizing.
+        stretch: fit an image into the square by stretching, instead of by cropping its middle.
+        mean: of each channel, of images in [0, 1]; None means the data set's own, or ImageNet's.
+        std: the standard deviation likewise.
+        value_range: the two values that become black and white in images deeper than 8 bits, in Hounsfield units for
+            CT; None means a DICOM file's own window, and the range of 16 bits.
+        class_weights: weigh the loss of a class by the inverse of its frequency.
+        weighted_sampling: draw the images of rare classes as often as the others.
+        bad_files: before training, read every image file once and refuse to train if one is damaged, empty or no image;
+            or skip such files, naming them; or do not check.
+        num_workers: processes that read images; None means up to 4, and none for data in memory.
+        seed: of the splits, the order and the augmentation.
+    """
+
+    default_size, default_channels = 224, 3
+    default_augmentation: Augmentation = "photograph"
+    recorded_size: int | None = None  # through which every image goes, to look like those of the data set
+    own_normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    in_memory = False
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        image_size: int | None = None,
+        channels: Literal[1, 3] | None = None,
+        augmentation: Augmentation | None = None,
+        stretch: bool = False,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        value_range: tuple[float, float] | None = None,
+        class_weights: bool = False,
+        weighted_sampling: bool = False,
+        bad_files: Literal["refuse", "skip", "unchecked"] = "refuse",
+        num_workers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 2:
+            raise ValueError(
+                f"--data.batch_size: expected at least 2, so that a batch has a variance, got {batch_size}"
+            )
+        if class_weights and weighted_sampling:
+            raise ValueError("class_weights and weighted_sampling both make up for rare classes; choose one")
+        self.batch_size, self.seed, self.bad_files = batch_size, seed, bad_files
+        self.augmentation = augmentation if augmentation is not None else self.default_augmentation
+        self.balance_loss, self.weighted_sampling = class_weights, weighted_sampling
+        self.num_workers = num_workers if num_workers is not None else self._workers()
+        self.preprocessing = self._preprocessing(image_size, channels, mean, std, stretch, value_range)
+        self.splits = self.read()
+        self.checked = self.in_memory or bad_files == "unchecked"
+        self.training_loader: TrainingLoader | None = None
+        self.restored: dict[str, Any] = {}
+
+    def read(self) -> Splits:
+        """The samples; of files only their paths."""
+        raise NotImplementedError
+
+    def read_source(self, source: Any) -> Any:
+        """The image of one source, uint8 or float in [0, 1], [channels, H, W]."""
+        return read_image(source, self.preprocessing.channels, self.preprocessing.value_range)
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Channels, height, width."""
-        return len(self.mean), self.sizes[-1], self.sizes[-1]
+    def task(self) -> Task:
+        train = self.splits.train
+        multi_label = train.labels.dim() == 2
+        counts = train.indicators(len(self.splits.class_names)).sum(0)
+        weights = None
+        if self.balance_loss:  # scikit-learn's "balanced"; of several labels, how much a positive weighs
+            others = len(train) - counts if multi_label else torch.full_like(counts, len(train) / len(counts))
+            weights = others / counts
+        return Task(self.splits.class_names, multi_label, self.preprocessing, weights)
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def setup(self, stage: str) -> None:
+        """Before training, check every file once."""
+        if stage == "fit" and not self.checked:
+            self.splits = keep_readable(self.splits, self.read_source, skip=self.bad_files == "skip")
+            self.checked = True
 
-    def transform(self, *augmentation: Transform) -> Transform:
-        """From a PIL image to a float32 tensor [C, H, W]. An augmentation takes the place of the resizing."""
-        resize = [v2.Resize(size) for size in self.sizes]
-        return v2.Compose(
-            [
-                *(augmentation or (*resize, v2.CenterCrop(self.sizes[-1]))),
-                v2.ToImage(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(self.mean, self.std),
-            ]
-        )
+    def train_dataloader(self) -> TrainingLoader:
+        train = self.splits.train
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        weights = self._sampling_weights() if self.weighted_sampling else None
+        sampler = EpochSampler(len(train), self.batch_size, self.seed, weights, rank, world_size)
+        dataset = LabelledImages(train, self.read_source, self._training_transform())
+        self.training_loader = TrainingLoader(dataset, sampler, self.batch_size, **self._loader_options())
+        self.training_loader.load_state_dict(self.restored)
+        return self.training_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in its epoch the training is. (Lightning asks the loader too, but forgets to tell it again if it was
+        made before the loops were restored, as it is to foretell the number of steps.)"""
+        return {} if self.training_loader is None else self.training_loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.restored = state_dict
+        if self.training_loader is not None:
+            self.training_loader.load_state_dict(state_dict)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.evaluation_loader(self.splits.validation)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self.evaluation_loader(self.test_samples)
+
+    @property
+    def test_samples(self) -> Samples:
+        """The test split; the validation split where there is none."""
+        return self.splits.validation if self.splits.test is None else self.splits.test
+
+    def evaluation_loader(self, samples: Samples) -> DataLoader[Any]:
+        dataset = LabelledImages(samples, self.read_source, self.preprocessing.transform())
+        return DataLoader(dataset, batch_size=self.batch_size, **self._loader_options())
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def _workers(self) -> int:
+        return 0 if self.in_memory else min(4, len(os.sched_getaffinity(0)))
+
+    def _preprocessing(
+        self,
+        image_size: int | None,
+        channels: int | None,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        stretch: bool,
+        value_range: tuple[float, float] | None,
+    ) -> Preprocessing:
+        channels = channels or self.default_channels
+        size = self.default_size if image_size is None else image_size
+        if size < 1:
+            raise ValueError(f"--data.image_size: expected at least 1, got {size}")
+        if mean is None and std is None and self.own_normalisation and channels == len(self.own_normalisation[0]):
+            mean, std = self.own_normalisation
+        mean, std = normalisation(channels, mean, std)
+        resize = () if self.recorded_size is None else (self.recorded_size, size)
+        return Preprocessing(channels, size, mean, std, resize, stretch, value_range)
+
+    def _sampling_weights(self) -> Tensor:
+        """Per image, the inverse frequency of its class; of its rarest one where it has several."""
+        labels = self.splits.train.indicators(len(self.splits.class_names))
+        return (labels / labels.sum(0)).amax(1).clamp(min=1 / len(labels))
+
+    def _training_transform(self) -> Transform:
+        size = self.preprocessing.image_size
+        if isinstance(self.augmentation, list):
+            return self.preprocessing.transform(self.augmentation)
+        if self.augmentation == "photograph":
+            crop = v2.RandomResizedCrop(size, scale=(0.35, 1.0))
+            return self.preprocessing.transform([v2.RandomHorizontalFlip()], fit=crop)
+        return self.preprocessing.transform(AUGMENTATIONS[self.augmentation](size))
 
 
-# The digits were recorded at 8x8. A larger image goes through 8x8 too, to look like what was trained on.
-DIGITS = Preprocessing(mode="L", sizes=(8, 16), mean=(0.305,), std=(0.376,))
-# Inverted too, so that ink on paper is recognised as well as the white on black of the data.
-DIGITS_AUGMENTATION = v2.Compose(
-    [
-        v2.Resize(16),
+# Of an image of the input's size, given its side.
+AUGMENTATIONS: dict[str, Any] = {
+    "none": lambda size: [],
+    "medical": lambda size: [
+        v2.RandomAffine(degrees=10, translate=(0.05, 0.05), scale=(0.9, 1.1)),
+        v2.ColorJitter(brightness=0.1, contrast=0.1),
+    ],
+    "small": lambda size: [v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()],
+    # Inverted too, so that ink on paper is recognised as well as the white on black of the data.
+    "digits": lambda size: [
         v2.RandomAffine(degrees=10, translate=(1 / 16, 1 / 16), scale=(0.9, 1.1)),
         v2.RandomInvert(),
-    ]
-)
+    ],
+}
 
 
-def photographs(image_size: int) -> Preprocessing:
-    """The preprocessing of colour images of any size, with ImageNet's mean and standard deviation."""
-    return Preprocessing(mode="RGB", sizes=(image_size,), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+class FolderData(ImageData):
+    """A folder with one subfolder of images per class, or with such folders in train, val and test.
 
-
-class LabelledImages(Dataset[tuple[Tensor, int]]):
-    """Transformed images and class indices. `read` makes a PIL image of a source, such as a path."""
-
-    def __init__(self, sources: Sequence[Any], labels: Sequence[int], read: Transform, transform: Transform) -> None:
-        self.sources, self.labels, self.read, self.transform = sources, labels, read, transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.read(self.sources[index])), self.labels[index]
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """Images to train on, held-out images to judge by, and what both need to be understood."""
-
-    train: LabelledImages
-    held_out: LabelledImages
-    class_names: list[str]
-    preprocessing: Preprocessing
-
-
-def load_data(data: str, image_size: int, seed: int) -> ImageData:
-    """The digits, or a folder (see `load_folder`). `seed` draws the held-out images."""
-    return load_digits(seed) if data == "digits" else load_folder(Path(data), image_size, seed)
-
-
-def load_digits(seed: int) -> ImageData:
-    """scikit-learn's 1797 handwritten digits, 8x8 pixels of 0 to 16, here enlarged to 16x16."""
-    from sklearn import datasets
-
-    digits = datasets.load_digits()
-    images = [Image.fromarray(pixels) for pixels in (digits.images * (255 / 16)).astype("uint8")]
-    labels = [int(label) for label in digits.target]
-    names = [str(name) for name in digits.target_names]
-    return _hold_out(images, labels, names, DIGITS, lambda image: image, DIGITS_AUGMENTATION, seed)
-
-
-def load_folder(folder: Path, image_size: int, seed: int) -> ImageData:
-    """One subfolder of images per class, either directly in `folder` or in its subfolders `train` and `val`.
-
-    Without `train` and `val`, a fifth of each class is held out. Raises FileNotFoundError for a folder
-    without images, and ValueError where `train` and `val` have different classes.
+    Args:
+        folder: where the images are.
+        validation_fraction: of each class, where there is no val folder.
+        test_fraction: likewise; 0 for none.
     """
-    preprocessing = photographs(image_size)
-    augmentation = v2.Compose([v2.RandomResizedCrop(image_size, scale=(0.35, 1.0)), v2.RandomHorizontalFlip()])
 
-    def read(path: str) -> Image.Image:
-        return read_image(path, preprocessing.mode)
+    def __init__(
+        self, folder: Path, validation_fraction: float = 0.2, test_fraction: float = 0.0, **kwargs: Any
+    ) -> None:
+        self.folder, self.fractions = Path(folder), (validation_fraction, test_fraction)
+        super().__init__(**kwargs)
 
-    if not (folder / "train").is_dir():
-        names, paths, labels = _list_folder(folder)
-        return _hold_out(paths, labels, names, preprocessing, read, augmentation, seed)
-    names, paths, labels = _list_folder(folder / "train")
-    held_out_names, held_out_paths, held_out_labels = _list_folder(folder / "val")
-    if names != held_out_names:
-        unpaired = ", ".join(sorted(set(names) ^ set(held_out_names)))
-        raise ValueError(f"{folder}: expected the same classes in train and val, but only one of them has {unpaired}")
-    return ImageData(
-        train=LabelledImages(paths, labels, read, preprocessing.transform(augmentation)),
-        held_out=LabelledImages(held_out_paths, held_out_labels, read, preprocessing.transform()),
-        class_names=names,
-        preprocessing=preprocessing,
-    )
+    def read(self) -> Splits:
+        return read_folder(self.folder, *self.fractions, self.seed)
 
 
-def read_image(path: str | Path, mode: str) -> Image.Image:
-    """The image file `path` in PIL's `mode`. Raises OSError if it is missing, ValueError if it is damaged."""
-    with open(path, "rb") as file:
-        try:
-            image = Image.open(file)
-            image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: expected an image file such as PNG or JPEG, undamaged ({error})") from error
-    if image.mode[0] in "IF":
-        raise ValueError(f"{path}: expected 8 bits per channel, got PIL mode {image.mode}; convert it first")
-    return ImageOps.exif_transpose(image).convert(mode)
+class CSVData(ImageData):
+    """A CSV table with a header: one row per image, with its path and its labels.
 
+    Args:
+        table: the CSV file.
+        root: what the paths are relative to; None means the table's folder.
+        path_column: the paths.
+        label_column: the class, or several with a separator between them.
+        label_columns: instead, one column of zeros and ones per class, for any number of classes per image.
+        label_separator: between the classes of a cell, for any number of classes per image.
+        group_column: such as the patient: no group falls in two splits.
+        split_column: says train, val or test for each row; None splits by the fractions.
+        validation_fraction: of each class, where no column names the split.
+        test_fraction: likewise; 0 for none.
+    """
 
-def _list_folder(folder: Path) -> tuple[list[str], list[str], list[int]]:
-    """Class names, paths and labels."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected digits, or a folder with one subfolder a class")
-    found = ImageFolder(folder)
-    return found.classes, [path for path, _ in found.samples], found.targets
-
-
-def _hold_out(
-    sources: Sequence[Any],
-    labels: Sequence[int],
-    class_names: list[str],
-    preprocessing: Preprocessing,
-    read: Transform,
-    augmentation: Transform,
-    seed: int,
-) -> ImageData:
-    """Hold out the same fraction of each class, drawn by `seed`."""
-    generator = torch.Generator().manual_seed(seed)
-    train: list[int] = []
-    held_out: list[int] = []
-    for label, name in enumerate(class_names):
-        members = torch.tensor([index for index, other in enumerate(labels) if other == label])
-        if len(members) < 2:
-            raise ValueError(f"class {name}: expected at least 2 images, to hold one out, got {len(members)}")
-        order = members[torch.randperm(len(members), generator=generator)].tolist()
-        count = max(1, round(HELD_OUT_FRACTION * len(order)))
-        held_out += order[:count]
-        train += order[count:]
-
-    def select(indices: list[int], transform: Transform) -> LabelledImages:
-        return LabelledImages(
-            [sources[index] for index in indices], [labels[index] for index in indices], read, transform
+    def __init__(
+        self,
+        table: Path,
+        root: Path | None = None,
+        path_column: str = "path",
+        label_column: str = "label",
+        label_columns: list[str] | None = None,
+        label_separator: str | None = None,
+        group_column: str | None = None,
+        split_column: str | None = None,
+        validation_fraction: float = 0.2,
+        test_fraction: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        self.table = Path(table)
+        self.root = self.table.parent if root is None else Path(root)
+        self.columns = Columns(
+            path_column, label_column, label_columns or (), label_separator, group_column, split_column
         )
+        self.fractions = validation_fraction, test_fraction
+        super().__init__(**kwargs)
 
-    return ImageData(
-        train=select(train, preprocessing.transform(augmentation)),
-        held_out=select(held_out, preprocessing.transform()),
-        class_names=class_names,
-        preprocessing=preprocessing,
-    )
+    def read(self) -> Splits:
+        return read_table(self.table, self.root, self.columns, *self.fractions, self.seed)

@@ -1,58 +1,115 @@
-"""What a training run reports: its metrics file and its final table."""
+"""The report of a run: report.html, which opens offline, the same pictures as PNG, and the figures as JSON."""
 
 from __future__ import annotations
 
+import base64
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+import numpy as np
+import torch
+from jinja2 import Environment
+from torch import Tensor
 
-from densenet_efficient.training.comparison import Comparison, PerImplementation
+from densenet_efficient.training.class_activation import class_activation
+from densenet_efficient.training.classifier import Classifier
+from densenet_efficient.training.data import ImageData
+from densenet_efficient.training.evaluation import Evaluation, worst_mistakes
 from densenet_efficient.training.files import atomic_write
-from densenet_efficient.training.loop import EpochRecord
+from densenet_efficient.training.preprocessing import Preprocessing
+from densenet_efficient.visualize import (
+    Mistake,
+    draw_calibration,
+    draw_confusion,
+    draw_curves,
+    draw_mistakes,
+    draw_roc,
+)
+
+METRICS, PAGE = "metrics.json", "report.html"
+MAX_MISTAKES = 12
+PACKAGES = ("densenet-efficient", "torch", "torchvision", "pytorch-lightning")
 
 
-def write_metrics(
-    path: Path,
-    *,
-    options: Mapping[str, Any],
-    config: Mapping[str, Any],
-    history: list[EpochRecord],
-    comparison: Comparison,
-    mib_per_image_at_depth: Mapping[int, PerImplementation],
-) -> None:
-    """Write all figures of a run, with the versions that gave them, as JSON."""
-    packages = ("densenet-efficient", "torch", "torchvision")
-    metrics = {
-        "options": options,
-        "config": config,
-        "history": [asdict(record) for record in history],
-        "comparison": asdict(comparison),
-        "mib_per_image_at_depth": mib_per_image_at_depth,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-    }
+def write_report(
+    output: Path, evaluation: Evaluation, metrics: Mapping[str, Any], mistakes: Sequence[Mistake], config: str
+) -> list[str]:
+    """Write the pictures, then metrics.json and report.html; return all names. `config` is the run's YAML."""
+    summary, history = metrics["evaluation"], metrics.get("history", [])
+    areas = {name: entry["auroc"]["value"] for name, entry in summary["classes"].items()}
+    pictures = {"curves.png": lambda path: draw_curves(history, path)} if history else {}
+    if not evaluation.multi_label:
+        pictures["confusion.png"] = lambda path: draw_confusion(evaluation, path)
+    pictures["roc.png"] = lambda path: draw_roc(evaluation, areas, path)
+    pictures["calibration.png"] = lambda path: draw_calibration(evaluation, path)
+    if mistakes:
+        pictures["mistakes.png"] = lambda path: draw_mistakes(mistakes, path)
+    for name, draw in pictures.items():
+        draw(output / name)
+    write_text(output / METRICS, json.dumps(metrics, indent=2, default=str))
+    write_text(output / PAGE, _page(output, list(pictures), metrics, mistakes, config))
+    return [*pictures, METRICS, PAGE]
+
+
+def write_text(path: Path, text: str) -> None:
     with atomic_write(path) as file:
-        file.write(json.dumps(metrics, indent=2, default=str).encode())
+        file.write(text.encode())
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """One row per figure; the last column is how many times less the efficient implementation needs."""
-    table = Table(title="The same network with the same weights, both measured in this run")
-    table.add_column("")
-    for column in ("naive", "efficient", "naive / efficient"):
-        table.add_column(column, justify="right")
-    accuracy = comparison.accuracy
-    verdict = "equal" if accuracy["naive"] == accuracy["efficient"] else "NOT EQUAL"
-    table.add_row("held-out accuracy", f"{accuracy['naive']:.2%}", f"{accuracy['efficient']:.2%}", verdict)
-    for name, unit, cost in (
-        ("time per step", "ms", comparison.step_ms),
-        ("peak memory per image", "MiB", comparison.mib_per_image),
-    ):
-        naive, efficient = cost["naive"], cost["efficient"]
-        table.add_row(name, f"{naive:.2f} {unit}", f"{efficient:.2f} {unit}", f"{naive / efficient:.1f}x")
-    return table
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def collect_mistakes(classifier: Classifier, data: ImageData, evaluation: Evaluation) -> list[Mistake]:
+    """The most confident mistakes, with their images as the model saw them."""
+    chosen = worst_mistakes(evaluation, MAX_MISTAKES)
+    if not chosen:
+        return []
+    transform = data.preprocessing.transform()
+    images = torch.stack([transform(data.read_source(evaluation.sources[image])) for image, _, _ in chosen])
+    classes = torch.tensor([given for _, given, _ in chosen])
+    model = classifier.model.eval()
+    device = next(model.parameters()).device
+    activations = class_activation(model, images.to(device), classes.to(device)).cpu().numpy()
+    visible = _denormalised(images, data.preprocessing)
+    return [
+        Mistake(visible[row], activations[row], _caption(evaluation, *chosen[row]), _source(evaluation, chosen[row][0]))
+        for row in range(len(chosen))
+    ]
+
+
+def _caption(evaluation: Evaluation, image: int, given: int, right: int) -> str:
+    names, probabilities = evaluation.class_names, evaluation.probabilities[image]
+    if evaluation.multi_label:
+        truth = "is there" if evaluation.labels[image, given] else "is not there"
+        return f"{names[given]} {truth}, given {probabilities[given]:.0%}"
+    return f"{names[right]} ({probabilities[right]:.0%})\ntaken for {names[given]} ({probabilities[given]:.0%})"
+
+
+def _source(evaluation: Evaluation, image: int) -> str:
+    source = evaluation.sources[image]
+    return source if isinstance(source, str) else f"image {image} of the {evaluation.split} split"
+
+
+def _denormalised(images: Tensor, preprocessing: Preprocessing) -> Any:
+    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    pixels: Any = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy().astype(np.float32)
+    return pixels
+
+
+def _page(
+    output: Path, pictures: Sequence[str], metrics: Mapping[str, Any], mistakes: Sequence[Mistake], config: str
+) -> str:
+    template = files("densenet_efficient.training").joinpath("report.html.j2").read_text()
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["percent"] = lambda value: "n/a" if value is None else f"{100 * value:.1f}"
+    environment.filters["area"] = lambda value: "n/a" if value is None else f"{value:.3f}"
+    images = {name: base64.b64encode((output / name).read_bytes()).decode() for name in pictures}
+    return environment.from_string(template).render(
+        metrics=metrics, evaluation=metrics["evaluation"], images=images, mistakes=mistakes, config=config
+    )

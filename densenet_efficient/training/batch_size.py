@@ -1,0 +1,59 @@
+"""The largest batch whose training fits into the memory, from what smaller batches take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from densenet_efficient.measure import MIB, peak_memory
+from densenet_efficient.models import EfficientDenseNet
+
+PROBES = (4, 12)  # batches that are measured to see what one more image takes
+
+
+def largest_batch(measure: Callable[[int], int], budget: int) -> tuple[int, int]:
+    """The largest batch whose peak, as `measure` gives it, is at most `budget` bytes, and this peak.
+
+    Memory grows in proportion to the batch, so that two probes foretell it; the answer is then measured itself, and
+    lowered as long as it does not hold. Raises ValueError if not even two images fit.
+    """
+    smaller, larger = PROBES
+    low, high = measure(smaller), measure(larger)
+    per_image = max((high - low) / (larger - smaller), 1.0)
+    batch = int(smaller + (budget - low) / per_image)
+    while batch >= 2:
+        peak = measure(batch)
+        if peak <= budget:
+            return batch, peak
+        batch = min(batch - 1, int(batch - (peak - budget) / per_image))
+    raise ValueError(
+        f"not even 2 images fit into {budget / MIB:.0f} MiB: {smaller} take {low / MIB:.0f} MiB, and one more "
+        f"{per_image / MIB:.1f} MiB; lower --data.image_size, or take a smaller --model.network"
+    )
+
+
+def measure_training(
+    model: EfficientDenseNet, input_shape: tuple[int, int, int], device: str, dtype: str, states: int
+) -> Callable[[int], int]:
+    """Peak bytes of a training step by batch, each in a fresh process.
+
+    `states` counts the copies of the parameters that optimizer and averaging keep besides.
+    """
+    parameters = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    factory = f"{EfficientDenseNet.__module__}:{EfficientDenseNet.__qualname__}"
+
+    def measure(batch: int) -> int:
+        peak = peak_memory(factory, model.config, input_shape, batch, device=device, dtype=dtype)
+        return peak + states * parameters
+
+    return measure
+
+
+def available_memory(device: str) -> int:
+    """Bytes that are free now: of the GPU, or of the machine."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024

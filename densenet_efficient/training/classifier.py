@@ -1,0 +1,262 @@
+"""The Lightning module: a DenseNet, its loss, its metrics and its optimizer."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MultilabelAccuracy,
+    MultilabelAUROC,
+)
+from torchvision.transforms import v2
+
+from densenet_efficient.dimensions import BatchNorm
+from densenet_efficient.models import create_model
+from densenet_efficient.training.checkpoint import ENTRY, SavedClassifier, check_class_names, describe_classifier
+from densenet_efficient.training.data import Task
+from densenet_efficient.training.parameter_groups import parameter_groups
+from densenet_efficient.training.schedules import Schedule, rate_factor
+from densenet_efficient.weights import load_weights
+
+Batch = tuple[Tensor, Tensor]  # images [N, C, H, W]; labels int64 [N], or float [N, classes]
+
+
+class Classifier(LightningModule):
+    """A DenseNet that is trained to classify images.
+
+    Args:
+        task: what the data are; filled in from --data.
+        network: such as densenet121, densenet201, densenet-bc-100-12; `densenet-efficient summary` knows the same.
+        weights: to start from: torchvision's, by name (IMAGENET1K_V1), or a file of any known library; None means
+            random.
+        checkpointing: what the backward recomputes: none, or bottleneck, which needs less memory.
+        drop_rate: of the dropout after each layer.
+        optimizer: adamw, adam or sgd (with Nesterov momentum).
+        learning_rate: at the peak of the schedule.
+        weight_decay: of the weights; see decay_norms.
+        decay_norms: apply the weight decay to the batch norms and biases too, as the paper does.
+        momentum: of sgd.
+        schedule: cosine; steps (a tenth at each milestone); or constant.
+        milestones: of steps, as fractions of the run.
+        warmup: the fraction of the run in which the learning rate rises.
+        layer_decay: the learning rate of a stage is that of the next stage times this.
+        head_epochs: train the classifier alone for so many epochs first, with the rest frozen in evaluation mode.
+        head_learning_rate: of the classifier in those epochs.
+        frozen_batch_norm: keep the running statistics of the weights given, and normalise with them.
+        label_smoothing: in [0, 1).
+        mixup: alpha of mixup (arXiv:1710.09412); 0 for none.
+        cutmix: alpha of cutmix (arXiv:1905.04899); 0 for none. With both, one of them at random per step.
+        seed: of the weights, and of dropout, mixup and cutmix in each step.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        network: str = "densenet121",
+        weights: str | None = None,
+        checkpointing: Literal["none", "bottleneck"] = "bottleneck",
+        drop_rate: float = 0.0,
+        optimizer: Literal["adamw", "adam", "sgd"] = "adamw",
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.05,
+        decay_norms: bool = False,
+        momentum: float = 0.9,
+        schedule: Schedule = "cosine",
+        milestones: tuple[float, ...] = (0.5, 0.75),
+        warmup: float = 0.05,
+        layer_decay: float = 1.0,
+        head_epochs: int = 0,
+        head_learning_rate: float = 1e-3,
+        frozen_batch_norm: bool = False,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 < learning_rate < math.inf:
+            raise ValueError(f"--model.learning_rate: expected a number above 0, got {learning_rate}")
+        self.task, self.network, self.seed = task, network, seed
+        self.optimizer, self.learning_rate, self.momentum = optimizer, learning_rate, momentum
+        self.weight_decay, self.decay_norms, self.layer_decay = weight_decay, decay_norms, layer_decay
+        self.schedule, self.warmup, self.milestones = schedule, warmup, milestones
+        self.head_epochs, self.head_learning_rate = head_epochs, head_learning_rate
+        self.frozen_batch_norm, self.label_smoothing = frozen_batch_norm, label_smoothing
+        self.mix = _mixing(mixup, cutmix, len(task.class_names))
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", task.class_weights, persistent=False)
+        torch.manual_seed(seed)
+        self.model = create_model(
+            network,
+            num_classes=len(task.class_names),
+            in_channels=task.preprocessing.channels,
+            checkpointing=checkpointing,
+            drop_rate=drop_rate,
+        )
+        if weights is not None:
+            self._start_from(network, weights)
+        self.train_metrics = _metrics(task, "train_", ranking=False)
+        self.val_metrics = _metrics(task, "val_", ranking=True)
+
+    def _start_from(self, network: str, weights: str) -> None:
+        if Path(weights).exists():
+            notes = load_weights(self.model, weights)
+        else:
+            from densenet_efficient.weights.from_torchvision import download, find_weights
+
+            notes = load_weights(self.model, download(find_weights(network, weights)))
+        for note in notes:
+            print(f"{weights}: {note}")
+
+    @property
+    def saved(self) -> SavedClassifier:
+        """What a checkpoint says of this classifier."""
+        return SavedClassifier(self.model, self.task.class_names, self.task.multi_label, self.task.preprocessing)
+
+    # ---- steps ----
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images)
+        return logits
+
+    @property
+    def trains_head_alone(self) -> bool:
+        return self.current_epoch < self.head_epochs
+
+    def on_train_epoch_start(self) -> None:
+        self._set_modes()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """What a step draws depends on its number alone, so that a run that is continued draws the same."""
+        torch.manual_seed(hash((self.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)) & (2**63 - 1))
+
+    def _set_modes(self) -> None:
+        """Frozen parts stay in evaluation mode: batch norms alone, or everything but the head."""
+        self.model.train()
+        if self.trains_head_alone:
+            self.model.features.eval()
+        elif self.frozen_batch_norm:
+            for module in self.model.modules():
+                if isinstance(module, BatchNorm):
+                    module.eval()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels = batch
+        targets = labels
+        if self.mix is not None:
+            images, targets = self.mix(images, labels)
+        logits = self._training_logits(images)
+        loss = self.loss(logits, targets, self.label_smoothing, self.class_weights)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the training loss became {loss.item()}; lower --model.learning_rate")
+        self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=len(images))
+        self._log_metrics(self.train_metrics, logits.detach(), labels)
+        return loss
+
+    def _training_logits(self, images: Tensor) -> Tensor:
+        if not self.trains_head_alone:
+            return self(images)
+        with torch.no_grad():
+            pooled = self.model.features.pooled(images)
+        logits: Tensor = self.model.classifier(pooled)
+        return logits
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        images, labels = batch
+        logits = self(images)
+        loss = self.loss(logits, labels)
+        self.log("val_loss", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
+        self._log_metrics(self.val_metrics, logits, labels)
+
+    def _log_metrics(self, metrics: MetricCollection, logits: Tensor, labels: Tensor) -> None:
+        metrics.update(logits.float(), labels.int() if self.task.multi_label else labels)
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(labels))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        images, labels = batch
+        return {"logits": self(images).float(), "labels": labels}
+
+    def loss(
+        self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, class_weights: Tensor | None = None
+    ) -> Tensor:
+        """Cross-entropy, or its binary form per class where an image may have any number of classes."""
+        if not self.task.multi_label:
+            return F.cross_entropy(logits, targets, class_weights, label_smoothing=label_smoothing)
+        smooth = targets.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
+        return F.binary_cross_entropy_with_logits(logits, smooth, pos_weight=class_weights)
+
+    # ---- optimizer ----
+
+    def configure_optimizers(self) -> Any:
+        groups = parameter_groups(self.model, self.learning_rate, self.layer_decay, self.decay_norms)
+        if self.optimizer == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                groups, self.learning_rate, self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
+            )
+        else:
+            kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
+            optimizer = kind(groups, self.learning_rate, weight_decay=self.weight_decay)
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        head = round(total * self.head_epochs / (self.trainer.max_epochs or 1)) if self.head_epochs else 0
+        factors = [self._factor(group["name"].startswith("head"), head, total) for group in optimizer.param_groups]
+        schedule = {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _factor(self, is_head: bool, head_steps: int, total: int) -> Any:
+        """The factor of a group's learning rate as a function of the step."""
+
+        def factor(step: int) -> float:
+            if step < head_steps:
+                return self.head_learning_rate / self.learning_rate if is_head else 0.0
+            progress = (step - head_steps) / max(total - head_steps, 1)
+            return rate_factor(self.schedule, progress, self.warmup, self.milestones)
+
+        return factor
+
+    # ---- checkpoints ----
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[ENTRY] = describe_classifier(self.saved)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        theirs = checkpoint.get(ENTRY, {}).get("class_names", [])
+        check_class_names(self.trainer.ckpt_path or "", theirs, self.task.class_names)
+
+
+def _metrics(task: Task, prefix: str, ranking: bool) -> MetricCollection:
+    """Accuracy and balanced accuracy, and the area under the ROC curve, of which the class mean is taken."""
+    count = len(task.class_names)
+    metrics: dict[str, Any]
+    if task.multi_label:
+        metrics = {"accuracy": MultilabelAccuracy(count)}
+        areas: Any = MultilabelAUROC(count)
+    else:
+        metrics = {
+            "accuracy": MulticlassAccuracy(count, average="micro"),
+            "balanced_accuracy": MulticlassAccuracy(count, average="macro"),
+        }
+        areas = MulticlassAUROC(count)
+    if ranking:
+        metrics["auroc"] = areas
+    return MetricCollection(metrics, prefix=prefix)
+
+
+def _mixing(mixup: float, cutmix: float, num_classes: int) -> nn.Module | None:
+    kinds: list[nn.Module] = []
+    if mixup:
+        kinds.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
+    if cutmix:
+        kinds.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+    if len(kinds) < 2:
+        return kinds[0] if kinds else None
+    return v2.RandomChoice(kinds)

@@ -1,0 +1,300 @@
+"""The commands fit, validate and test: Lightning's CLI over `Classifier` and the data modules."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.tuner.tuning import Tuner
+
+from densenet_efficient.training import datasets  # noqa: F401, so that --data knows them
+from densenet_efficient.training.averaging import AveragedWeights
+from densenet_efficient.training.batch_size import available_memory, largest_batch, measure_training
+from densenet_efficient.training.check import examine, print_data_report
+from densenet_efficient.training.checkpoint import AtomicCheckpointIO, check_class_names, load_classifier
+from densenet_efficient.training.classifier import Classifier
+from densenet_efficient.training.data import ImageData
+from densenet_efficient.training.files import prepare_directory
+from densenet_efficient.training.finish import report_run
+from densenet_efficient.training.history import History
+from densenet_efficient.training.interruption import Interrupted, SaveLast
+from densenet_efficient.training.progress import Progress
+from densenet_efficient.training.recipes import describe_recipes
+from densenet_efficient.training.report import write_text
+from densenet_efficient.training.samples import Splits
+from densenet_efficient.training.shorthands import expand_shorthands
+from densenet_efficient.visualize import draw_learning_rates
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+# Of Lightning, about what is as it should be here.
+EXPECTED_WARNINGS = (
+    "does not have many workers",
+    "exists and is not empty",
+    "is smaller than the logging interval",
+    "LeafSpec",
+)
+COPIES = {"adamw": 2, "adam": 2, "sgd": 1}  # of the parameters, that the optimizers keep
+DTYPES = {"32": "float32", "bf16": "bfloat16", "16": "float16"}  # of --trainer.precision
+DESCRIPTIONS = {
+    "fit": "Train a classifier of images, then report on it.",
+    "validate": "Evaluate a checkpoint on the validation images.",
+    "test": "Evaluate a checkpoint on the test images, or the validation images where there are none, into test/.",
+    "find-learning-rate": "Train for a short while with growing learning rates, and suggest one.",
+    "find-batch-size": "Measure the memory that training takes, and find the largest batch that fits.",
+    "check-data": "Read every image once; count the classes; find damaged and repeated files.",
+}
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    """Run a training command with the arguments that follow it on the command line, and return its exit status."""
+    for logger in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=f".*({'|'.join(EXPECTED_WARNINGS)})")
+    given = expand_shorthands(arguments)
+    try:
+        if command == "check-data":
+            return check_data(given)
+        TrainingCLI(command, given)
+    except ArgumentError as error:
+        reason = " ".join(str(error).split())
+        configs = [value for flag, value in pairwise(given) if flag == "--config"]
+        where = f" (in {', '.join(configs)}, or on the command line)" if configs else ""
+        print(f"error: {reason}{where}; densenet-efficient {command} --help lists the options", file=sys.stderr)
+        return 2
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    except ValueError as error:
+        if error.__cause__ is not None and str(error).startswith("Does not validate"):
+            raise error.__cause__ from error  # what a data module said, which the parser has wrapped
+        raise
+    except Interrupted as interrupt:
+        print(interrupt, file=sys.stderr)
+        return int(interrupt.code or 0)
+    return 0
+
+
+def check_data(arguments: list[str]) -> int:
+    """Examine data, print what was found, and return 1 if files cannot be read or are in two splits."""
+    parser = ArgumentParser(
+        "densenet-efficient check-data", description=DESCRIPTIONS["check-data"], exit_on_error=False
+    )
+    parser.add_subclass_arguments(ImageData, "data", required=True)
+    data: ImageData = parser.instantiate(parser.parse_args(arguments)).data
+    return print_data_report(examine(data.splits, data.read_source), in_memory=data.in_memory)
+
+
+class TrainingCLI(LightningCLI):
+    """Parses the options of one command, and runs it."""
+
+    def __init__(self, command: str, arguments: list[str]) -> None:
+        self.command = command
+        super().__init__(
+            Classifier,
+            ImageData,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_callback=SaveConfig if command == "fit" else None,
+            save_config_kwargs={"save_to_log_dir": False},
+            parser_kwargs={
+                "prog": f"densenet-efficient {command}",
+                "description": DESCRIPTIONS[command],
+                "usage": f"densenet-efficient {command} [--config FILE_OR_RECIPE] [options]",
+                "exit_on_error": False,
+                "epilog": f"recipes, for --config:\n{describe_recipes()}",
+            },
+            args=arguments,
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            trainer_defaults={
+                "max_epochs": 30,
+                "accelerator": "auto",
+                "log_every_n_steps": 10,
+                "enable_model_summary": False,
+            },
+        )
+        getattr(self, f"run_{command.replace('-', '_')}")()
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        def add(name: str, kind: Any, default: Any, text: str) -> None:
+            parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+
+        parser.link_arguments("data.task", "model.task", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+        add("threads", int | None, None, "CPU threads; torch decides if not given")
+        if self.command == "find-batch-size":
+            add("memory", float | None, None, "GiB to stay within; all that are free if not given")
+        parser.add_argument("--output", type=Path, required=True, help="the directory of the run")
+        add("ckpt_path", str | None, None, "a checkpoint, or last or best of --output; of fit, to continue from")
+        add("report", bool, True, "write report.html, its pictures and metrics.json into --output")
+        add("overwrite", bool, False, "of fit: replace the run that --output holds")
+        best = "of fit: what the best checkpoint is best in: val_loss, val_accuracy, val_auroc, ..."
+        add("monitor", str, "val_loss", best)
+        add("patience", int | None, None, "of fit: stop after so many epochs without a better --monitor")
+        add("ema_decay", float | None, None, "of fit: validate and save an exponential moving average of the weights")
+        add("save_every_n_steps", int | None, None, "of fit: write the last checkpoint within an epoch too")
+        add("compare", bool, False, "of fit: finally measure the naive implementation beside the efficient one")
+
+    # ---- what is built ----
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is written before everything else is known to be in order."""
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        if self.command != "fit" or self.config.ckpt_path is not None or self.config.overwrite:
+            return
+        output = Path(self.config.output)
+        if any((output / name).exists() for name in (LAST, BEST)):
+            raise FileExistsError(
+                f"{output} holds an earlier run; continue it with --ckpt_path last, replace it with --overwrite true, "
+                "or choose another --output"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        if self.command == "find-batch-size":
+            return super().instantiate_trainer(**kwargs, logger=False)
+        output = Path(self.config.output)
+        prepare_directory(output)
+        self.trainer_defaults["callbacks"] = self._fit_callbacks() if self.command == "fit" else self._progress()
+        if self.command != "fit":
+            kwargs["logger"] = False
+        elif self.config.trainer.logger is None:
+            board = TensorBoardLogger(output, "logs")
+            kwargs["logger"] = [board, CSVLogger(output, "logs", board.version)]
+        return super().instantiate_trainer(
+            **kwargs, default_root_dir=output, plugins=[AtomicCheckpointIO()], use_distributed_sampler=False
+        )
+
+    def _progress(self) -> list[Callback]:
+        return [] if self.config.trainer.enable_progress_bar is False else [Progress()]
+
+    def _fit_callbacks(self) -> list[Callback]:
+        """In the order in which they act: a checkpoint comes after what it is to hold."""
+        config, output = self.config, Path(self.config.output)
+        self.history = History()
+        mode = "min" if config.monitor.endswith("loss") else "max"
+        callbacks = [*self._progress(), LearningRateMonitor("step"), self.history]
+        if config.ema_decay is not None:
+            callbacks.append(AveragedWeights(decay=config.ema_decay))
+        if config.patience is not None:
+            callbacks.append(EarlyStopping(config.monitor, patience=config.patience, mode=mode))
+        best = ModelCheckpoint(
+            output,
+            Path(BEST).stem,
+            config.monitor,
+            mode=mode,
+            save_last=True,
+            save_on_train_epoch_end=True,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+        return [*callbacks, SaveLast(output / LAST, config.save_every_n_steps), best]
+
+    # ---- what is run ----
+
+    def run_fit(self) -> None:
+        output, config = Path(self.config.output), self.config
+        if config.overwrite and config.ckpt_path is None:
+            for name in (LAST, BEST):
+                (output / name).unlink(missing_ok=True)
+        checkpoint = self._checkpoint()
+        print(self._announcement())
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=checkpoint)
+        if config.report and not config.trainer.fast_dev_run:
+            if (output / BEST).exists():
+                self._load_weights(output / BEST)
+            self._report(output, self.history.records, config.compare)
+
+    def _announcement(self) -> str:
+        splits: Splits = self.datamodule.splits
+        return (
+            f"Training {self.model.network} on {len(splits.train)} images of {len(splits.class_names)} classes, "
+            f"with {len(splits.validation)} to validate by"
+        )
+
+    def run_validate(self) -> None:
+        self._load_weights(self._required_checkpoint())
+        self.trainer.validate(self.model, datamodule=self.datamodule)
+
+    def run_test(self) -> None:
+        self._load_weights(self._required_checkpoint())
+        folder = Path(self.config.output) / "test"
+        prepare_directory(folder)
+        self._report(folder, [], comparison=False)
+
+    def run_find_learning_rate(self) -> None:
+        self.trainer.fit_loop.max_epochs = 1000  # as many steps as it takes
+        self.model.head_epochs = 0
+        finder = Tuner(self.trainer).lr_find(self.model, datamodule=self.datamodule, min_lr=1e-6, max_lr=1.0)
+        suggestion = finder.suggestion() if finder else None
+        if not finder or suggestion is None:
+            raise RuntimeError("no learning rate stands out; train for longer, or with larger batches")
+        picture = Path(self.config.output) / "learning-rate.png"
+        draw_learning_rates(finder.results["lr"], finder.results["loss"], suggestion, picture)
+        print(f"--model.learning_rate {suggestion:.2g}; the losses are drawn in {picture}")
+
+    def run_find_batch_size(self) -> None:
+        device = str(self.trainer.strategy.root_device)
+        budget = int(self.config.memory * 2**30) if self.config.memory else available_memory(device)
+        precision = str(self.trainer.precision).partition("-")[0]
+        measure = measure_training(
+            self.model.model,
+            self.datamodule.preprocessing.input_shape,
+            device,
+            DTYPES[precision],
+            COPIES[self.model.optimizer],
+        )
+        batch, peak = largest_batch(measure, budget)
+        print(f"--data.batch_size {batch}: a step takes {peak / 2**30:.2f} of {budget / 2**30:.2f} GiB on {device}")
+
+    def _report(self, folder: Path, history: list[dict[str, float]], comparison: bool) -> None:
+        text = self.parser.dump(self.config)
+        report_run(
+            self.trainer, self.model, self.datamodule, folder, history=history, config=text, comparison=comparison
+        )
+
+    def _checkpoint(self) -> Path | None:
+        """The file that --ckpt_path means. A run that is to continue from its last may be its first start."""
+        given = self.config.ckpt_path
+        if given not in ("last", "best"):
+            return None if given is None else Path(given)
+        path = Path(self.config.output) / f"{given}.ckpt"
+        if given == "last" and self.command == "fit" and not path.exists():
+            print(f"{path} does not exist yet: starting from the beginning")
+            return None
+        return path
+
+    def _required_checkpoint(self) -> Path:
+        path = self._checkpoint()
+        if path is None:
+            raise ValueError(f"{self.command} needs --ckpt_path: a checkpoint, or best or last of --output")
+        return path
+
+    def _load_weights(self, path: Path) -> None:
+        saved = load_classifier(path)
+        check_class_names(path, saved.class_names, self.model.task.class_names)
+        self.model.model.load_state_dict(saved.model.state_dict())
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the configuration beside the checkpoints, where `test` finds it."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        text = self.parser.dump(self.config)
+        write_text(Path(trainer.default_root_dir) / "config.yaml", text)

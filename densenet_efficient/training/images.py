@@ -1,0 +1,104 @@
+"""Image files as tensors: whatever Pillow reads, of 8 or 16 bits, and DICOM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+from torchvision.tv_tensors import Image as ImageTensor
+
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp", ".dcm", ".dicom"}
+)
+DICOM_MAGIC = b"DICM"  # at byte 128
+UNREADABLE = "expected an undamaged image such as PNG, JPEG, TIFF or DICOM"
+
+ValueRange = Sequence[float] | None  # the values that become 0 and 1
+
+
+def read_image(path: str | Path, channels: int, value_range: ValueRange = None) -> ImageTensor:
+    """The image file `path` as [channels, H, W], 1 or 3 channels: uint8, or float32 in [0, 1] if it is deeper.
+
+    `value_range` are the values that become 0 and 1 in images deeper than 8 bits, in Hounsfield units for CT. Without
+    it they are the window that a DICOM file names, else the darkest and the brightest value there is, and of other
+    files the range of 16 bits.
+
+    Raises OSError if the file is missing, ValueError if it is damaged, empty or no image.
+    """
+    with open(path, "rb") as file:
+        head = file.read(132)
+        if head[128:] == DICOM_MAGIC:
+            return _with_channels(_read_dicom(path, value_range), channels)
+        file.seek(0)
+        try:
+            image: Image.Image = Image.open(file)
+            image.load()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path}: {UNREADABLE} ({error})") from error
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":
+        return _with_channels(torch.from_numpy(_scaled(path, image, value_range))[None], channels)
+    return F.to_image(image.convert("L" if channels == 1 else "RGB"))
+
+
+def _scaled(path: str | Path, image: Image.Image, value_range: ValueRange) -> NDArray[np.float32]:
+    """A single-channel image of 16 or 32 bits, with the range of its values brought to [0, 1]."""
+    if value_range is None:
+        if not image.mode.startswith("I;16"):
+            raise ValueError(
+                f"{path}: an image of 32 bits (PIL mode {image.mode}) does not tell its range; give value_range"
+            )
+        value_range = (0, 65535)
+    return _unit(np.asarray(image), *value_range)
+
+
+def _unit(values: NDArray[Any], low: float, high: float) -> NDArray[np.float32]:
+    scaled = (values.astype(np.float32) - low) / max(high - low, 1e-6)
+    return scaled.clip(0, 1)
+
+
+def _with_channels(image: Tensor, channels: int) -> ImageTensor:
+    """[1 or 3, H, W] with the wanted number of channels."""
+    if image.shape[0] == 3 and channels == 1:
+        return ImageTensor(F.rgb_to_grayscale(image))
+    return ImageTensor(image.expand(channels, -1, -1))
+
+
+def _read_dicom(path: str | Path, value_range: ValueRange) -> Tensor:
+    try:
+        from pydicom import dcmread
+        from pydicom.pixels.processing import apply_modality_lut
+        from pydicom.pixels.utils import pixel_array
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{path}: DICOM needs pydicom; pip install pydicom") from error
+    try:
+        dataset = dcmread(path)
+        pixels = pixel_array(dataset)
+    except Exception as error:  # pydicom raises many kinds for damaged files
+        raise ValueError(f"{path}: {UNREADABLE} ({error})") from error
+    if int(dataset.get("NumberOfFrames") or 1) > 1:
+        raise ValueError(f"{path}: expected a DICOM file of one frame, got {dataset.NumberOfFrames}; export the frames")
+    if pixels.ndim == 3:  # colours, as [H, W, 3]
+        return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    values = apply_modality_lut(pixels, dataset)
+    low, high = value_range or _window(dataset) or (float(values.min()), float(values.max()))
+    scaled = _unit(values, low, high)
+    if dataset.PhotometricInterpretation == "MONOCHROME1":  # the lowest value is white
+        scaled = 1 - scaled
+    return torch.from_numpy(scaled)[None]
+
+
+def _window(dataset: Any) -> tuple[float, float] | None:
+    """The first window of a DICOM file, as its lowest and highest value (PS3.3 C.11.2.1.2.1)."""
+    if "WindowCenter" not in dataset or "WindowWidth" not in dataset:
+        return None
+    center, width = (np.atleast_1d(dataset[name].value)[0] for name in ("WindowCenter", "WindowWidth"))
+    low = float(center) - 0.5 - (float(width) - 1) / 2
+    return low, low + float(width) - 1

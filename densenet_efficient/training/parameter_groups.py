@@ -1,0 +1,46 @@
+"""The parameters of a DenseNet as an optimizer's groups: head and stages, with and without weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from densenet_efficient.models import EfficientDenseNet
+from densenet_efficient.modules import DenseBlock
+
+
+def parameter_groups(
+    model: EfficientDenseNet, learning_rate: float, layer_decay: float, decay_norms: bool
+) -> list[dict[str, Any]]:
+    """Groups whose names begin with "head" or "stage N".
+
+    The learning rate of a stage is `layer_decay` times that of the next one.
+
+    Gammas, betas and biases have groups of their own, without weight decay unless `decay_norms`.
+    """
+    blocks = [index for index, module in enumerate(model.features) if isinstance(module, DenseBlock)]
+    stage_of = {}
+    for index, module in enumerate(model.features):
+        stage = sum(block <= index for block in blocks)  # 0 is the stem; a transition goes with its block
+        stage_of.update(dict.fromkeys(module.parameters(), stage))
+    groups = []
+    for stage in range(len(blocks) + 1):
+        members = [parameter for parameter, number in stage_of.items() if number == stage]
+        rate = learning_rate * layer_decay ** (len(blocks) + 1 - stage)
+        groups += _with_and_without_decay(f"stage {stage}", members, rate, decay_norms)
+    return groups + _with_and_without_decay("head", list(model.classifier.parameters()), learning_rate, decay_norms)
+
+
+def _with_and_without_decay(
+    name: str, parameters: list[nn.Parameter], rate: float, decay_norms: bool
+) -> list[dict[str, Any]]:
+    if decay_norms:
+        return [{"name": name, "params": parameters, "lr": rate}]
+    weights = [parameter for parameter in parameters if parameter.dim() > 1]
+    others = [parameter for parameter in parameters if parameter.dim() <= 1]
+    groups = [
+        {"name": name, "params": weights, "lr": rate},
+        {"name": f"{name}, without decay", "params": others, "lr": rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,210 @@
+"""Predictions: image files in, a CSV with probabilities out, as they are made; an interrupted run is continued."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import BasePredictionWriter
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier
+from densenet_efficient.training.images import read_image
+from densenet_efficient.training.progress import Progress
+from densenet_efficient.training.samples import list_images, read_rows
+
+VIEWS = ("none", "mirror", "dihedral")
+FIRST_COLUMNS = ("path", "prediction")
+
+
+class Batch(NamedTuple):
+    """The images that could be read, and why the others could not."""
+
+    images: Tensor  # [N, C, H, W]
+    paths: list[str]
+    problems: list[str]
+
+
+class ImageFiles(Dataset[tuple[str, Any]]):
+    """Path and input of each file; in place of the input of a file that cannot be read, what is wrong with it."""
+
+    def __init__(self, paths: Sequence[str], classifier: SavedClassifier) -> None:
+        self.paths, self.preprocessing = paths, classifier.preprocessing
+        self.transform = self.preprocessing.transform()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[str, Any]:
+        path = self.paths[index]
+        try:
+            image = read_image(path, self.preprocessing.channels, self.preprocessing.value_range)
+        except OSError as error:
+            return path, f"{path}: {error.strerror}"
+        except ValueError as error:
+            return path, str(error)
+        return path, self.transform(image)
+
+
+def collate(items: list[tuple[str, Any]]) -> Batch:
+    good = [(path, image) for path, image in items if isinstance(image, Tensor)]
+    images = torch.stack([image for _, image in good]) if good else torch.empty(0)
+    return Batch(images, [path for path, _ in good], [text for _, text in items if isinstance(text, str)])
+
+
+class Predictor(LightningModule):
+    """Probabilities [N, classes], averaged over views of each image: itself, mirrored, or the square's 8 symmetries."""
+
+    def __init__(self, classifier: SavedClassifier, views: str) -> None:
+        super().__init__()
+        self.model, self.multi_label, self.views = classifier.model, classifier.multi_label, views
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        if not batch.paths:
+            return None
+        views = [self._probabilities(view) for view in views_of(batch.images, self.views)]
+        return torch.stack(views).mean(0)
+
+    def _probabilities(self, images: Tensor) -> Tensor:
+        logits = self.model(images).float()
+        return logits.sigmoid() if self.multi_label else logits.softmax(1)
+
+
+def views_of(images: Tensor, views: str) -> Iterator[Tensor]:
+    """The images [N, C, H, W], and their symmetric copies."""
+    for quarter_turns in range(4 if views == "dihedral" else 1):
+        turned = images.rot90(quarter_turns, (2, 3))
+        yield turned
+        if views != "none":
+            yield turned.flip(3)
+
+
+def predict(
+    checkpoint: Path,
+    inputs: Sequence[Path],
+    *,
+    output: Path | None = None,
+    views: str = "none",
+    batch_size: int = 32,
+    path_column: str = "path",
+    num_workers: int = 0,
+    accelerator: str = "cpu",
+    precision: Any = "32-true",
+    refuse_bad_files: bool = True,
+) -> None:
+    """Classify images, folders of images and those that CSV tables list; print lines, or write the CSV `output`.
+
+    What `output` already holds is not computed again. Raises OSError for a missing file and ValueError for one that is
+    no image, unless such files are only to be named and left out; and ValueError for an `output` of other classes.
+    """
+    classifier = load_classifier(checkpoint)
+    paths = [path for given in inputs for path in expand(given, path_column)]
+    if not paths:
+        raise ValueError(f"{', '.join(map(str, inputs))}: found no image; expected image files, folders or CSV tables")
+    writer: BasePredictionWriter = LineWriter(classifier, refuse_bad_files)
+    if output is not None:
+        writer = CSVWriter(classifier, refuse_bad_files, output)
+        paths = [path for path in paths if path not in writer.done]
+        print(f"{len(writer.done)} predictions are in {output}; {len(paths)} to go")
+    if not paths:
+        return
+    loader = DataLoader(
+        ImageFiles(paths, classifier), batch_size=batch_size, num_workers=num_workers, collate_fn=collate
+    )
+    trainer = Trainer(
+        accelerator=accelerator,
+        devices=1,
+        precision=precision,
+        logger=False,
+        callbacks=[writer, *([Progress()] if output is not None else [])],
+        enable_progress_bar=output is not None,
+        enable_checkpointing=False,
+    )
+    trainer.predict(Predictor(classifier, views), loader, return_predictions=False)
+
+
+def expand(given: Path, path_column: str) -> list[str]:
+    """The image files that a folder holds or a CSV table lists, relative to the table; anything else is an image."""
+    if given.is_dir():
+        return [str(path) for path in list_images(given)]
+    if given.suffix.lower() == ".csv":
+        return [str(given.parent / row[path_column]) for row in read_rows(given, [path_column])]
+    return [str(given)]
+
+
+class LineWriter(BasePredictionWriter):
+    """Prints the most probable classes of each image."""
+
+    def __init__(self, classifier: SavedClassifier, refuse_bad_files: bool) -> None:
+        super().__init__("batch")
+        self.class_names, self.multi_label = classifier.class_names, classifier.multi_label
+        self.refuse_bad_files = refuse_bad_files
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Tensor | None,
+        batch_indices: Sequence[int] | None,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        if prediction is not None:
+            self.write(batch.paths, prediction.cpu())
+        for problem in batch.problems:
+            if self.refuse_bad_files:
+                raise ValueError(f"{problem}; leave such files out with --bad-files skip")
+            print(f"skipped: {problem}", file=sys.stderr)
+
+    def write(self, paths: list[str], probabilities: Tensor) -> None:
+        for path, row in zip(paths, probabilities, strict=True):
+            best = row.topk(min(3, len(row)))
+            named = [(self.class_names[index], value) for index, value in zip(best.indices, best.values, strict=True)]
+            top = ", ".join(f"{name} {value:.1%}" for name, value in named)
+            print(f"{path}: {self.decision(row)} ({named[0][1]:.1%}); top {len(named)}: {top}")
+
+    def decision(self, probabilities: Tensor) -> str:
+        """The most probable class; of several labels per image, those of at least a half, with | between them."""
+        if not self.multi_label:
+            return self.class_names[int(probabilities.argmax())]
+        return "|".join(name for name, value in zip(self.class_names, probabilities, strict=True) if value >= 0.5)
+
+
+class CSVWriter(LineWriter):
+    """Appends a row per image: its path, the decision, and the probability of each class."""
+
+    def __init__(self, classifier: SavedClassifier, refuse_bad_files: bool, path: Path) -> None:
+        super().__init__(classifier, refuse_bad_files)
+        self.path, self.header = path, [*FIRST_COLUMNS, *classifier.class_names]
+        self.done = self._rows_so_far()
+
+    def _rows_so_far(self) -> set[str]:
+        """The paths of an earlier run's rows. A last row that was cut short is removed."""
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            with open(self.path, "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerow(self.header)
+            return set()
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        rows = list(csv.reader(whole.decode("utf-8").splitlines()))
+        if not rows or rows[0] != self.header:
+            raise ValueError(
+                f"{self.path}: holds something else than predictions of these classes; name another --output"
+            )
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+        return {row[0] for row in rows[1:]}
+
+    def write(self, paths: list[str], probabilities: Tensor) -> None:
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            for path, row in zip(paths, probabilities, strict=True):
+                rows.writerow([path, self.decision(row), *(f"{value:.6f}" for value in row.tolist())])

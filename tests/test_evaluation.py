@@ -1,0 +1,186 @@
+"""The figures of a report against scikit-learn's, class activation against Grad-CAM's definition, and the page."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn import metrics
+from training_cases import fit, make_images
+
+from densenet_efficient.models import create_model
+from densenet_efficient.training.class_activation import class_activation
+from densenet_efficient.training.evaluation import Evaluation, calibration, roc_curve, summarise, worst_mistakes
+from densenet_efficient.visualize import draw_memory
+
+
+def evaluation(multi_label: bool = False, count: int = 200, classes: int = 4) -> Evaluation:
+    """Random answers that are right more often than not, with ties."""
+    generator = np.random.default_rng(0)
+    right = generator.integers(0, classes, count)
+    labels = np.eye(classes)[right] if not multi_label else (generator.random((count, classes)) < 0.3).astype(float)
+    logits = generator.normal(size=(count, classes)) + labels
+    probabilities = 1 / (1 + np.exp(-logits))
+    if not multi_label:
+        probabilities /= probabilities.sum(1, keepdims=True)
+    names = [f"class {index}" for index in range(classes)]
+    return Evaluation(names, multi_label, probabilities.round(2), labels, [f"{i}.png" for i in range(count)], "test")
+
+
+def test_figures_of_single_labels() -> None:
+    one = evaluation()
+    right, given = one.labels.argmax(1), one.probabilities.argmax(1)
+    summary = summarise(one)
+    assert summary["accuracy"]["value"] == pytest.approx(metrics.accuracy_score(right, given))
+    assert summary["balanced_accuracy"]["value"] == pytest.approx(metrics.balanced_accuracy_score(right, given))
+    assert summary["macro_f1"]["value"] == pytest.approx(metrics.f1_score(right, given, average="macro"))
+    for index, entry in enumerate(summary["classes"].values()):
+        area = metrics.roc_auc_score(one.labels[:, index], one.probabilities[:, index])
+        assert entry["auroc"]["value"] == pytest.approx(area)
+        assert entry["auroc"]["low"] < area < entry["auroc"]["high"]
+        assert entry["precision"]["value"] == pytest.approx(metrics.precision_score(right == index, given == index))
+    assert summary["confusion"] == metrics.confusion_matrix(right, given).tolist()
+
+
+def test_figures_of_several_labels() -> None:
+    several = evaluation(multi_label=True)
+    summary = summarise(several)
+    decisions = several.probabilities >= 0.5
+    assert summary["accuracy"]["value"] == pytest.approx(metrics.accuracy_score(several.labels, decisions))
+    assert summary["macro_f1"]["value"] == pytest.approx(metrics.f1_score(several.labels, decisions, average="macro"))
+    assert summary["macro_auroc"] == pytest.approx(metrics.roc_auc_score(several.labels, several.probabilities))
+    assert summary["confusion"] is None
+
+
+def test_intervals_have_the_width_of_the_binomial() -> None:
+    entry = summarise(evaluation(count=1000))["accuracy"]
+    expected = 2 * 1.96 * np.sqrt(entry["value"] * (1 - entry["value"]) / 1000)
+    assert (entry["high"] - entry["low"]) / expected == pytest.approx(1, abs=0.1)
+
+
+def test_roc_curve_and_calibration() -> None:
+    one = evaluation()
+    false, true = roc_curve(one.probabilities[:, 0], one.labels[:, 0])
+    expected = metrics.roc_curve(one.labels[:, 0], one.probabilities[:, 0], drop_intermediate=False)
+    np.testing.assert_allclose([false, true], expected[:2])
+    bins, error = calibration(one)
+    assert sum(entry["share"] for entry in bins) == pytest.approx(1)
+    certain = Evaluation(["a", "b"], False, np.array([[0.9, 0.1]] * 10), np.eye(2)[[0] * 9 + [1]], [], "test")
+    assert calibration(certain)[1] == pytest.approx(0)
+    assert 0 < error < 1
+
+
+def test_a_class_without_images_is_not_defined() -> None:
+    one = evaluation(classes=3)
+    lacking = Evaluation(
+        [*one.class_names, "none"],
+        False,
+        np.c_[one.probabilities, np.zeros(200)],
+        np.c_[one.labels, np.zeros(200)],
+        one.sources,
+        "test",
+    )
+    summary = summarise(lacking)
+    assert summary["classes"]["none"]["auroc"]["value"] is None
+    assert summary["balanced_accuracy"]["value"] == pytest.approx(summarise(one)["balanced_accuracy"]["value"])
+
+
+def test_worst_mistakes_come_first() -> None:
+    one = evaluation()
+    mistakes = worst_mistakes(one, 5)
+    assert len(mistakes) == 5
+    chances = [one.probabilities[image, right] for image, given, right in mistakes if given != right]
+    assert chances == sorted(chances) and len(chances) == 5
+    several = evaluation(multi_label=True)
+    assert all(abs(several.probabilities[i, k] - several.labels[i, k]) > 0.5 for i, k, _ in worst_mistakes(several, 5))
+
+
+def test_class_activation_is_grad_cam() -> None:
+    torch.manual_seed(0)
+    model = create_model("densenet-bc-40-12", num_classes=3).eval()
+    images, classes = torch.randn(2, 3, 16, 16), torch.tensor([2, 0])
+    features = F.relu(model.features(images)).detach().requires_grad_()
+    logits = model.classifier(features.mean((2, 3)))
+    (gradient,) = torch.autograd.grad(logits[torch.arange(2), classes].sum(), features)
+    maps = F.relu((gradient.mean((2, 3), keepdim=True) * features).sum(1))  # equations 1 and 2 of the paper
+    maps = F.interpolate(maps[:, None], (16, 16), mode="bilinear")[:, 0]
+    expected = maps / maps.amax((1, 2), keepdim=True)
+    torch.testing.assert_close(class_activation(model, images, classes), expected)
+
+
+# ---- the page ----
+
+
+class Page(HTMLParser):
+    """What a page refers to, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.references += [value or "" for name, value in attributes if name in ("src", "href", "srcset")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its report, on test images of which bright and dark are exchanged, so that there are mistakes."""
+    folder, names = tmp_path_factory.mktemp("report"), ("bright", "grey <b>", "dark")
+    for part, count in (("train", 4), ("val", 2), ("test", 3)):
+        make_images(folder / "images" / part, count, names[::-1] if part == "test" else names)
+    assert fit(folder / "images", folder / "run", "--report", "true", "--trainer.max_epochs", "2") == 0
+    return folder / "run"
+
+
+def test_the_report_is_one_file_that_needs_nothing(run: Path) -> None:
+    page = Page((run / "report.html").read_text())
+    assert len(page.references) >= 4
+    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
+    assert "http" not in re.sub(r"base64,[^\"]+", "", (run / "report.html").read_text())
+    assert "grey <b>" in page.text and "9 images of the test split" in page.text
+
+
+def test_the_report_gives_its_figures_and_pictures_apart(run: Path) -> None:
+    content = json.loads((run / "metrics.json").read_text())
+    assert content["evaluation"]["split"] == "test" and content["evaluation"]["images"] == 9
+    assert [record["epoch"] for record in content["history"]] == [1, 2]
+    for name in ("curves.png", "confusion.png", "roc.png", "calibration.png", "mistakes.png"):
+        with Image.open(run / name) as image:
+            assert image.format == "PNG" and min(image.size) > 100
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium; Debian's package of this name brings it")
+def test_the_report_in_a_browser(run: Path, tmp_path: Path) -> None:
+    """Every picture is decoded and the figures are seen, without a network."""
+    page = (run / "report.html").read_text()
+    probe = "<script>document.title = [...document.images].map(i => i.naturalWidth).join()</script>"
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"{probe}</body>"))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    offline = ["--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", f"file://{tmp_path / 'page.html'}"]
+    shown = subprocess.run([*command, *offline], capture_output=True, text=True, timeout=120, check=True).stdout
+    title = re.search(r"<title>([\d,]+)</title>", shown)
+    assert title is not None
+    widths = [int(width) for width in title[1].split(",")]
+    assert len(widths) == len(Page(page).references) and min(widths) > 100
+
+
+def test_the_memory_picture_is_a_png(tmp_path: Path) -> None:
+    draw_memory(
+        {22: {"naive": 4.0, "efficient": 1.0}, 40: {"naive": 9.0, "efficient": 1.5}}, "none", tmp_path / "a.png"
+    )
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.format == "PNG" and min(image.size) > 400

@@ -1,0 +1,132 @@
+"""Predictions: the model's own, from files, folders and tables, in lines and in a CSV that is continued."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from training_cases import fit, make_images
+
+from densenet_efficient.cli import main
+from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier
+from densenet_efficient.training.images import read_image
+from densenet_efficient.training.prediction import Predictor, views_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images, and a checkpoint of a run on them."""
+    path = tmp_path_factory.mktemp("prediction")
+    assert fit(make_images(path / "images"), path / "run", "--trainer.max_epochs", "1") == 0
+    return path
+
+
+@pytest.fixture
+def checkpoint(folder: Path) -> Path:
+    return folder / "run" / "best.ckpt"
+
+
+def predict(checkpoint: Path, *arguments: object) -> int:
+    return main(["predict", "--checkpoint", str(checkpoint), "--accelerator", "cpu", *map(str, arguments)])
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def own_probabilities(classifier: SavedClassifier, path: str) -> torch.Tensor:
+    preprocessing = classifier.preprocessing
+    image = preprocessing.transform()(read_image(path, preprocessing.channels))
+    with torch.inference_mode():
+        return classifier.model.eval()(image[None]).softmax(1)[0]
+
+
+def test_a_folder_becomes_a_table_of_the_models_own_probabilities(
+    folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    assert predict(checkpoint, folder / "images", "--output", tmp_path / "out.csv", "--batch-size", 5) == 0
+    rows = rows_of(tmp_path / "out.csv")
+    assert [row["path"] for row in rows] == sorted(map(str, (folder / "images").rglob("*.png")))
+    classifier = load_classifier(checkpoint)
+    for row in rows[::5]:
+        given = torch.tensor([float(row["bright"]), float(row["dark"])])
+        torch.testing.assert_close(given, own_probabilities(classifier, row["path"]), atol=2e-6, rtol=0)
+        assert row["prediction"] == ("bright" if given[0] > given[1] else "dark")
+
+
+def test_a_table_of_paths(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    table = folder / "images" / "table.csv"
+    table.write_text("file,age\nbright/0.png,40\ndark/1.png,50\n")
+    assert predict(checkpoint, table, "--path-column", "file", "--output", tmp_path / "out.csv") == 0
+    names = [Path(row["path"]).name for row in rows_of(tmp_path / "out.csv")]
+    assert names == ["0.png", "1.png"]
+
+
+def test_an_interrupted_table_is_continued(
+    folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.csv"
+    assert predict(checkpoint, folder / "images", "--output", output) == 0
+    whole = output.read_bytes()
+    output.write_bytes(whole[: len(whole) * 2 // 3])  # in the middle of a row
+    assert predict(checkpoint, folder / "images", "--output", output, "--num-workers", 1) == 0
+    assert output.read_bytes() == whole
+    assert "7 predictions are in" in capsys.readouterr().out
+    output.write_text("path,prediction,cat,dog\n")
+    assert predict(checkpoint, folder / "images", "--output", output) == 2
+    assert "something else than predictions of these classes" in capsys.readouterr().err
+
+
+def test_bad_files_stop_or_are_left_out(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("L", (9, 9), 200).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no image")
+    Image.new("L", (9, 9), 20).save(tmp_path / "c.png")
+    assert predict(checkpoint, tmp_path, "--batch-size", 1) == 2
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{tmp_path / 'a.png'}: ")
+    assert f"error: {tmp_path / 'b.png'}: expected an undamaged image" in captured.err
+    assert predict(checkpoint, tmp_path, "--bad-files", "skip", "--output", tmp_path / "out.csv") == 0
+    assert [Path(row["path"]).name for row in rows_of(tmp_path / "out.csv")] == ["a.png", "c.png"]
+    assert f"skipped: {tmp_path / 'b.png'}" in capsys.readouterr().err
+
+
+def test_views_are_the_symmetries_of_the_square(checkpoint: Path) -> None:
+    images = torch.randn(2, 3, 8, 8)
+    for views, count in (("none", 1), ("mirror", 2), ("dihedral", 8)):
+        made = list(views_of(images, views))
+        assert len({tuple(view.flatten().tolist()) for view in made}) == count
+    classifier = load_classifier(checkpoint)
+    predictor = Predictor(classifier, "dihedral").eval()
+    turned = images.rot90(1, (2, 3)).flip(3)
+    with torch.inference_mode():
+        first, second = (predictor.predict_step(type(batch)(*batch), 0) for batch in _batches(images, turned))
+    assert first is not None and second is not None
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(first.sum(1), torch.ones(2))
+
+
+def _batches(*images: torch.Tensor) -> list:
+    from densenet_efficient.training.prediction import Batch
+
+    return [Batch(image, ["a", "b"], []) for image in images]
+
+
+def test_several_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = make_images(tmp_path / "images")
+    lines = ["path,label"]
+    for index, path in enumerate(sorted(images.rglob("*.png"))):
+        lines.append(f"{path.relative_to(images)},{'grey|' * (index % 2)}{path.parent.name}")
+    (images / "table.csv").write_text("\n".join(lines))
+    table = images / "table.csv"
+    options = ("--data.label_separator", "|", "--trainer.max_epochs", "1", "--report", "true")
+    assert fit(table, tmp_path / "run", *options) == 0
+    assert predict(tmp_path / "run" / "best.ckpt", images / "dark", "--output", tmp_path / "out.csv") == 0
+    rows = rows_of(tmp_path / "out.csv")
+    assert list(rows[0]) == ["path", "prediction", "bright", "dark", "grey"]
+    for row in rows:
+        seen = [name for name in ("bright", "dark", "grey") if float(row[name]) >= 0.5]
+        assert row["prediction"] == "|".join(seen)

@@ -1,0 +1,140 @@
+"""Interrupted runs: what is left of them, and that a continued run ends with the bits of one never interrupted."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_cases import assert_same_bits, fit, fit_arguments, make_images, stopping_at, weights
+
+from densenet_efficient.training.checkpoint import read_checkpoint
+from densenet_efficient.training.files import atomic_write
+
+AVERAGED = ("--ema_decay", "0.9")
+
+
+class Killed(BaseException):
+    """As sudden as a kill: nothing may catch it."""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"), per_class=12)
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupts, 3 epochs of 5 batches."""
+    output = tmp_path_factory.mktemp("whole")
+    assert fit(images, output, *AVERAGED) == 0
+    return output
+
+
+def test_two_runs_give_the_same_bits(images: Path, whole: Path, tmp_path: Path) -> None:
+    assert fit(images, tmp_path, *AVERAGED, "--data.num_workers", "1") == 0
+    assert_same_bits(weights(tmp_path), weights(whole))
+
+
+def test_a_killed_run_continues_from_its_last_epoch(
+    images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(trainer: Any) -> None:
+        raise Killed
+
+    stopping_at(monkeypatch, 8, kill)
+    with pytest.raises(Killed):
+        fit(images, tmp_path, *AVERAGED)
+    monkeypatch.undo()
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 5
+    assert fit(images, tmp_path, *AVERAGED, "--ckpt_path", "last") == 0
+    assert_same_bits(weights(tmp_path), weights(whole))
+    assert_same_bits(weights(tmp_path, "best.ckpt"), weights(whole, "best.ckpt"))
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_run_continues_within_an_epoch(
+    workers: str, images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping_at(monkeypatch, 8, lambda trainer: signal.raise_signal(signal.SIGTERM))
+    assert fit(images, tmp_path, *AVERAGED) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 8
+    assert fit(images, tmp_path, *AVERAGED, "--ckpt_path", "last", "--data.num_workers", workers) == 0
+    assert_same_bits(weights(tmp_path), weights(whole))
+    history = [read_checkpoint(path / "last.ckpt")["callbacks"]["History"]["records"] for path in (tmp_path, whole)]
+    assert [record["epoch"] for record in history[0]] == [1, 2, 3]
+    assert history[0][-1]["val_loss"] == history[1][-1]["val_loss"]
+
+
+def test_accumulation_and_steps_between_epochs(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM in the middle of an accumulated step waits for its end; so do the checkpoints within an epoch."""
+    options = ("--trainer.accumulate_grad_batches", "2", "--save_every_n_steps", "1")
+    assert fit(images, tmp_path / "whole", *options) == 0
+    stopping_at(monkeypatch, 6, lambda trainer: signal.raise_signal(signal.SIGTERM))
+    assert fit(images, tmp_path / "stopped", *options) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert read_checkpoint(tmp_path / "stopped" / "last.ckpt")["global_step"] == 4  # 3 per epoch: batches 2, 4, 5
+    assert fit(images, tmp_path / "stopped", *options, "--ckpt_path", "last") == 0
+    assert_same_bits(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+
+
+def test_sigterm_after_the_last_batch_of_an_epoch(
+    images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping_at(monkeypatch, 5, lambda trainer: signal.raise_signal(signal.SIGTERM))
+    assert fit(images, tmp_path, *AVERAGED) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert len(read_checkpoint(tmp_path / "last.ckpt")["callbacks"]["History"]["records"]) == 1
+    assert fit(images, tmp_path, *AVERAGED, "--ckpt_path", "last") == 0
+    assert_same_bits(weights(tmp_path), weights(whole))
+
+
+def test_kill_minus_nine(images: Path, whole: Path, tmp_path: Path) -> None:
+    """A process of its own, killed by the system once it has a checkpoint."""
+    command = [sys.executable, "-m", "densenet_efficient.cli"]
+    process = subprocess.Popen([*command, *fit_arguments(images, tmp_path, *AVERAGED, "--save_every_n_steps", "1")])
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "last.ckpt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert fit(images, tmp_path, *AVERAGED, "--ckpt_path", "last") == 0
+    assert_same_bits(weights(tmp_path), weights(whole))
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(
+    images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The limit of a file's size stands for the disk: the write fails in the middle, as on a full one."""
+    size = (whole / "last.ckpt").stat().st_size
+    previous = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    stopping_at(monkeypatch, 7, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, previous[1])))
+    try:
+        status = fit(images, tmp_path, *AVERAGED)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+        signal.signal(signal.SIGXFSZ, ignored)
+    monkeypatch.undo()
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert status == 2
+    assert "cannot write this checkpoint" in error and "the earlier one is kept; make room" in error
+    assert not list(tmp_path.glob(".*"))
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 5
+    assert fit(images, tmp_path, *AVERAGED, "--ckpt_path", "last") == 0
+    assert_same_bits(weights(tmp_path), weights(whole))
+
+
+def test_a_failed_write_leaves_the_earlier_file_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"earlier")
+    with pytest.raises(TypeError), atomic_write(tmp_path / "file") as file:
+        file.write("text, where bytes are expected")  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"earlier"

@@ -1,0 +1,73 @@
+"""Small data sets and runs for the tests of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pytorch_lightning import Trainer
+from torch import Tensor
+
+from densenet_efficient.cli import main
+from densenet_efficient.training.checkpoint import read_checkpoint
+
+
+def make_images(folder: Path, per_class: int = 6, names: tuple[str, ...] = ("bright", "dark")) -> Path:
+    """12x10 images, one subfolder a class, each class and each image of its own brightness."""
+    for label, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for index in range(per_class):
+            brightness = 220 - 190 * label // max(len(names) - 1, 1) + index
+            Image.new("RGB", (12, 10), (brightness,) * 3).save(folder / name / f"{index}.png")
+    return folder
+
+
+def fit_arguments(images: Path, output: Path, *more: str) -> list[str]:
+    """Three epochs of five batches of a small network on 8x8 images."""
+    options = {
+        "--data": images,
+        "--data.image_size": 8,
+        "--data.batch_size": 4,
+        "--data.num_workers": 0,
+        "--data.augmentation": "medical",
+        "--model.network": "densenet-bc-40-12",
+        "--model.drop_rate": 0.2,
+        "--model.mixup": 0.4,
+        "--trainer.max_epochs": 3,
+        "--trainer.accelerator": "cpu",
+        "--trainer.enable_progress_bar": "false",
+        "--report": "false",
+        "--output": output,
+    }
+    return ["fit", *(str(part) for pair in options.items() for part in pair), *more]
+
+
+def fit(images: Path, output: Path, *more: str) -> int:
+    return main(fit_arguments(images, output, *more))
+
+
+def weights(output: Path, name: str = "last.ckpt") -> dict[str, Tensor]:
+    """The weights in a checkpoint; with averaging, the averaged and the current ones."""
+    content = read_checkpoint(output / name)
+    current = {f"current.{key}": value for key, value in content.get("current_model_state", {}).items()}
+    return content["state_dict"] | current
+
+
+def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+def stopping_at(monkeypatch: Any, batch: int, stop: Callable[[Trainer], None]) -> None:
+    """Call `stop` after the batch of this number of a run, counted from 1."""
+    from densenet_efficient.training.history import History
+
+    def on_train_batch_end(self: Any, trainer: Trainer, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == batch:
+            stop(trainer)
+
+    monkeypatch.setattr(History, "on_train_batch_end", on_train_batch_end)
