@@ -1,4 +1,4 @@
-"""The figures of a report against scikit-learn's, class activation against Grad-CAM's definition, and the page."""
+"""The figures of a report against scikit-learn's, and the page."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from PIL import Image
 from sklearn import metrics
 from training_cases import fit, make_images
 
-from densenet_efficient.models import create_model
-from densenet_efficient.training.class_activation import class_activation
 from densenet_efficient.training.evaluation import Evaluation, calibration, roc_curve, summarise, worst_mistakes
 from densenet_efficient.visualize import draw_memory
 
@@ -102,19 +98,6 @@ def test_worst_mistakes_come_first() -> None:
     assert chances == sorted(chances) and len(chances) == 5
     several = evaluation(multi_label=True)
     assert all(abs(several.probabilities[i, k] - several.labels[i, k]) > 0.5 for i, k, _ in worst_mistakes(several, 5))
-
-
-def test_class_activation_is_grad_cam() -> None:
-    torch.manual_seed(0)
-    model = create_model("densenet-bc-40-12", num_classes=3).eval()
-    images, classes = torch.randn(2, 3, 16, 16), torch.tensor([2, 0])
-    features = F.relu(model.features(images)).detach().requires_grad_()
-    logits = model.classifier(features.mean((2, 3)))
-    (gradient,) = torch.autograd.grad(logits[torch.arange(2), classes].sum(), features)
-    maps = F.relu((gradient.mean((2, 3), keepdim=True) * features).sum(1))  # equations 1 and 2 of the paper
-    maps = F.interpolate(maps[:, None], (16, 16), mode="bilinear")[:, 0]
-    expected = maps / maps.amax((1, 2), keepdim=True)
-    torch.testing.assert_close(class_activation(model, images, classes), expected)
 
 
 # ---- the page ----

@@ -12,6 +12,7 @@ from densenet_efficient.inspection import feature_maps, feature_reuse, first_fil
 from densenet_efficient.models import create_model
 from densenet_efficient.training.checkpoint import ENTRY, MODEL_PREFIX, SavedClassifier, describe_classifier
 from densenet_efficient.training.preprocessing import Preprocessing, normalisation
+from densenet_efficient.weights import pretrained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -191,7 +192,7 @@ def test_pictures_of_a_fresh_network(checkpoint, tmp_path):
 
 def test_pictures_of_pretrained_weights(tmp_path, monkeypatch, capsys):
     """Their class names are known; the download is in test_weights.py."""
-    monkeypatch.setattr(models, "download", lambda weights: models.EfficientDenseNet121().state_dict())
+    monkeypatch.setattr(pretrained, "download", lambda *_: models.EfficientDenseNet121().state_dict())
     Image.new("RGB", (40, 30), "red").save(tmp_path / "image.png")
     arguments = [str(tmp_path / "image.png"), "--model", "densenet121", "--weights", "DEFAULT", "--image-size", "32"]
     output = ["--output", str(tmp_path / "picture.png")]

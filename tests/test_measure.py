@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from cases import needs_native
 from torch import Tensor, nn
 
 from densenet_efficient import measure
@@ -126,3 +131,35 @@ def test_low_precision_is_autocast(dtype: str, stored: torch.dtype, computed: to
 def test_unknown_names_are_refused(option: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"unknown {option} '{value}'; expected one of"):
         make_step(nn.Identity(), SHAPE, 1, **{option: value})  # type: ignore[arg-type]
+
+
+RETURN_MEMORY = """
+import torch
+import densenet_efficient
+from densenet_efficient import kernels
+from pathlib import Path
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+pairs = [(torch.ones(2**20), torch.ones(256)) for _ in range(64)]  # 4 MiB each, and something small that stays
+small = [pair[1] for pair in pairs]
+before = resident()
+del pairs
+kernels.return_freed_memory(torch.empty(kernels.KEPT_UP_TO, dtype=torch.uint8, device="meta"))
+kept = before - resident()
+kernels.return_freed_memory(torch.empty(kernels.KEPT_UP_TO, dtype=torch.uint8))
+print(kept, before - resident())
+"""
+
+
+@needs_native
+def test_freed_memory_goes_back_before_a_large_buffer() -> None:
+    """Nearly all of it, though small tensors lie between; nothing is done for another device."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+    process = subprocess.run(
+        [sys.executable, "-c", RETURN_MEMORY], capture_output=True, text=True, env=environment, check=True
+    )
+    kept, returned = map(int, process.stdout.split())
+    assert kept < 2**25
+    assert returned > 0.8 * 64 * 2**22

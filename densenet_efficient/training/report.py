@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jinja2 import Environment
 from torch import Tensor
 
-from densenet_efficient.training.class_activation import class_activation
+from densenet_efficient.inspection import grad_cam
 from densenet_efficient.training.classifier import Classifier
 from densenet_efficient.training.data import ImageData
 from densenet_efficient.training.evaluation import Evaluation, worst_mistakes
@@ -75,7 +76,8 @@ def collect_mistakes(classifier: Classifier, data: ImageData, evaluation: Evalua
     classes = torch.tensor([given for _, given, _ in chosen])
     model = classifier.model.eval()
     device = next(model.parameters()).device
-    activations = class_activation(model, images.to(device), classes.to(device)).cpu().numpy()
+    maps = grad_cam(model, images.to(device), classes=classes.to(device))[:, None]
+    activations = F.interpolate(maps, images.shape[2:], mode="bilinear")[:, 0].cpu().numpy()
     visible = _denormalised(images, data.preprocessing)
     return [
         Mistake(visible[row], activations[row], _caption(evaluation, *chosen[row]), _source(evaluation, chosen[row][0]))
