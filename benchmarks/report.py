@@ -6,19 +6,22 @@ A section replaces what stands between `<!-- benchmarks:begin NAME -->` and `<!-
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .picture import draw, picture_path
-from .results import RESULTS, ROOT, write_atomically
+from .results import MEASURED, RESULTS, ROOT, write_atomically
 from .roofline import COLUMNS as ROOFLINE_COLUMNS
 from .roofline import Line, Roofline, table_cells, title, without_small_lines
+from .segmentation import table as segmentation_table
 
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/benchmarks.md"]
 SECTION = re.compile(r"(<!-- benchmarks:begin (\S+) -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
 WORKLOAD = ("model", "dtype", "batch", "size")
 COLUMNS = (
@@ -31,6 +34,18 @@ COLUMNS = (
     "MiB per image",
     "less",
 )
+TRAINING_COLUMNS = (
+    "torchvision",
+    "none",
+    "of it",
+    "bottleneck",
+    "of it",
+    "MiB per image: torchvision",
+    "none",
+    "bottleneck",
+)
+INFERENCE_COLUMNS = ("torchvision", "fastest other", "ours", "of the fastest")
+OURS = ("ours-none", "ours-bottleneck")
 Row = dict[str, Any]
 Results = dict[str, Any]
 
@@ -38,14 +53,16 @@ Results = dict[str, Any]
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a document is out of date")
-    parser.add_argument("--documents", type=Path, nargs="+", default=[ROOT / "README.md", ROOT / "docs/performance.md"])
+    parser.add_argument("--documents", type=Path, nargs="+", default=DOCUMENTS)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results files")
     options = parser.parse_args(arguments)
     paths = sorted(options.results.glob("*.json"))
-    rooflines = [json.loads(path.read_text()) for path in paths if path.stem.endswith("-roofline")]
-    results = [json.loads(path.read_text()) for path in paths if not path.stem.endswith("-roofline")]
+    special = {
+        kind: [json.loads(path.read_text()) for path in paths if path.stem.endswith(f"-{kind}")] for kind in SPECIAL
+    }
+    results = [json.loads(path.read_text()) for path in paths if not path.stem.endswith(tuple(SPECIAL))]
     texts = {document: document.read_text() for document in options.documents}
-    filled = {document: fill(text, results, rooflines) for document, text in texts.items()}
+    filled = {document: fill(text, results, special) for document, text in texts.items()}
     if options.check:
         outdated = [str(document) for document in texts if filled[document] != texts[document]]
         if outdated:
@@ -57,18 +74,22 @@ def main(arguments: Sequence[str]) -> None:
         write_atomically(document, text)
 
 
-def fill(text: str, all_results: Sequence[Results], all_rooflines: Sequence[Results] = ()) -> str:
-    """The document with every section generated anew. Raises ValueError for a section it does not know."""
+def fill(text: str, all_results: Sequence[Results], special: Mapping[str, Sequence[Results]] | None = None) -> str:
+    """The document with every section generated anew; ``special`` are the results of other benchmarks, by kind.
+
+    Raises ValueError for a section it does not know.
+    """
 
     def section(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
         if name not in SECTIONS:
             raise ValueError(f"unknown benchmarks section {name!r}; expected one of {', '.join(SECTIONS)}")
         device, task = SECTIONS[name]
-        if task == "roofline":
-            texts = [roofline_tables(results) for results in all_rooflines]
+        if task in SPECIAL:
+            texts = [SPECIAL[task](results) for results in (special or {}).get(task, ()) if _runs_on(device, results)]
         else:
-            texts = [tables(results, task) for results in all_results if _runs_on(device, results)]
+            write = summary if task == "summary" else functools.partial(tables, task=task)
+            texts = [write(results) for results in all_results if _runs_on(device, results)]
         return f"{begin}{chr(10).join(filter(None, texts)) or f'Not measured yet on a {device}.'}\n{end}"
 
     if text.count("<!-- benchmarks:begin") != len(SECTION.findall(text)):
@@ -85,27 +106,72 @@ def roofline_tables(results: Results) -> str:
         lines += [
             f"Roof {roofline.product_rate / 1e9:.0f} GFLOP/s, copy rate {roofline.copy_rate / 1e9:.0f} GB/s.",
             "",
-            "| " + " | ".join(ROOFLINE_COLUMNS) + " |",
-            "|---|" + "---:|" * (len(ROOFLINE_COLUMNS) - 1),
+            *_markdown(ROOFLINE_COLUMNS, table_cells(without_small_lines(roofline))),
+            "",
         ]
-        lines += ["| " + " | ".join(cells) + " |" for cells in table_cells(without_small_lines(roofline))]
-        lines.append("")
     return "\n".join(lines)
+
+
+def summary(results: Results) -> str:
+    """One machine in two tables, a line per workload: ours beside the fastest of torchvision and of everything else."""
+    lines = [figures_line(results), ""]
+    workloads = {task: _workloads(results, task) for task in ("train", "infer")}
+    if workloads["train"]:
+        lines += [f"![step time against memory]({picture_path(results).as_posix()})", ""]
+        lines += [*_markdown(("training step", *TRAINING_COLUMNS), map(_training_cells, workloads["train"])), ""]
+    if workloads["infer"]:
+        lines += [*_markdown(("inference", *INFERENCE_COLUMNS), map(_inference_cells, workloads["infer"])), ""]
+    if results.get("largest_batch"):
+        lines += [largest_batches(results["largest_batch"]), ""]
+    return "\n".join(lines)
+
+
+def _training_cells(rows: Sequence[Row]) -> list[str]:
+    fastest, smallest = _best_of_torchvision(rows)
+    ours = [next((row for row in rows if row["implementation"] == name), dict.fromkeys(MEASURED)) for name in OURS]
+    cells = [_title(rows[0]), _number(fastest, "{:.0f} ms")]
+    for row in ours:
+        cells += [_number(row["step_ms"], "{:.0f} ms"), _number(_ratio(row["step_ms"], fastest), "{:.2f}")]
+    cells.append(_number(smallest, "{:.1f}"))
+    for row in ours:
+        less = _number(_ratio(smallest, row["mib_per_image"]), " ({:.1f}x less)")
+        cells.append(_number(row["mib_per_image"], "{:.1f}") + less)
+    return cells
+
+
+def _inference_cells(rows: Sequence[Row]) -> list[str]:
+    fastest, _ = _best_of_torchvision(rows)
+    timed = [row for row in rows if row["step_ms"]]
+    ours = min((row["step_ms"] for row in timed if row["implementation"] in OURS), default=None)
+    others = [row for row in timed if not row["implementation"].startswith(("ours", "torchvision"))]
+    other = min(others, key=lambda row: row["step_ms"], default=None)
+    peers = [time for time in (fastest, other and other["step_ms"]) if time]
+    return [
+        _title(rows[0]),
+        _number(fastest, "{:.0f} ms"),
+        f"{other['step_ms']:.0f} ms ({other['implementation']})" if other else "",
+        _number(ours, "{:.0f} ms"),
+        _number(_ratio(ours, min(peers, default=None)), "{:.2f}"),
+    ]
+
+
+def segmentation_tables(results: Results) -> str:
+    """The memory of FC-DenseNets."""
+    return "\n".join([figures_line(results), "", *segmentation_table(results["rows"]), ""])
 
 
 def tables(results: Results, task: str) -> str:
     """One machine's tables of a task, one per workload, under a line that says what was measured where."""
-    rows = [row for row in results["rows"] if row["task"] == task]
-    if not rows:
+    workloads = _workloads(results, task)
+    if not workloads:
         return ""
-    lines = [figures_line(results), ""]
-    if task == "train":
-        lines += [f"![step time against memory]({picture_path(results).as_posix()})", ""]
-    for _, workload in itertools.groupby(sorted(rows, key=_workload), key=_workload):
-        lines += table(list(workload))
-    if task == "train" and results.get("largest_batch"):
-        lines += [largest_batches(results["largest_batch"]), ""]
-    return "\n".join(lines)
+    return "\n".join([figures_line(results), "", *itertools.chain.from_iterable(map(table, workloads))])
+
+
+def _workloads(results: Results, task: str) -> list[list[Row]]:
+    """The rows of a task by workload."""
+    rows = sorted((row for row in results["rows"] if row["task"] == task), key=_workload)
+    return [list(group) for _, group in itertools.groupby(rows, key=_workload)]
 
 
 def figures_line(results: Results) -> str:
@@ -123,13 +189,8 @@ def figures_line(results: Results) -> str:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """One workload in Markdown: time against the fastest torchvision variant, memory against plain."""
-    torchvision = [row for row in rows if row["implementation"].startswith("torchvision")]
-    plain = [row for row in torchvision if row["implementation"] == "torchvision"]
-    fastest = min((row["step_ms"] for row in torchvision if row["step_ms"]), default=None)
-    smallest_plain = min((row["mib_per_image"] for row in plain if row["mib_per_image"]), default=None)
-    first = rows[0]
-    title = f"**{first['model']}, {first['dtype']}, batch {first['batch']}, {first['size']}x{first['size']}**"
-    lines = [title, "", "| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
+    fastest, smallest_plain = _best_of_torchvision(rows)
+    all_cells = []
     for row in rows:
         cells = [
             row["implementation"],
@@ -141,8 +202,28 @@ def table(rows: Sequence[Row]) -> list[str]:
             _number(row["mib_per_image"], "{:.1f}"),
             _number(_ratio(smallest_plain, row["mib_per_image"]), "{:.1f}x"),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+        all_cells.append(cells)
+    return [f"**{_title(rows[0])}**", "", *_markdown(COLUMNS, all_cells, words=2), ""]
+
+
+def _best_of_torchvision(rows: Sequence[Row]) -> tuple[float | None, float | None]:
+    """The milliseconds of its fastest variant, and the MiB per image of its plain one."""
+    torchvision = [row for row in rows if row["implementation"].startswith("torchvision")]
+    plain = [row for row in torchvision if row["implementation"] == "torchvision"]
+    return (
+        min((row["step_ms"] for row in torchvision if row["step_ms"]), default=None),
+        min((row["mib_per_image"] for row in plain if row["mib_per_image"]), default=None),
+    )
+
+
+def _title(row: Row) -> str:
+    return f"{row['model']}, {row['dtype']}, batch {row['batch']}, {row['size']}x{row['size']}"
+
+
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> list[str]:
+    """A table whose first ``words`` columns are words, the others numbers."""
+    head = ["| " + " | ".join(columns) + " |", "|" + "---|" * words + "---:|" * (len(columns) - words)]
+    return head + ["| " + " | ".join(cells) + " |" for cells in rows]
 
 
 def largest_batches(rows: Sequence[Row]) -> str:
@@ -170,12 +251,16 @@ def _number(value: float | None, form: str) -> str:
 
 
 SECTIONS = {
+    "summary-cpu": ("CPU", "summary"),
+    "summary-gpu": ("GPU", "summary"),
     "training-cpu": ("CPU", "train"),
     "training-gpu": ("GPU", "train"),
     "inference-cpu": ("CPU", "infer"),
     "inference-gpu": ("GPU", "infer"),
     "roofline-cpu": ("CPU", "roofline"),
+    "segmentation-cpu": ("CPU", "segmentation"),
 }
+SPECIAL = {"roofline": roofline_tables, "segmentation": segmentation_tables}  # by the end of their files' names
 
 if __name__ == "__main__":
     main(sys.argv[1:])

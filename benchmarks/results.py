@@ -30,7 +30,8 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
     return {
         "machine": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
         "cpu": cpu,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": torch.backends.cpu.get_cpu_capability()
+        + (" AMX" if torch.cpu._is_amx_tile_supported() else ""),
         "cores": cores,
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,

@@ -75,6 +75,7 @@ TORCH_LIBRARY(densenet_efficient, library) {
   library.def(
       "dense_block_inference(Tensor(a!) storage, int channels, int height, int width, int bottleneck_channels, "
       "Tensor[] affines, Tensor[] packed) -> ()");
+  library.def("return_freed_memory() -> ()");
   library.def("cpu_product_rate(ScalarType dtype, float seconds) -> float");
 }
 

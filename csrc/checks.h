@@ -53,7 +53,12 @@ inline void* optional_vector(const std::optional<at::Tensor>& vector, const char
   return vector->data_ptr();
 }
 
-// A convolution's weight [outputs, channels, kernel, kernel] in the accumulation dtype of ``like``, contiguous.
+inline bool is_contiguous_or_channels_last(const at::Tensor& weight) {
+  return weight.is_contiguous() || weight.is_contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+// A convolution's weight [outputs, channels, kernel, kernel] in the accumulation dtype of ``like``, contiguous or
+// channels-last.
 inline at::Tensor checked_weight(const at::Tensor& weight, int64_t outputs, int64_t channels, int64_t kernel,
                                  const at::Tensor& like) {
   TORCH_CHECK(weight.dim() == 4 && weight.size(0) == outputs && weight.size(1) == channels &&
@@ -62,17 +67,18 @@ inline at::Tensor checked_weight(const at::Tensor& weight, int64_t outputs, int6
               weight.sizes());
   TORCH_CHECK(weight.device() == like.device(), "Expected all tensors to be on the same device, but weight is on ",
               weight.device(), " and x on ", like.device());
-  return weight.to(accumulation_dtype(like)).contiguous();
+  const at::Tensor converted = weight.to(accumulation_dtype(like));
+  return is_contiguous_or_channels_last(converted) ? converted : converted.contiguous();
 }
 
-// The data of a weight's optional gradient, contiguous; null where it is not given.
+// The data of a weight's optional gradient, contiguous or channels-last; null where it is not given.
 inline void* optional_grad_weight(const std::optional<at::Tensor>& grad_weight, const at::Tensor& weight,
                                   const at::Tensor& like) {
   if (!grad_weight) return nullptr;
-  TORCH_CHECK(grad_weight->sizes() == weight.sizes() && grad_weight->is_contiguous() &&
+  TORCH_CHECK(grad_weight->sizes() == weight.sizes() && is_contiguous_or_channels_last(*grad_weight) &&
                   grad_weight->scalar_type() == accumulation_dtype(like),
-              "grad_weight must be contiguous ", accumulation_dtype(like), " of shape ", weight.sizes(), ", got ",
-              grad_weight->scalar_type(), " of shape ", grad_weight->sizes());
+              "grad_weight must be contiguous or channels-last ", accumulation_dtype(like), " of shape ",
+              weight.sizes(), ", got ", grad_weight->scalar_type(), " of shape ", grad_weight->sizes());
   return grad_weight->data_ptr();
 }
 

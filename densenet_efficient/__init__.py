@@ -1,5 +1,7 @@
 """DenseNets that train with a twentieth of the activation memory and in less time, with the same results."""
 
+from .backbone import Backbone
+from .concatenation import concatenate
 from .conversion import convert, revert
 from .models import (
     EfficientDenseNet,
@@ -9,17 +11,29 @@ from .models import (
     EfficientDenseNet201,
     EfficientDenseNet264,
 )
+from .modules import DenseBlock, DenseLayer, Features, Transition
+from .segmentation import FCDenseNet, FCDenseNet56, FCDenseNet67, FCDenseNet103
 from .weights import load_weights
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Backbone",
+    "DenseBlock",
+    "DenseLayer",
     "EfficientDenseNet",
     "EfficientDenseNet121",
     "EfficientDenseNet161",
     "EfficientDenseNet169",
     "EfficientDenseNet201",
     "EfficientDenseNet264",
+    "FCDenseNet",
+    "FCDenseNet56",
+    "FCDenseNet67",
+    "FCDenseNet103",
+    "Features",
+    "Transition",
+    "concatenate",
     "convert",
     "load_weights",
     "revert",

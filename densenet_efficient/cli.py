@@ -1,4 +1,4 @@
-"""The command line: densenet-efficient fit, test, predict, summary and others.
+"""The command line: densenet-efficient fit, test, predict, summary, visualize and others.
 
 What is heavy to import is imported by the command that needs it, so that --help answers at once.
 """
@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
     add_predict(commands)
     add_summary(commands)
+    add_visualize(commands)
     return parser
 
 
@@ -91,6 +92,41 @@ def add_summary(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(command=run_summary)
 
 
+def add_visualize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "visualize",
+        help="draw what a network has learned, as a PNG",
+        description="Draw what a network has learned, as a PNG.",
+    )
+    pictures = parser.add_subparsers(required=True, metavar="PICTURE", dest="picture")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        picture = pictures.add_parser(name, help=text, description=f"Draw {text}, as a PNG.")
+        source = picture.add_mutually_exclusive_group(required=True)
+        source.add_argument("--checkpoint", type=Path, metavar="FILE", help="written by fit")
+        source.add_argument("--model", help="name of a network, such as densenet201")
+        picture.add_argument("--weights", help="torchvision's, such as IMAGENET1K_V1; fresh ones if not given")
+        picture.add_argument(
+            "--image-size", help="pixels per side, without a checkpoint (default: 224)", type=positive_int, default=224
+        )
+        picture.add_argument("--output", type=Path, required=True, metavar="PNG", help="the file to write")
+        return picture
+
+    maps = add("maps", "the feature maps of a layer over an image")
+    maps.add_argument("image", type=Path, metavar="IMAGE", help="PNG, JPEG, ...")
+    maps.add_argument("--layer", default="features.denseblock1", help="name of a module (default: %(default)s)")
+    maps.add_argument("--channels", type=positive_int, default=64, help="at most so many (default: %(default)s)")
+    cam = add("grad-cam", "where an image speaks for a class (Grad-CAM)")
+    cam.add_argument("image", type=Path, metavar="IMAGE", help="PNG, JPEG, ...")
+    cam.add_argument("--layer", default="features", help="name of a module (default: %(default)s)")
+    cam.add_argument(
+        "--class", dest="class_name", metavar="CLASS", help="name or number; the predicted one if not given"
+    )
+    add("filters", "the filters of the first convolution")
+    add("reuse", "how much each layer uses each earlier one (figure 5 of the paper)")
+    parser.set_defaults(command=run_visualize)
+
+
 def run_predict(options: argparse.Namespace) -> None:
     from densenet_efficient.training.prediction import predict
 
@@ -102,6 +138,12 @@ def run_summary(options: argparse.Namespace) -> None:
     from densenet_efficient.summary import print_summary
 
     print_summary(options.model, options.input)
+
+
+def run_visualize(options: argparse.Namespace) -> None:
+    from densenet_efficient.inspection.command import visualize
+
+    visualize(options)
 
 
 def positive_int(text: str) -> int:

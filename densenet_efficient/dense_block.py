@@ -1,6 +1,7 @@
 """The heart: shared storage, shared statistics, recomputation and the backward of a stage.
 
-A stage is a dense block together with the consumer of all its channels, its exit (a transition, the head, or nothing).
+A stage is a dense block together with the consumer of all its channels, its exit (a transition, FC-DenseNet's
+transition down, the head, or nothing).
 The whole block lives in ONE channels-last buffer ``storage`` [M, C0 + L*k]: a layer reads the prefix of its input
 channels and writes its k new ones into its slot, so concatenation copies nothing. The mathematics is that of Huang et
 al. 2017 (arXiv:1608.06993) and Pleiss et al. 2017 (arXiv:1707.06990), plus the deferred projection of
@@ -11,27 +12,35 @@ Functions here know tensors only; modules stand in `modules.py`, the operators s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
 from .batch_norm import Affine, BatchNorm, Projection
+from .kernels import spatial
+from .layout import as_images, as_rows, empty_images
 from .synchronisation import Synchronisation
 
-TRANSITION, HEAD, NO_EXIT = "transition", "head", "none"
+TRANSITION, TRANSITION_DOWN, HEAD, NO_EXIT = "transition", "transition down", "head", "none"
 
 
 class DenseLayer(NamedTuple):
-    """One layer: BN-ReLU-conv1x1-BN-ReLU-conv3x3, or BN-ReLU-conv3x3 where the bottleneck's two are None."""
+    """One layer: BN-ReLU-conv1x1-BN-ReLU-conv3x3, or BN-ReLU-conv3x3 where the bottleneck's two are None.
+
+    The last convolution may have any odd kernel sizes, in one to three dimensions, and a dilation.
+    """
 
     norm1: BatchNorm  # of C_l channels
     conv1: Tensor  # [K, C_l, 1, 1], or [k, C_l, 3, 3] without a bottleneck
     norm2: BatchNorm | None  # of K channels
     conv2: Tensor | None  # [k, K, 3, 3]
+    dilation: int  # of the last convolution
     dropout: Tensor | None  # [M, k], True where an output is kept
 
     @property
@@ -48,6 +57,7 @@ class Stage:
     exit: str
     exit_norm: BatchNorm | None
     exit_conv: Tensor | None
+    exit_dropout: Tensor | None  # [M, C'] of a transition down, True where its convolution's output is kept
     drop_rate: float
     synchronisation: Synchronisation | None = None
 
@@ -67,8 +77,8 @@ class Stage:
 class StageOutput(NamedTuple):
     """What a forward leaves; all but ``out`` is kept for the backward."""
 
-    out: Tensor  # [N, C', H // 2, W // 2] of a transition, [N, C] of a head, empty without an exit
-    features: Tensor  # [N, C, H, W], a view of the storage
+    out: Tensor  # [N, C', H // 2, W // 2] of either transition, [N, C] of a head, empty without an exit
+    features: Tensor  # [N, C, H, W], or of one or three dimensions; a view of the storage
     statistics: Tensor  # [2, C]: mean and biased variance of every channel of the storage
     bottleneck_statistics: Tensor  # [L, 2, K]
     bottlenecks: list[Tensor]  # L of [M, K], or none where they are recomputed
@@ -82,31 +92,16 @@ class StageGradients(NamedTuple):
     exit: list[Tensor | None]
 
 
-def as_rows(images: Tensor) -> Tensor:
-    """[N, C, H, W] as [M, C] rows; a view where ``images`` is channels-last, else a copy."""
-    return images.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def as_images(rows: Tensor, height: int, width: int) -> Tensor:
-    """[M, C] rows as an [N, C, H, W] channels-last view."""
-    return rows.unflatten(0, (-1, height, width)).permute(0, 3, 1, 2)
-
-
-def empty_images(like: Tensor, images: int, channels: int, height: int, width: int) -> Tensor:
-    """[N, C, H, W] in channels-last, and no view, so that whoever receives it may modify it in place."""
-    shape = (images, channels, height, width)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def pooling_window(stage_exit: str, height: int, width: int) -> tuple[int, int]:
-    """The window of the exit's average pooling: 2x2 in a transition, the whole image in the head."""
-    return (2, 2) if stage_exit == TRANSITION else (height, width)
+def pooling_window(stage_exit: str, size: spatial.Size) -> spatial.Size:
+    """The window of the exit's pooling: 2 along each axis in either transition, the whole image in the head."""
+    return size if stage_exit == HEAD else (2,) * len(size)
 
 
 def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutput:
-    """Runs a stage on ``x`` [N, C0, H, W] of any layout."""
-    images, channels, height, width = x.shape
-    rows = images * height * width
+    """Runs a stage on ``x`` [N, C0, H, W] of any layout, or of one or three dimensions."""
+    images, channels, *axes = x.shape
+    size = tuple(axes)
+    rows = images * math.prod(size)
     backend = kernels.backend_for(x.device)
     total = channels + sum(layer.growth_rate for layer in stage.layers)
     accumulation = kernels.accumulation_dtype(x.dtype)
@@ -114,7 +109,7 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
     statistics = x.new_zeros(2, total, dtype=accumulation)
     mean, variance = statistics.unbind()
     with_statistics = stage.needs_statistics
-    as_images(storage[:, :channels], height, width).copy_(x)
+    as_images(storage[:, :channels], *size).copy_(x)
     if with_statistics:
         backend.channel_stats(storage[:, :channels], mean[:channels], variance[:channels])
         _merge(stage, mean[:channels], variance[:channels])
@@ -138,7 +133,9 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
             _merge(stage, *wanted)
             inputs, affine, weight = bottleneck, layer.norm2.affine(backend, *stats), layer.conv2
         fused_statistics = slot_statistics if layer.dropout is None else (None, None)
-        backend.bn_relu_conv3x3(inputs, affine.scale, affine.shift, weight, height, width, slot, *fused_statistics)
+        spatial.bn_relu_conv(
+            backend, inputs, affine.scale, affine.shift, weight, size, layer.dilation, slot, *fused_statistics
+        )
         if layer.dropout is not None:
             _drop(slot, layer.dropout, stage.drop_rate)
             if with_statistics:
@@ -146,9 +143,9 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
         _merge(stage, *slot_statistics)
         channels += layer.growth_rate
 
-    out = _forward_exit(stage, storage, statistics, height, width)
+    out = _forward_exit(stage, storage, statistics, size)
     kept = bottlenecks if save_bottlenecks else []
-    return StageOutput(out, as_images(storage, height, width), statistics, bottleneck_statistics, kept)
+    return StageOutput(out, as_images(storage, *size), statistics, bottleneck_statistics, kept)
 
 
 def _merge(stage: Stage, mean: Tensor | None, variance: Tensor | None) -> None:
@@ -170,19 +167,21 @@ def backward_stage(
 
     ``saved.out`` is not read. ``layers_needed`` and ``exit_needed`` follow the order of the parameters.
     """
-    height, width = saved.features.shape[2:]
+    size = tuple(saved.features.shape[2:])
     storage = as_rows(saved.features)
     total = storage.shape[1]
     mean = saved.statistics[0]
+    kernels.return_freed_memory(storage)
     grad = torch.empty_like(storage)  # of the storage; finished where a channel's last consumer is done
     backend = kernels.backend_for(storage.device)
     projection = Projection(backend, total, mean, stage.synchronisation)
     accumulate = features_grad is not None
     if features_grad is not None:
-        as_images(grad, height, width).copy_(features_grad)
+        as_images(grad, *size).copy_(features_grad)
     exit_grads: list[Tensor | None] = [None] * len(exit_needed)
     if out_grad is not None and stage.exit_norm is not None:
-        exit_grads = _backward_exit(stage, out_grad, saved, grad, accumulate, projection, exit_needed)
+        backward_exit = _backward_transition_down if stage.exit == TRANSITION_DOWN else _backward_exit
+        exit_grads = backward_exit(stage, out_grad, saved, grad, accumulate, projection, exit_needed)
 
     layer_grads: list[list[Tensor | None]] = [[None] * len(needed) for needed in layers_needed]
     lowest = 0 if input_needed else _first_needed(layers_needed)
@@ -203,7 +202,7 @@ def backward_stage(
     input_grad = None
     if input_needed:
         projection.apply(grad[:, :stop], storage[:, :stop], mean, 0, stop)
-        input_grad = as_images(grad[:, :stop].contiguous(), height, width)
+        input_grad = as_images(grad[:, :stop].contiguous(), *size)
     return StageGradients(input_grad, layer_grads, exit_grads)
 
 
@@ -231,7 +230,7 @@ class _LayerBackward:
         self.scratch = scratch
         self.synchronisation: Synchronisation | None = None
         self.rows = inputs.shape[0]
-        self.height, self.width = saved.features.shape[2:]
+        self.size = tuple(saved.features.shape[2:])
         self.backend = backend
         mean, variance = saved.statistics.unbind()
         self.affine = layer.norm1.affine(self.backend, mean[:channels], variance[:channels])
@@ -247,9 +246,9 @@ class _LayerBackward:
         sums = self._sums(self.inputs, weight or bias or self.inputs_grad is not None)
         conv_grad = self._like(self.layer.conv1, conv)
         affine = self.affine
-        self.backend.bn_relu_conv3x3_backward(
-            self.slot_grad, self.inputs, affine.mean, affine.scale, affine.shift, self.layer.conv1,
-            self.height, self.width, self.inputs_grad, True, conv_grad, *sums,
+        spatial.bn_relu_conv_backward(
+            self.backend, self.slot_grad, self.inputs, affine.mean, affine.scale, affine.shift, self.layer.conv1,
+            self.size, self.layer.dilation, self.inputs_grad, True, conv_grad, *sums,
         )  # fmt: skip
         return [*self._norm_grads(self.layer.norm1, affine, sums, projection), conv_grad]
 
@@ -264,9 +263,9 @@ class _LayerBackward:
         sums2 = self._sums(bottleneck, bottleneck_needed or weight2 or bias2)
         bottleneck_grad = self._scratch("bottleneck_grad", bottleneck.shape[1]) if bottleneck_needed else None
         conv2_grad = self._like(layer.conv2, conv2)
-        self.backend.bn_relu_conv3x3_backward(
-            self.slot_grad, bottleneck, affine2.mean, affine2.scale, affine2.shift, layer.conv2,
-            self.height, self.width, bottleneck_grad, False, conv2_grad, *sums2,
+        spatial.bn_relu_conv_backward(
+            self.backend, self.slot_grad, bottleneck, affine2.mean, affine2.scale, affine2.shift, layer.conv2,
+            self.size, layer.dilation, bottleneck_grad, False, conv2_grad, *sums2,
         )  # fmt: skip
         finish = Projection(self.backend, bottleneck.shape[1], affine2.mean, self.synchronisation)
         norm2_grads = self._norm_grads(layer.norm2, affine2, sums2, finish)
@@ -307,7 +306,7 @@ class _LayerBackward:
         return sum_grad, sum_grad_x
 
     def _like(self, weight: Tensor, needed: bool) -> Tensor | None:
-        return weight.new_empty(weight.shape, dtype=self.affine.mean.dtype) if needed else None
+        return torch.empty_like(weight, dtype=self.affine.mean.dtype) if needed else None
 
     def _scratch(self, name: str, channels: int) -> Tensor:
         """[M, channels]; one buffer serves every layer of the block."""
@@ -316,28 +315,31 @@ class _LayerBackward:
         return self.scratch[name]
 
 
-def _forward_exit(stage: Stage, storage: Tensor, statistics: Tensor, height: int, width: int) -> Tensor:
+def _forward_exit(stage: Stage, storage: Tensor, statistics: Tensor, size: spatial.Size) -> Tensor:
     """BN-ReLU-average pooling, and the transition's 1x1 convolution, which commutes with the pooling."""
     if stage.exit_norm is None:
         return storage.new_empty(0)
-    pooled = _pool(stage, storage, statistics, height, width)
+    if stage.exit == TRANSITION_DOWN:
+        return F.max_pool2d(as_images(_convolve_down(stage, storage, statistics), *size), 2)
+    pooled = _pool(stage, storage, statistics, size)
     if stage.exit_conv is None:
         return pooled
-    images = storage.shape[0] // (height * width)
-    out = empty_images(storage, images, stage.exit_conv.shape[0], height // 2, width // 2)
+    pooled_size = spatial.pooled_size(size, pooling_window(stage.exit, size))
+    images = storage.shape[0] // math.prod(size)
+    out = empty_images(storage, images, stage.exit_conv.shape[0], *pooled_size)
     torch.mm(pooled, stage.exit_conv.flatten(1).to(pooled.dtype).t(), out=as_rows(out))
     return out
 
 
-def _pool(stage: Stage, storage: Tensor, statistics: Tensor, height: int, width: int) -> Tensor:
+def _pool(stage: Stage, storage: Tensor, statistics: Tensor, size: spatial.Size) -> Tensor:
     """[M', C], the pooled activations of the exit."""
     assert stage.exit_norm is not None
     backend = kernels.backend_for(storage.device)
     affine = stage.exit_norm.affine(backend, *statistics.unbind())
-    window = pooling_window(stage.exit, height, width)
-    windows = storage.shape[0] // (height * width) * (height // window[0]) * (width // window[1])
+    window = pooling_window(stage.exit, size)
+    windows = storage.shape[0] // math.prod(size) * math.prod(spatial.pooled_size(size, window))
     pooled = storage.new_empty(windows, storage.shape[1])
-    backend.bn_relu_avg_pool(storage, affine.scale, affine.shift, height, width, *window, pooled)
+    spatial.bn_relu_avg_pool(backend, storage, affine.scale, affine.shift, size, window, pooled)
     return pooled
 
 
@@ -353,26 +355,73 @@ def _backward_exit(
     """Fills the gradient buffer from the exit's gradient; returns the gradients of (norm, conv)'s parameters."""
     assert stage.exit_norm is not None
     storage = as_rows(saved.features)
-    height, width = saved.features.shape[2:]
+    size = tuple(saved.features.shape[2:])
     conv_grad, pooled_grad = None, out_grad
     if stage.exit_conv is not None:
         out_rows = as_rows(out_grad)
         weight = stage.exit_conv.flatten(1).to(out_rows.dtype)
         if needed[2]:
-            pooled = _pool(stage, storage, saved.statistics, height, width)
+            pooled = _pool(stage, storage, saved.statistics, size)
             conv_grad = (out_rows.t() @ pooled).view_as(stage.exit_conv)
             del pooled
         pooled_grad = out_rows @ weight
     backend = projection.backend
     affine = stage.exit_norm.affine(backend, *saved.statistics.unbind())
-    window = pooling_window(stage.exit, height, width)
+    window = pooling_window(stage.exit, size)
     sum_grad, sum_grad_x = torch.empty_like(affine.mean), torch.empty_like(affine.mean)
-    backend.bn_relu_avg_pool_backward(
-        pooled_grad.contiguous(), storage, affine.mean, affine.scale, affine.shift,
-        height, width, *window, grad, accumulate, sum_grad, sum_grad_x,
+    spatial.bn_relu_avg_pool_backward(
+        backend, pooled_grad.contiguous(), storage, affine.mean, affine.scale, affine.shift,
+        size, window, grad, accumulate, sum_grad, sum_grad_x,
     )  # fmt: skip
     norm_grad = projection.add(stage.exit_norm, affine, sum_grad, sum_grad_x, storage.shape[0])
     return [norm_grad, sum_grad, *([conv_grad] if stage.exit_conv is not None else [])]
+
+
+def _convolve_down(stage: Stage, storage: Tensor, statistics: Tensor) -> Tensor:
+    """[M, C'], what a transition down pools: BN-ReLU-1x1 convolution-dropout of every pixel; never saved."""
+    assert stage.exit_norm is not None and stage.exit_conv is not None
+    backend = kernels.backend_for(storage.device)
+    affine = stage.exit_norm.affine(backend, *statistics.unbind())
+    out = storage.new_empty(storage.shape[0], stage.exit_conv.shape[0])
+    backend.bn_relu_conv1x1(storage, affine.scale, affine.shift, stage.exit_conv, out, None, None)
+    if stage.exit_dropout is not None:
+        _drop(out, stage.exit_dropout, stage.drop_rate)
+    return out
+
+
+def _backward_transition_down(
+    stage: Stage,
+    out_grad: Tensor,
+    saved: StageOutput,
+    grad: Tensor,
+    accumulate: bool,
+    projection: Projection,
+    needed: list[bool],
+) -> list[Tensor | None]:
+    """As `_backward_exit`; a window's gradient goes to its first maximum, which is found anew."""
+    assert stage.exit_norm is not None and stage.exit_conv is not None
+    storage = as_rows(saved.features)
+    spread = _unpool(as_images(_convolve_down(stage, storage, saved.statistics), *saved.features.shape[2:]), out_grad)
+    if stage.exit_dropout is not None:
+        _drop(spread, stage.exit_dropout, stage.drop_rate)
+    if not accumulate:
+        grad.zero_()
+    affine = stage.exit_norm.affine(projection.backend, *saved.statistics.unbind())
+    sum_grad, sum_grad_x = torch.empty_like(affine.mean), torch.empty_like(affine.mean)
+    conv_grad = stage.exit_conv.new_empty(stage.exit_conv.shape, dtype=affine.mean.dtype) if needed[2] else None
+    nothing = affine.mean.new_zeros(spread.shape[1])  # no norm follows the convolution
+    projection.backend.bn_relu_conv1x1_backward(
+        spread, spread, nothing, nothing, nothing,
+        storage, affine.mean, affine.scale, affine.shift, stage.exit_conv, grad, conv_grad, sum_grad, sum_grad_x,
+    )  # fmt: skip
+    return [projection.add(stage.exit_norm, affine, sum_grad, sum_grad_x, storage.shape[0]), sum_grad, conv_grad]
+
+
+def _unpool(images: Tensor, out_grad: Tensor) -> Tensor:
+    """[M, C], the gradient of ``images`` [N, C, H, W] under 2x2 maximum pooling."""
+    _, indices = F.max_pool2d(images, 2, return_indices=True)
+    window: tuple[list[int], ...] = ([2, 2], [2, 2], [0, 0], [1, 1])
+    return as_rows(torch.ops.aten.max_pool2d_with_indices_backward(out_grad, images, *window, False, indices))
 
 
 def _first_needed(layers_needed: list[list[bool]]) -> int:

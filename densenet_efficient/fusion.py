@@ -6,16 +6,32 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn.modules import module as module_hooks
 
-from .synchronisation import BATCH_NORMS
+from .dimensions import (
+    AVG_POOLS,
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    MAX_POOLS,
+    BatchNorm,
+    Convolution,
+    MaxPool,
+    dims_of,
+    is_for,
+)
 
+PLAIN_NORMS = frozenset({*BATCH_NORMS.values(), nn.SyncBatchNorm})
+PLAIN_CONVOLUTIONS = frozenset(CONVOLUTIONS.values())
+COMMON_GEOMETRIES = {((1, 1), (1, 1), (0, 0)), ((3, 3), (1, 1), (1, 1))}  # kernel size, dilation, padding
+ONES = {(1,), (1, 1), (1, 1, 1)}  # a kernel size or a stride of one along each axis
 BATCH_NORM_WITH_ACTIVATION = ("timm.layers.norm_act", "BatchNormAct2d")
 
 
-def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
+def uses_batch_statistics(norm: BatchNorm) -> bool:
     """Whether ``norm`` normalises by the batch (as torch.nn.BatchNorm2d decides it)."""
     return norm.training or norm.running_mean is None or norm.running_var is None
 
@@ -31,9 +47,25 @@ def is_observed(module: nn.Module) -> bool:
     )
 
 
-def is_traced(x: object) -> bool:
-    """Whether torch.fx traces the forward of ``x``, and wants to see its modules."""
-    return isinstance(x, Proxy)
+def tracer(x: object, training: bool) -> str | None:
+    """What records or transforms the forward of ``x`` and must see PyTorch's own operations, in words.
+
+    None in an ordinary forward, and in one that torch.compile compiles for training: these run our operators.
+    """
+    if isinstance(x, Proxy):
+        return "torch.fx traces its modules"
+    if _is_transformed():
+        return "torch.func or forward-mode differentiation transforms it"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit traces it"
+    if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and not training):
+        return "torch.export or torch.compile records it"
+    return None
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace it, but enters the transforms while it traces
+def _is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def any_global_hook() -> bool:
@@ -50,10 +82,10 @@ def any_global_hook() -> bool:
 class LayerParts:
     """What a dense layer computes with, whatever its class; without a bottleneck there is neither norm2 nor conv2."""
 
-    norm1: nn.BatchNorm2d
-    conv1: nn.Conv2d
-    norm2: nn.BatchNorm2d | None
-    conv2: nn.Conv2d | None
+    norm1: BatchNorm
+    conv1: Convolution
+    norm2: BatchNorm | None
+    conv2: Convolution | None
     drop_rate: float
     training: bool  # of the dropout
     drops_channels: bool = False  # whole channels, as nn.Dropout2d does
@@ -64,14 +96,24 @@ class LayerParts:
         return self.conv2 is not None
 
     @property
-    def norms(self) -> list[nn.BatchNorm2d]:
+    def norms(self) -> list[BatchNorm]:
         """norm1 and, with a bottleneck, norm2."""
         return [self.norm1] if self.norm2 is None else [self.norm1, self.norm2]
 
     @property
-    def convolutions(self) -> list[nn.Conv2d]:
+    def convolutions(self) -> list[Convolution]:
         """conv1 and, with a bottleneck, conv2."""
         return [self.conv1] if self.conv2 is None else [self.conv1, self.conv2]
+
+    @property
+    def dilation(self) -> int:
+        """Of the last convolution."""
+        return int(self.convolutions[-1].dilation[0])
+
+    @property
+    def spatial_dims(self) -> int:
+        """1, 2 or 3."""
+        return dims_of(self.conv1)
 
     @property
     def channels(self) -> list[int]:
@@ -94,6 +136,8 @@ def read_block(block: nn.Module, read: Callable[[nn.Module], LayerParts | str]) 
             return f"{name}{parts}"
         if layers and not _follows(layers, parts):
             return f"{name} has other channel counts than its place in the block asks for"
+        if layers and parts.spatial_dims != layers[0].spatial_dims:
+            return f"{name} has {parts.spatial_dims} spatial dimensions, the layers before it {layers[0].spatial_dims}"
         if layers and parts.dropout != layers[0].dropout:
             return f"{name} has a dropout of its own"
         layers.append(parts)
@@ -113,57 +157,60 @@ def read_layer(modules: Mapping[str, nn.Module | None], drop_rate: float, traini
     A norm of timm's that holds its ReLU needs no relu1. Other names are for the caller to allow or to refuse.
     """
     bottleneck = modules.get("conv2") is not None
-    for index, size in (("1", 1), ("2", 3)) if bottleneck else (("1", 3),):
+    for index, keeps_size in (("1", _is_pointwise), ("2", _keeps_size)) if bottleneck else (("1", _keeps_size),):
         norm, conv = modules.get(f"norm{index}"), modules.get(f"conv{index}")
         if not holds_norm_and_relu(norm):
             if not is_plain_norm(norm):
                 return f".norm{index} {_what_is_wrong_with(norm)}"
             if not _is_plain(modules.get(f"relu{index}"), nn.ReLU):
                 return f".relu{index} is replaced or observed"
-        if not _is_plain_conv(conv) or _geometry(conv) != ((size, size), (1, 1), (size // 2, size // 2)):
+        if not keeps_size(conv):
             return f".conv{index} is replaced, observed or of another geometry"
-    norms = [cast(nn.BatchNorm2d, modules.get(name)) for name in ("norm1", "norm2")]
-    convolutions = [cast(nn.Conv2d, modules.get(name)) for name in ("conv1", "conv2")]
+    norms = [cast(BatchNorm, modules.get(name)) for name in ("norm1", "norm2")]
+    convolutions = [cast(Convolution, modules.get(name)) for name in ("conv1", "conv2")]
     parts = LayerParts(norms[0], convolutions[0], norms[1], convolutions[1], drop_rate, training)
     if any(conv.in_channels != norm.num_features for conv, norm in zip(parts.convolutions, parts.norms, strict=True)):
         return " has other channel counts than its norms"
+    dims = dims_of(parts.conv1)
+    if any(dims_of(conv) != dims for conv in parts.convolutions) or not all(is_for(norm, dims) for norm in parts.norms):
+        return " has norms and convolutions of different spatial dimensions"
     return parts
 
 
 def _what_is_wrong_with(norm: nn.Module | None) -> str:
-    if isinstance(norm, nn.BatchNorm3d | nn.BatchNorm1d):
-        return f"is a {type(norm).__name__}; only two dimensions are supported"
     if is_class(norm, *BATCH_NORM_WITH_ACTIVATION) and norm is not None:
         return f"holds a {type(norm._modules['act']).__name__}, is observed or without affine parameters; expected ReLU"
-    return f"is a {type(norm).__name__}, observed or without affine parameters; expected BatchNorm2d"
+    return f"is a {type(norm).__name__}, observed or without affine parameters; expected BatchNorm1d, 2d or 3d"
 
 
-def take_norm_relu(modules: list[nn.Module]) -> tuple[nn.BatchNorm2d, list[nn.Module]] | None:
+def take_norm_relu(modules: list[nn.Module]) -> tuple[BatchNorm, list[nn.Module]] | None:
     """The norm that comes first, with its ReLU, and what follows them; None where something else comes."""
     if modules and holds_norm_and_relu(modules[0]):
-        return cast(nn.BatchNorm2d, modules[0]), modules[1:]
+        return cast(BatchNorm, modules[0]), modules[1:]
     if len(modules) > 1 and is_plain_norm(modules[0]) and _is_plain(modules[1], nn.ReLU):
-        return cast(nn.BatchNorm2d, modules[0]), modules[2:]
+        return cast(BatchNorm, modules[0]), modules[2:]
     return None
 
 
-def take_stem(children: list[nn.Module]) -> tuple[nn.Conv2d, nn.BatchNorm2d, list[nn.Module]] | None:
+def take_stem(children: list[nn.Module]) -> tuple[Convolution, BatchNorm, list[nn.Module]] | None:
     """The stem's convolution and norm, and what follows its pooling.
 
     None unless conv, norm, ReLU and the 3x3 maximum pooling of the paper come first.
     """
-    if not children or any_global_hook() or not (type(children[0]) is nn.Conv2d and _is_plain_conv(children[0])):
+    if not children or any_global_hook() or not _is_plain_conv(children[0]):
         return None
+    conv = cast(Convolution, children[0])
+    dims = dims_of(conv)
     taken = take_norm_relu(children[1:])
     if taken is None or not taken[1]:
         return None
     norm, (pool, *rest) = taken
-    if not _is_plain(pool, nn.MaxPool2d) or _pooling(pool) != (3, 2, 1, 1, False, False):
+    if not _is_plain(pool, MAX_POOLS[dims]) or _pooling(pool) != (3, 2, 1, 1, False, False):
         return None
-    return children[0], norm, rest
+    return (conv, norm, rest) if _scalar(conv.dilation) == 1 and is_for(norm, dims) else None
 
 
-def transition_parts(transition: nn.Module) -> tuple[nn.BatchNorm2d, nn.Conv2d] | None:
+def transition_parts(transition: nn.Module) -> tuple[BatchNorm, Convolution] | None:
     """The norm and the convolution of a plain transition.
 
     None unless it is a sequence of norm, ReLU, 1x1 convolution and 2x2 average pooling, unobserved.
@@ -175,15 +222,38 @@ def transition_parts(transition: nn.Module) -> tuple[nn.BatchNorm2d, nn.Conv2d] 
         return None
     norm, (conv, pool) = taken
     plain = (
-        _is_plain_conv(conv)
-        and _geometry(conv) == ((1, 1), (1, 1), (0, 0))
-        and _is_plain(pool, nn.AvgPool2d)
-        and isinstance(pool, nn.AvgPool2d)
+        _is_pointwise(conv)
+        and is_for(norm, dims_of(cast(Convolution, conv)))
+        and _is_plain(pool, AVG_POOLS[dims_of(cast(Convolution, conv))])
         and (_scalar(pool.kernel_size), _scalar(pool.stride), _scalar(pool.padding)) == (2, 2, 0)
         and not pool.ceil_mode
-        and pool.divisor_override is None
+        and getattr(pool, "divisor_override", None) is None  # which one dimension has not
     )
-    return (norm, cast(nn.Conv2d, conv)) if plain else None
+    return (norm, cast(Convolution, conv)) if plain else None
+
+
+def transition_down_parts(transition: nn.Module) -> tuple[BatchNorm, Convolution, tuple[float, bool, bool]] | None:
+    """The norm, the convolution and the dropout (as `LayerParts` has it) of a plain transition down of FC-DenseNet.
+
+    None unless it is a sequence of norm, ReLU, 1x1 convolution, dropout and 2x2 maximum pooling, unobserved.
+    """
+    if not isinstance(transition, nn.Sequential) or type(transition).forward is not nn.Sequential.forward:
+        return None
+    taken = take_norm_relu(list(transition))
+    if is_observed(transition) or taken is None or len(taken[1]) != 3:
+        return None
+    norm, (conv, drop, pool) = taken
+    plain = (
+        _is_pointwise(conv)
+        and is_for(norm, dims_of(cast(Convolution, conv)))
+        and _is_plain(drop, nn.Dropout)
+        and _is_plain(pool, nn.MaxPool2d)
+        and _pooling(pool) == (2, 2, 0, 1, False, False)
+    )
+    if not plain:
+        return None
+    dropout = cast(nn.Dropout, drop)
+    return norm, cast(Convolution, conv), (dropout.p, dropout.training, False)
 
 
 def is_class(module: object, source: str, name: str) -> bool:
@@ -196,8 +266,8 @@ def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 
 def is_plain_norm(module: nn.Module | None) -> bool:
-    """Whether ``module`` is a BatchNorm2d, or its synchronised form, with gamma and beta, unobserved."""
-    return isinstance(module, BATCH_NORMS) and type(module) in BATCH_NORMS and not is_observed(module) and module.affine
+    """Whether ``module`` is a BatchNorm1d, 2d or 3d, or a synchronised one, with gamma and beta, unobserved."""
+    return type(module) in PLAIN_NORMS and not is_observed(cast(nn.Module, module)) and cast(BatchNorm, module).affine
 
 
 def holds_norm_and_relu(module: nn.Module | None) -> bool:
@@ -213,24 +283,39 @@ def holds_norm_and_relu(module: nn.Module | None) -> bool:
 
 
 def _is_plain_conv(module: nn.Module | None) -> bool:
+    if type(module) not in PLAIN_CONVOLUTIONS:
+        return False
+    conv = cast(Convolution, module)
     return (
-        _is_plain(module, nn.Conv2d)
-        and isinstance(module, nn.Conv2d)
-        and module.bias is None
-        and module.groups == 1
-        and module.dilation == (1, 1)
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
+        not is_observed(conv)
+        and conv.bias is None
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
     )
 
 
-def _geometry(conv: nn.Module | None) -> tuple[object, object, object]:
-    assert isinstance(conv, nn.Conv2d)
-    return conv.kernel_size, conv.stride, conv.padding
+def _is_pointwise(module: nn.Module | None) -> bool:
+    """Whether ``module`` is a plain convolution of every pixel by itself."""
+    return _keeps_size(module) and cast(Convolution, module).kernel_size in ONES
+
+
+def _keeps_size(module: nn.Module | None) -> bool:
+    """Whether ``module`` is a plain convolution with odd kernel sizes, one dilation and as much padding as it needs."""
+    if not _is_plain_conv(module):
+        return False
+    conv = cast(Convolution, module)
+    if conv.stride not in ONES:
+        return False
+    if (conv.kernel_size, conv.dilation, conv.padding) in COMMON_GEOMETRIES:
+        return True
+    dilation = conv.dilation[0]
+    padding = tuple(dilation * (size // 2) for size in conv.kernel_size)
+    return conv.padding == padding and set(conv.dilation) == {dilation} and all(size % 2 for size in conv.kernel_size)
 
 
 def _pooling(pool: nn.Module) -> tuple[object, ...]:
-    assert isinstance(pool, nn.MaxPool2d)
+    assert isinstance(pool, MaxPool)
     sizes = map(_scalar, (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
     return (*sizes, pool.return_indices, pool.ceil_mode)
 

@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import fusion, kernels
-from .dense_block import NO_EXIT, TRANSITION, as_images, as_rows, empty_images, pooling_window
+from .dense_block import NO_EXIT, TRANSITION, TRANSITION_DOWN, pooling_window
+from .dimensions import BatchNorm, Convolution
+from .layout import as_images, as_rows, empty_images
 
 
 class Source(NamedTuple):
@@ -46,22 +49,22 @@ class Prepared(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """The modules of a stage: a dense block and what consumes it."""
+    """The modules of a stage: a dense block and what consumes it, in two dimensions and without dilation."""
 
     block: nn.Module
     consumer: nn.Module | None
-    norms: list[nn.BatchNorm2d]  # of the layers, in order
-    convolutions: list[nn.Conv2d]  # likewise
+    norms: list[BatchNorm]  # of the layers, in order
+    convolutions: list[Convolution]  # likewise
     exit: str
-    exit_norm: nn.BatchNorm2d | None
-    exit_conv: nn.Conv2d | None
+    exit_norm: BatchNorm | None
+    exit_conv: Convolution | None
 
     @property
-    def every_norm(self) -> list[nn.BatchNorm2d]:
+    def every_norm(self) -> list[BatchNorm]:
         return self.norms if self.exit_norm is None else [*self.norms, self.exit_norm]
 
     @property
-    def every_convolution(self) -> list[nn.Conv2d]:
+    def every_convolution(self) -> list[Convolution]:
         return self.convolutions if self.exit_conv is None else [*self.convolutions, self.exit_conv]
 
 
@@ -114,11 +117,15 @@ class Plan:
     def _run_exit(self, prepared: Prepared, storage: Tensor, height: int, width: int) -> Tensor:
         if self.exit == NO_EXIT or prepared.exit_affine is None:
             return storage.new_empty(0)
-        window = pooling_window(self.exit, height, width)
+        _, _, scale, shift = prepared.exit_affine.unbind()
+        if self.exit == TRANSITION_DOWN and self.exit_conv is not None and prepared.exit_weight is not None:
+            rows = storage.new_empty(storage.shape[0], self.exit_conv.out_channels)
+            torch.ops.densenet_efficient.bn_relu_conv1x1_packed(storage, scale, shift, prepared.exit_weight, rows)
+            return F.max_pool2d(as_images(rows, height, width), 2)
+        window = pooling_window(self.exit, (height, width))
         pooled_size = height // window[0], width // window[1]
         images = storage.shape[0] // (height * width)
         pooled = storage.new_empty(images * pooled_size[0] * pooled_size[1], self.total)
-        _, _, scale, shift = prepared.exit_affine.unbind()
         kernels.cpu.bn_relu_avg_pool(storage, scale, shift, height, width, *window, pooled)
         if self.exit != TRANSITION or self.exit_conv is None or prepared.exit_weight is None:
             return pooled
@@ -184,7 +191,7 @@ def _tensors_of(stage: Stage) -> list[tuple[dict[str, Any], str, Tensor]]:
     ]
 
 
-def _affine(norm: nn.BatchNorm2d, dtype: torch.dtype) -> Tensor:
+def _affine(norm: BatchNorm, dtype: torch.dtype) -> Tensor:
     """[4, C] of a norm that uses its running statistics."""
     assert norm.running_mean is not None and norm.running_var is not None
     affine = norm.weight.new_empty(4, norm.num_features, dtype=dtype)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from . import fusion
+from .dimensions import AXES, BatchNorm, Convolution, dims_of
 
 
-def check_images(conv: nn.Conv2d, x: Tensor) -> None:
-    """What conv2d and batch_norm would raise, before anything is computed."""
+def check_images(conv: Convolution, x: Tensor) -> None:
+    """What the convolution and the batch norm would raise, before anything is computed."""
+    dims = dims_of(conv)
+    shape = f"[N, {conv.in_channels}, {AXES[dims]}]"
     if not isinstance(x, Tensor):
-        raise TypeError(f"expected a Tensor [N, {conv.in_channels}, H, W], got a {type(x).__name__}")
-    if x.dim() != 4:
-        error = ValueError if x.dim() == 3 else RuntimeError  # conv2d takes an image alone, batch_norm does not
-        raise error(f"expected 4D input [N, {conv.in_channels}, H, W] (got {x.dim()}D input of size {tuple(x.shape)})")
+        raise TypeError(f"expected a Tensor {shape}, got a {type(x).__name__}")
+    if x.dim() != dims + 2:
+        # a convolution takes an image alone; batch_norm does not, or takes it for [N, C]
+        error = ValueError if x.dim() == dims + 1 and dims > 1 else RuntimeError
+        raise error(f"expected {dims + 2}D input {shape} (got {x.dim()}D input of size {tuple(x.shape)})")
     if x.shape[1] != conv.in_channels:
         raise RuntimeError(
             f"Given weight of size {list(conv.weight.shape)}, expected input{list(x.shape)} to have "
@@ -24,24 +30,29 @@ def check_images(conv: nn.Conv2d, x: Tensor) -> None:
         raise RuntimeError(f"input of size {tuple(x.shape)} is too small for a {conv.kernel_size} convolution")
 
 
-def check_input(norm: nn.BatchNorm2d, x: Tensor) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"expected 4D input (got {x.dim()}D input of size {tuple(x.shape)})")
+def check_input(norm: BatchNorm, x: Tensor) -> None:
+    dims = x.dim() - 2 if isinstance(norm, nn.SyncBatchNorm) else dims_of(norm)
+    if x.dim() != dims + 2:
+        shape = f"[N, {norm.num_features}, {AXES[dims]}]"
+        raise ValueError(f"expected {dims + 2}D input {shape} (got {x.dim()}D input of size {tuple(x.shape)})")
     if x.shape[1] != norm.num_features:
         raise RuntimeError(f"expected input with {norm.num_features} channels, got input size {tuple(x.shape)}")
 
 
-def check_poolable(norm: nn.BatchNorm2d | None, x: Tensor) -> None:
+def check_poolable(norm: BatchNorm | None, x: Tensor) -> None:
     if norm is not None and min(x.shape[2:]) < 2:
-        size = f"{norm.num_features}x{x.shape[2]}x{x.shape[3]}"
+        size, pooled = (
+            "x".join(map(str, (norm.num_features, *lengths)))
+            for lengths in (x.shape[2:], [length // 2 for length in x.shape[2:]])
+        )
         raise RuntimeError(
-            f"Given input size: ({size}). Calculated output size: "
-            f"({norm.num_features}x{x.shape[2] // 2}x{x.shape[3] // 2}). Output size is too small: give larger images"
+            f"Given input size: ({size}). Calculated output size: ({pooled}). "
+            "Output size is too small: give larger images"
         )
 
 
-def check_count(norms: list[nn.BatchNorm2d], x: Tensor) -> None:
-    if x.shape[0] * x.shape[2] * x.shape[3] == 1 and any(map(fusion.uses_batch_statistics, norms)):
+def check_count(norms: list[BatchNorm], x: Tensor) -> None:
+    if pixels(x) == 1 and any(map(fusion.uses_batch_statistics, norms)):
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
 
 
@@ -64,9 +75,13 @@ def as_compute_dtype(x: Tensor, weights: list[Tensor]) -> Tensor:
     return x
 
 
-def convolved_pixels(conv: nn.Conv2d, x: Tensor) -> int:
-    sizes = [
-        (x.shape[2 + axis] + 2 * int(conv.padding[axis]) - conv.kernel_size[axis]) // conv.stride[axis] + 1
-        for axis in (0, 1)
-    ]
-    return sizes[0] * sizes[1] if min(sizes) > 0 else 0
+def pixels(x: Tensor) -> int:
+    """N * H * W, the values of each channel."""
+    return x.shape[0] * math.prod(x.shape[2:])
+
+
+def convolved_pixels(conv: Convolution, x: Tensor) -> int:
+    """H * W of what ``conv`` gives, 0 where ``x`` is too small for it."""
+    axes = zip(x.shape[2:], conv.kernel_size, conv.stride, map(int, conv.padding), strict=True)
+    sizes = [(length + 2 * padding - kernel) // stride + 1 for length, kernel, stride, padding in axes]
+    return math.prod(sizes) if min(sizes) > 0 else 0

@@ -42,8 +42,9 @@ def make_step(
     """Place `model` on `device` and return a function that runs one step of it on `batch` random images.
 
     A training step is forward, cross-entropy, backward and plain SGD, and returns the loss; an inference step
-    is the forward in eval mode, and returns the outputs `[batch, classes]`. "float32" and "float64" are the
-    model's dtype, "bfloat16" and "float16" autocast of a float32 model. Raises ValueError for other names.
+    is the forward in eval mode, and returns the outputs, `[batch, classes]` or, of a network for segmentation,
+    `[batch, classes, height, width]`. "float32" and "float64" are the model's dtype, "bfloat16" and "float16"
+    autocast of a float32 model. Raises ValueError for other names.
     """
     forward = make_forward(
         model, input_shape, batch, dtype=dtype, task=task, device=device, channels_last=channels_last
@@ -54,7 +55,9 @@ def make_step(
 
     def train() -> Tensor:
         logits = forward()
-        loss = F.cross_entropy(logits, torch.arange(batch, device=device) % logits.shape[1])
+        labels = torch.arange(batch, device=device) % logits.shape[1]
+        pixels = logits.shape[2:]
+        loss = F.cross_entropy(logits, labels.view(-1, *[1] * len(pixels)).expand(-1, *pixels))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

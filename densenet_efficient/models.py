@@ -7,16 +7,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .modules import CHECKPOINTING_LEVELS, DenseBlock, Features, Transition, global_average
-from .weights import download, find_weights, load_weights, own_name
+from .argument_checks import (
+    check_drop_rate,
+    check_layers,
+    check_level,
+    check_number,
+    check_positive,
+    check_spatial_dims,
+)
+from .dimensions import BATCH_NORMS, CONVOLUTIONS, MAX_POOLS, BatchNorm, Convolution, global_average
+from .modules import DenseBlock, Features, Transition
+from .weights import PretrainedNetwork
+from .weights.checkpoints import own_name
 
 
-class EfficientDenseNet(nn.Module):
+class EfficientDenseNet(PretrainedNetwork):
     """DenseNet (Huang et al., CVPR 2017, arXiv:1608.06993) that keeps almost no activations for its backward.
 
     Constructor arguments, attribute names and state_dict keys are those of ``torchvision.models.DenseNet``; what stands
-    after ``memory_efficient`` is added. Input: float [N, in_channels, H, W], contiguous or channels-last; output:
-    [N, num_classes].
+    after ``memory_efficient`` is added. Input: float [N, in_channels, H, W] of any layout, or [N, in_channels,
+    L] with ``spatial_dims=1``, or [N, in_channels, D, H, W] with 3; output: [N, num_classes].
 
     Args:
         growth_rate: k, the channels that each layer adds.
@@ -30,7 +40,9 @@ class EfficientDenseNet(nn.Module):
         compression: theta, a transition gives ``int(channels * compression)`` channels; 0.5 in -C and -BC, 1.0 without.
         bottleneck: whether a layer has its 1x1 convolution (-B and -BC).
         small_inputs: the stem of the CIFAR networks, one 3x3 convolution without pooling.
+        norm_eps: epsilon of the batch norms; weights of Keras bring their own.
         checkpointing: "none" saves the bottleneck outputs for the backward, "bottleneck" recomputes them.
+        spatial_dims: 1 for signals, 2 for images, 3 for volumes.
 
     Raises:
         TypeError, ValueError: an argument is of another type or outside its range.
@@ -50,11 +62,13 @@ class EfficientDenseNet(nn.Module):
         compression: float = 0.5,
         bottleneck: bool = True,
         small_inputs: bool = False,
+        norm_eps: float = 1e-5,
         checkpointing: str | None = None,
+        spatial_dims: int = 2,
     ) -> None:
         super().__init__()
         level = ("bottleneck" if memory_efficient else "none") if checkpointing is None else checkpointing
-        self.config: dict[str, Any] = {
+        self.config = {
             "growth_rate": growth_rate,
             "block_config": list(block_config) if isinstance(block_config, tuple) else block_config,
             "num_init_features": num_init_features,
@@ -65,32 +79,38 @@ class EfficientDenseNet(nn.Module):
             "compression": compression,
             "bottleneck": bottleneck,
             "small_inputs": small_inputs,
+            "norm_eps": norm_eps,
             "checkpointing": level,
+            "spatial_dims": spatial_dims,
         }
         _check_config(self.config)
         self.features = Features()
-        _add_stem(self.features, in_channels, num_init_features, small_inputs)
+        _add_stem(self.features, in_channels, num_init_features, small_inputs, spatial_dims)
         channels = num_init_features
         for index, num_layers in enumerate(block_config, start=1):
-            block = DenseBlock(num_layers, channels, bn_size, growth_rate, drop_rate, bottleneck, level)
+            block = DenseBlock(
+                num_layers, channels, bn_size, growth_rate, drop_rate, bottleneck, level, spatial_dims=spatial_dims
+            )
             self.features.add_module(f"denseblock{index}", block)
             channels += num_layers * growth_rate
             if index < len(block_config):
                 compressed = int(channels * compression)
                 if compressed < 1:
                     raise ValueError(f"compression {compression} leaves none of {channels} channels; give a larger one")
-                self.features.add_module(f"transition{index}", Transition(channels, compressed))
+                self.features.add_module(f"transition{index}", Transition(channels, compressed, spatial_dims))
                 channels = compressed
-        self.features.add_module("norm5", nn.BatchNorm2d(channels))
+        self.features.add_module("norm5", BATCH_NORMS[spatial_dims](channels))
         self.classifier = nn.Linear(channels, num_classes)
         self._initialise()
 
     def _initialise(self) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, Convolution):
                 nn.init.kaiming_normal_(module.weight)
             elif isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, BatchNorm):
+                module.eps = self.config["norm_eps"]
 
     @property
     def checkpointing(self) -> str:
@@ -108,20 +128,13 @@ class EfficientDenseNet(nn.Module):
     @property
     def depth(self) -> int:
         """The number in a DenseNet's name: its convolutions plus the classifier."""
-        return 1 + sum(isinstance(module, nn.Conv2d) for module in self.modules())
+        return 1 + sum(isinstance(module, Convolution) for module in self.modules())
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.features  # which a user may have replaced
         pooled = features.pooled(x) if isinstance(features, Features) else global_average(features(x))
         logits: Tensor = self.classifier(pooled)
         return logits
-
-    def _load_torchvision(self, name: str, choice: Any) -> None:
-        """Loads the weights that ``choice`` names in torchvision, and keeps them as ``weights``, whose ``transforms()``
-        are the preprocessing to use; None loads nothing."""
-        self.weights = None if choice is None else find_weights(name, choice)
-        if self.weights is not None:
-            load_weights(self, download(self.weights))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accepts the keys of older checkpoints and of other libraries too: see `weights.own_name`."""
@@ -139,77 +152,70 @@ def rename_old_keys(state_dict: dict[str, Any], prefix: str = "") -> None:
             state_dict[prefix + name] = state_dict.pop(key)
 
 
-def _add_stem(features: nn.Sequential, in_channels: int, channels: int, small_inputs: bool) -> None:
+def _add_stem(features: nn.Sequential, in_channels: int, channels: int, small_inputs: bool, spatial_dims: int) -> None:
+    convolution = CONVOLUTIONS[spatial_dims]
     if small_inputs:
-        features.add_module("conv0", nn.Conv2d(in_channels, channels, kernel_size=3, padding=1, bias=False))
+        features.add_module("conv0", convolution(in_channels, channels, kernel_size=3, padding=1, bias=False))
         return
-    features.add_module("conv0", nn.Conv2d(in_channels, channels, kernel_size=7, stride=2, padding=3, bias=False))
-    features.add_module("norm0", nn.BatchNorm2d(channels))
+    features.add_module("conv0", convolution(in_channels, channels, kernel_size=7, stride=2, padding=3, bias=False))
+    features.add_module("norm0", BATCH_NORMS[spatial_dims](channels))
     features.add_module("relu0", nn.ReLU(inplace=True))
-    features.add_module("pool0", nn.MaxPool2d(kernel_size=3, stride=2, padding=1))
+    features.add_module("pool0", MAX_POOLS[spatial_dims](kernel_size=3, stride=2, padding=1))
 
 
 def _check_config(config: dict[str, Any]) -> None:
     for name in ("growth_rate", "num_init_features", "bn_size", "num_classes", "in_channels"):
-        _check_positive(name, config[name])
-    if not isinstance(config["block_config"], Sequence) or isinstance(config["block_config"], str):
-        raise TypeError(f"block_config must be a sequence of ints, got {config['block_config']!r}")
-    if not config["block_config"]:
-        raise ValueError("block_config must name the layers of at least one block, got none")
-    for num_layers in config["block_config"]:
-        _check_positive("each entry of block_config", num_layers)
-    for name in ("drop_rate", "compression"):
-        if isinstance(config[name], bool) or not isinstance(config[name], (int, float)):
-            raise TypeError(f"{name} must be a float, got {config[name]!r}")
-    if not 0 <= config["drop_rate"] < 1:
-        raise ValueError(f"drop_rate must be in [0, 1), got {config['drop_rate']}")
+        check_positive(name, config[name])
+    check_layers(config["block_config"])
+    check_drop_rate(config["drop_rate"])
+    check_number("compression", config["compression"])
+    check_number("norm_eps", config["norm_eps"])
     if not 0 < config["compression"] <= 1:
         raise ValueError(f"compression must be in (0, 1], got {config['compression']}")
+    if not config["norm_eps"] > 0:
+        raise ValueError(f"norm_eps must be above 0, got {config['norm_eps']}")
     check_level(config["checkpointing"])
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def check_level(level: Any) -> None:
-    if level not in CHECKPOINTING_LEVELS:
-        raise ValueError(f"checkpointing must be one of {', '.join(CHECKPOINTING_LEVELS)}, got {level!r}")
+    check_spatial_dims(config["spatial_dims"])
 
 
 class EfficientDenseNet121(EfficientDenseNet):
     """DenseNet-121: blocks 6, 12, 24, 16, growth rate 32; 8.0 M parameters."""
 
+    architecture = "densenet121"
+
     def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 24, 16), 64, **kwargs)
-        self._load_torchvision("densenet121", weights)
+        self.load_torchvision(weights)
 
 
 class EfficientDenseNet161(EfficientDenseNet):
     """DenseNet-161: blocks 6, 12, 36, 24, growth rate 48; 28.7 M parameters."""
 
+    architecture = "densenet161"
+
     def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(48, (6, 12, 36, 24), 96, **kwargs)
-        self._load_torchvision("densenet161", weights)
+        self.load_torchvision(weights)
 
 
 class EfficientDenseNet169(EfficientDenseNet):
     """DenseNet-169: blocks 6, 12, 32, 32, growth rate 32; 14.1 M parameters."""
 
+    architecture = "densenet169"
+
     def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 32, 32), 64, **kwargs)
-        self._load_torchvision("densenet169", weights)
+        self.load_torchvision(weights)
 
 
 class EfficientDenseNet201(EfficientDenseNet):
     """DenseNet-201: blocks 6, 12, 48, 32, growth rate 32; 20.0 M parameters."""
 
+    architecture = "densenet201"
+
     def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 48, 32), 64, **kwargs)
-        self._load_torchvision("densenet201", weights)
+        self.load_torchvision(weights)
 
 
 class EfficientDenseNet264(EfficientDenseNet):
@@ -218,9 +224,11 @@ class EfficientDenseNet264(EfficientDenseNet):
     The paper's name counts one less than the rule that gives 121, 161, 169 and 201: `depth` is 265.
     """
 
+    architecture = "densenet264"
+
     def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 64, 48), 64, **kwargs)
-        self._load_torchvision("densenet264", weights)
+        self.load_torchvision(weights)
 
 
 def cifar_densenet(

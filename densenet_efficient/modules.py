@@ -8,7 +8,8 @@ parametrization, another module class) runs through its modules instead, with th
 from __future__ import annotations
 
 import warnings
-from typing import cast
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -16,38 +17,77 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import fusion, inference, operators
-from .dense_block import HEAD, NO_EXIT, TRANSITION, as_rows
+from .argument_checks import check_drop_rate, check_kernel_size, check_level, check_positive, check_spatial_dims
+from .dense_block import HEAD, NO_EXIT, TRANSITION, TRANSITION_DOWN
+from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, BatchNorm, Convolution, global_average, is_for
 from .fusion import LayerParts
-from .input_checks import as_compute_dtype, check_count, check_images, check_input, check_poolable, convolved_pixels
+from .input_checks import (
+    as_compute_dtype,
+    check_count,
+    check_images,
+    check_input,
+    check_poolable,
+    convolved_pixels,
+    pixels,
+)
+from .kernels import spatial
+from .layout import as_rows
 from .running_statistics import update_running_statistics
-from .synchronisation import BATCH_NORMS, exchange_counts, group_of_all
-
-CHECKPOINTING_LEVELS = ("none", "bottleneck")
+from .synchronisation import exchange_counts, group_of_all
 
 
 class DenseLayer(nn.Module):
     """BN-ReLU-conv1x1-BN-ReLU-conv3x3 (arXiv:1608.06993, section 3), or BN-ReLU-conv3x3 without the bottleneck.
 
     Its own ``forward`` is plain torch; it serves where a block runs layer by layer.
+
+    Args:
+        num_input_features: C, all channels that the layer reads.
+        growth_rate: k, the channels that it gives.
+        bn_size: the bottleneck has ``bn_size * growth_rate`` channels.
+        drop_rate: of the dropout after the layer, in [0, 1).
+        bottleneck: whether the layer has its 1x1 convolution.
+        spatial_dims: 1, 2 or 3.
+        kernel_size: of the last convolution along each axis, odd; the size of the images stays.
+        dilation: of the last convolution.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type or outside its range.
     """
 
-    norm2: nn.BatchNorm2d  # with a bottleneck only, as conv2
-    conv2: nn.Conv2d
+    norm2: BatchNorm  # with a bottleneck only, as conv2
+    conv2: Convolution
 
     def __init__(
-        self, num_input_features: int, growth_rate: int, bn_size: int, drop_rate: float, bottleneck: bool = True
+        self,
+        num_input_features: int,
+        growth_rate: int,
+        bn_size: int = 4,
+        drop_rate: float = 0.0,
+        bottleneck: bool = True,
+        spatial_dims: int = 2,
+        kernel_size: int = 3,
+        dilation: int = 1,
     ) -> None:
         super().__init__()
-        width = bn_size * growth_rate if bottleneck else growth_rate
-        self.norm1 = nn.BatchNorm2d(num_input_features)
+        sizes = {"num_input_features": num_input_features, "growth_rate": growth_rate, "bn_size": bn_size}
+        for name, value in (sizes | {"dilation": dilation}).items():
+            check_positive(name, value)
+        check_drop_rate(drop_rate)
+        check_spatial_dims(spatial_dims)
+        check_kernel_size(kernel_size)
+        norm, convolution = BATCH_NORMS[spatial_dims], CONVOLUTIONS[spatial_dims]
+        last: dict[str, Any] = {"padding": dilation * (kernel_size // 2), "dilation": dilation, "bias": False}
+        self.norm1 = norm(num_input_features)
         self.relu1 = nn.ReLU(inplace=True)
         if bottleneck:
-            self.conv1 = nn.Conv2d(num_input_features, width, kernel_size=1, bias=False)
-            self.norm2 = nn.BatchNorm2d(width)
+            width = bn_size * growth_rate
+            self.conv1 = convolution(num_input_features, width, 1, bias=False)
+            self.norm2 = norm(width)
             self.relu2 = nn.ReLU(inplace=True)
-            self.conv2 = nn.Conv2d(width, growth_rate, kernel_size=3, padding=1, bias=False)
+            self.conv2 = convolution(width, growth_rate, kernel_size, **last)
         else:
-            self.conv1 = nn.Conv2d(num_input_features, growth_rate, kernel_size=3, padding=1, bias=False)
+            self.conv1 = convolution(num_input_features, growth_rate, kernel_size, **last)
         self.drop_rate = float(drop_rate)
 
     @property
@@ -78,7 +118,7 @@ class StageBlock(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = "torch.fx traces its modules" if fusion.is_traced(x) else self.read()
+        layers = fusion.tracer(x, self.training) or self.read()
         if not isinstance(layers, str):
             return run_stage(self, layers, None, x)[1]
         _announce(self, layers)
@@ -86,33 +126,58 @@ class StageBlock(nn.Module):
 
 
 class DenseBlock(StageBlock, nn.ModuleDict):
-    """Dense layers, each reading all channels before it; ``forward`` gives all channels [N, C0 + L*k, H, W].
+    """Dense layers over one storage, each reading all channels before it.
+
+    ``forward`` takes [N, C0, H, W] of any layout ([N, C0, L] or [N, C0, D, H, W] with other ``spatial_dims``) and gives
+    all channels [N, C0 + L*k, H, W], channels-last; to change them in place raises PyTorch's error in the backward.
 
     Args:
         num_layers: L.
         num_input_features: C0.
         bn_size: bottleneck channels per growth rate.
         growth_rate: k.
-        drop_rate: of the dropout after each layer.
+        drop_rate: of the dropout after each layer, in [0, 1).
         bottleneck: whether the layers have their 1x1 convolution.
         checkpointing: "none" saves the bottleneck outputs for the backward, "bottleneck" recomputes them.
+        spatial_dims: 1 for signals, 2 for images, 3 for volumes.
+        kernel_size: of the layers' last convolution along each axis, odd.
+        dilation: of the same convolution; one for all layers, or one per layer.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type or outside its range.
     """
 
     def __init__(
         self,
         num_layers: int,
         num_input_features: int,
-        bn_size: int,
-        growth_rate: int,
-        drop_rate: float,
+        bn_size: int = 4,
+        growth_rate: int = 32,
+        drop_rate: float = 0.0,
         bottleneck: bool = True,
         checkpointing: str = "bottleneck",
+        *,
+        spatial_dims: int = 2,
+        kernel_size: int = 3,
+        dilation: int | Sequence[int] = 1,
     ) -> None:
         super().__init__()
+        check_positive("num_layers", num_layers)
+        check_level(checkpointing)
         self.checkpointing = checkpointing
-        for index in range(num_layers):
-            channels = num_input_features + index * growth_rate
-            self[f"denselayer{index + 1}"] = DenseLayer(channels, growth_rate, bn_size, drop_rate, bottleneck)
+        self.num_output_features = num_input_features
+        for index, dilated in enumerate(_per_layer(dilation, num_layers)):
+            self[f"denselayer{index + 1}"] = DenseLayer(
+                self.num_output_features,
+                growth_rate,
+                bn_size,
+                drop_rate,
+                bottleneck,
+                spatial_dims,
+                kernel_size,
+                dilated,
+            )
+            self.num_output_features += growth_rate
 
     def read(self) -> list[LayerParts] | str:
         """The layers as the operator takes them, or what is in the way."""
@@ -124,6 +189,13 @@ class DenseBlock(StageBlock, nn.ModuleDict):
         for layer in self.values():
             features.append(layer(features))
         return torch.cat(features, 1)
+
+
+def _per_layer(dilation: int | Sequence[int], num_layers: int) -> list[int]:
+    dilations = [dilation] * num_layers if isinstance(dilation, int) else list(dilation)
+    if len(dilations) != num_layers:
+        raise ValueError(f"dilation must be one int or one per layer, {num_layers}, got {len(dilations)}: {dilation!r}")
+    return dilations
 
 
 def _read_layer(layer: nn.Module) -> LayerParts | str:
@@ -138,14 +210,28 @@ def _read_layer(layer: nn.Module) -> LayerParts | str:
 
 
 class Transition(nn.Sequential):
-    """BN-ReLU-conv1x1-average pooling between two blocks (arXiv:1608.06993, section 3)."""
+    """BN-ReLU-conv1x1-average pooling between two blocks (arXiv:1608.06993, section 3): half the size along each axis.
 
-    def __init__(self, num_input_features: int, num_output_features: int) -> None:
+    Behind a dense block in a `Features` or a converted sequence it joins the block's operator; alone it is plain torch.
+
+    Args:
+        num_input_features: channels of the input.
+        num_output_features: channels of the output.
+        spatial_dims: 1, 2 or 3.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type or outside its range.
+    """
+
+    def __init__(self, num_input_features: int, num_output_features: int, spatial_dims: int = 2) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(num_input_features)
+        check_positive("num_input_features", num_input_features)
+        check_positive("num_output_features", num_output_features)
+        check_spatial_dims(spatial_dims)
+        self.norm = BATCH_NORMS[spatial_dims](num_input_features)
         self.relu = nn.ReLU(inplace=True)
-        self.conv = nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=False)
-        self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
+        self.conv = CONVOLUTIONS[spatial_dims](num_input_features, num_output_features, 1, bias=False)
+        self.pool = AVG_POOLS[spatial_dims](kernel_size=2, stride=2)
 
 
 class Features(nn.Sequential):
@@ -165,6 +251,38 @@ class Features(nn.Sequential):
         return run_children(list(self.children()), x, with_head)
 
 
+def run_named_children(children: Mapping[str, nn.Module], wanted: Container[str], x: Tensor) -> dict[str, Tensor]:
+    """Runs a sequence, as many children as one operator takes at a time; the outputs of those ``wanted``, by name.
+
+    The stem's inner outputs are computed where one of them is wanted.
+    """
+    outputs: dict[str, Tensor] = {}
+    remaining = list(children.items())
+    while remaining:
+        results = _run_some(remaining, wanted, x)
+        for (name, _), x in zip(remaining, results, strict=False):
+            if name in wanted:
+                outputs[name] = x
+        remaining = remaining[len(results) :]
+    return outputs
+
+
+def _run_some(remaining: list[tuple[str, nn.Module]], wanted: Container[str], x: Tensor) -> list[Tensor]:
+    """The outputs of as many children as one operator takes; what lies inside a stem repeats its input."""
+    names, modules = [name for name, _ in remaining], [module for _, module in remaining]
+    if fusion.tracer(x, modules[0].training):
+        return [modules[0](x)]
+    stage = take_stage(modules, with_head=False)
+    if stage is not None:
+        out, features = run_stage(*stage, x)
+        return [features, out]
+    stem = fusion.take_stem(modules)
+    inside = len(modules) - len(stem[2]) - 1 if stem is not None else 0
+    if stem is None or any(name in wanted for name in names[:inside]):
+        return [modules[0](x)]
+    return [x] * inside + [run_stem(stem[0], stem[1], x, saves_conv(modules))]
+
+
 def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple[Tensor, bool]:
     """Runs a sequence, as many children as one operator takes at a time.
 
@@ -172,7 +290,7 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
     Returns the output, and whether it is [N, C], pooled already.
     """
     while children:
-        traced = fusion.is_traced(x)
+        traced = fusion.tracer(x, children[0].training)
         stem, stage = (None, None) if traced else (fusion.take_stem(children), take_stage(children, with_head))
         if stem is not None:
             conv, norm, rest = stem
@@ -180,11 +298,20 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
         elif stage is not None:
             block, layers, consumer = stage
             x, children = run_stage(block, layers, consumer, x)[0], children[2:]
-            if isinstance(consumer, BATCH_NORMS):
+            if isinstance(consumer, BatchNorm):
                 return x, True
         else:
             x, children = children[0](x), children[1:]
     return x, False
+
+
+def run_block(block: StageBlock, consumer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The outputs of ``consumer``, which reads that of ``block``, and of ``block``; by one operator where possible."""
+    stage = None if fusion.tracer(x, block.training) else take_stage([block, consumer], with_head=False)
+    if stage is not None:
+        return run_stage(*stage, x)
+    features = block(x)
+    return consumer(features), features
 
 
 def take_stage(children: list[nn.Module], with_head: bool) -> tuple[StageBlock, list[LayerParts], nn.Module] | None:
@@ -195,10 +322,15 @@ def take_stage(children: list[nn.Module], with_head: bool) -> tuple[StageBlock, 
     if not isinstance(block, StageBlock) or type(block).forward is not StageBlock.forward or fusion.is_observed(block):
         return None
     is_head = with_head and len(children) == 2 and is_last_norm(consumer)
-    if not is_head and fusion.transition_parts(consumer) is None:
+    down = fusion.transition_down_parts(consumer)
+    if not is_head and down is None and fusion.transition_parts(consumer) is None:
         return None
-    layers = block.read()
-    return None if isinstance(layers, str) else (block, layers, consumer)
+    layers, norm = block.read(), _describe_exit(consumer)[1]
+    if isinstance(layers, str) or norm is None or not is_for(norm, layers[0].spatial_dims):
+        return None
+    if down is not None and down[2] != layers[0].dropout:
+        return None
+    return block, layers, consumer
 
 
 def is_last_norm(module: nn.Module) -> bool:
@@ -215,10 +347,10 @@ def run_stage(
     statistics of every norm, once.
     """
     if inference.applies(x):
-        plan = inference.kept_plan(block, consumer) or inference.make_plan(_stage_modules(block, layers, consumer))
+        plan = inference.kept_plan(block, consumer) or _make_plan(block, layers, consumer)
         if plan is not None:
             return _run_plan(plan, x)
-    norms: list[nn.BatchNorm2d] = [norm for layer in layers for norm in layer.norms]
+    norms: list[BatchNorm] = [norm for layer in layers for norm in layer.norms]
     stage_exit, exit_norm, exit_conv = _describe_exit(consumer)
     exit_parameters: list[Tensor] = []
     if exit_norm is not None:
@@ -227,15 +359,15 @@ def run_stage(
     if exit_conv is not None:
         exit_parameters.append(exit_conv.weight)
     check_input(layers[0].norm1, x)
-    if consumer is not None and stage_exit == TRANSITION:
+    if stage_exit in (TRANSITION, TRANSITION_DOWN):
         check_poolable(exit_norm, x)
     group = group_of_all(norms)
-    count = x.shape[0] * x.shape[2] * x.shape[3]
+    count = pixels(x)
     counts = exchange_counts(count, group, x)
     if counts is None:
         check_count(norms, x)
     x = as_compute_dtype(x, _convolution_weights(layers, exit_parameters))
-    drop_rate, masks = _draw_masks(layers, x)
+    drop_rate, masks = _draw_masks(layers, exit_conv if stage_exit == TRANSITION_DOWN else None, x)
     out, features, statistics, bottleneck_statistics, _ = operators.dense_stage(
         x,
         [parameter for layer in layers for parameter in _parameters(layer)],
@@ -245,6 +377,7 @@ def run_stage(
         [norm.eps for norm in norms],
         [not fusion.uses_batch_statistics(norm) for norm in norms],
         layers[0].bottleneck,
+        [layer.dilation for layer in layers],
         stage_exit,
         drop_rate,
         block.checkpointing == "none" and torch.is_grad_enabled(),
@@ -256,21 +389,24 @@ def run_stage(
     return out, features
 
 
-def _stage_modules(block: StageBlock, layers: list[LayerParts], consumer: nn.Module | None) -> inference.Stage:
+def _make_plan(block: StageBlock, layers: list[LayerParts], consumer: nn.Module | None) -> inference.Plan | None:
+    """What an inference prepares; None where it may not, or where no kernel serves the layers."""
+    if not all(spatial.has_kernel(layer.convolutions[-1].weight, layer.dilation) for layer in layers):
+        return None
     convolutions = [conv for layer in layers for conv in layer.convolutions]
     norms = [norm for layer in layers for norm in layer.norms]
     stage_exit, exit_norm, exit_conv = _describe_exit(consumer)
-    return inference.Stage(block, consumer, norms, convolutions, stage_exit, exit_norm, exit_conv)
+    return inference.make_plan(inference.Stage(block, consumer, norms, convolutions, stage_exit, exit_norm, exit_conv))
 
 
 def _run_plan(plan: inference.Plan, x: Tensor) -> tuple[Tensor, Tensor]:
     check_input(plan.norms[0], x)
-    if plan.exit == TRANSITION:
+    if plan.exit in (TRANSITION, TRANSITION_DOWN):
         check_poolable(plan.exit_norm, x)
     return plan.run(as_compute_dtype(x, [plan.weight]))
 
 
-def run_stem(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor, save_conv: bool) -> Tensor:
+def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool) -> Tensor:
     """Runs (conv, norm, relu, max pool) as one operator and updates the norm's running statistics."""
     check_images(conv, x)
     x = as_compute_dtype(x, [conv.weight])
@@ -304,11 +440,14 @@ def saves_conv(children: list[nn.Module]) -> bool:
     return block is not None and block.checkpointing == "none"
 
 
-def _describe_exit(consumer: nn.Module | None) -> tuple[str, nn.BatchNorm2d | None, nn.Conv2d | None]:
+def _describe_exit(consumer: nn.Module | None) -> tuple[str, BatchNorm | None, Convolution | None]:
     if consumer is None:
         return NO_EXIT, None, None
-    if isinstance(consumer, BATCH_NORMS):
-        return HEAD, cast(nn.BatchNorm2d, consumer), None
+    if isinstance(consumer, BatchNorm):
+        return HEAD, consumer, None
+    down = fusion.transition_down_parts(consumer)
+    if down is not None:
+        return TRANSITION_DOWN, *down[:2]
     parts = fusion.transition_parts(consumer)
     assert parts is not None
     return TRANSITION, *parts
@@ -319,7 +458,7 @@ def _parameters(layer: LayerParts) -> list[Tensor]:
     return [tensor for norm, conv in parts for tensor in (norm.weight, norm.bias, conv.weight)]
 
 
-def _running(norm: nn.BatchNorm2d) -> list[Tensor]:
+def _running(norm: BatchNorm) -> list[Tensor]:
     assert norm.running_mean is not None and norm.running_var is not None
     return [norm.running_mean, norm.running_var]
 
@@ -328,24 +467,25 @@ def _convolution_weights(layers: list[LayerParts], exit_parameters: list[Tensor]
     return [*(conv.weight for layer in layers for conv in layer.convolutions), *exit_parameters[2:]]
 
 
-def _draw_masks(layers: list[LayerParts], x: Tensor) -> tuple[float, list[Tensor]]:
-    """The dropout's masks [M, k], drawn in the order in which F.dropout draws them for contiguous features."""
+def _draw_masks(layers: list[LayerParts], exit_conv: Convolution | None, x: Tensor) -> tuple[float, list[Tensor]]:
+    """The dropout's masks, [M, k] per layer and [M, C'] of a transition down with ``exit_conv``.
+
+    Drawn in the order in which F.dropout draws them for contiguous features.
+    """
     rate, training, drops_channels = layers[0].dropout
     if rate == 0 or not training:
         return 0.0, []
-    shape = (x.shape[0], layers[0].channels[-1], *x.shape[2:])
-    drawn = (*shape[:2], 1, 1) if drops_channels else shape
-    masks = [x.new_empty(drawn, dtype=torch.bool).bernoulli_(1 - rate).expand(shape) for _ in layers]
-    return rate, [as_rows(mask) for mask in masks]
-
-
-def global_average(features: Tensor) -> Tensor:
-    return F.adaptive_avg_pool2d(F.relu(features), (1, 1)).flatten(1)
+    masks = []
+    for channels in [layer.channels[-1] for layer in layers] + ([exit_conv.out_channels] if exit_conv else []):
+        shape = (x.shape[0], channels, *x.shape[2:])
+        drawn = (*shape[:2], *[1] * (x.dim() - 2)) if drops_channels else shape
+        masks.append(as_rows(x.new_empty(drawn, dtype=torch.bool).bernoulli_(1 - rate).expand(shape)))
+    return rate, masks
 
 
 def _update_stage_statistics(
     layers: list[LayerParts],
-    exit_norm: nn.BatchNorm2d | None,
+    exit_norm: BatchNorm | None,
     statistics: Tensor,
     bottleneck_statistics: Tensor,
     count: int | Tensor,

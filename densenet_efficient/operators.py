@@ -6,6 +6,7 @@ autograd formula stand beside it. Running statistics are updated outside, once p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -15,16 +16,16 @@ from torch import Tensor
 from .batch_norm import BatchNorm
 from .dense_block import (
     NO_EXIT,
-    TRANSITION,
     DenseLayer,
     Stage,
     StageOutput,
-    as_images,
     backward_stage,
     forward_stage,
+    pooling_window,
 )
-from .kernels import accumulation_dtype
-from .stem import Stem, StemOutput, backward_stem, forward_stem, pooled_size
+from .kernels import accumulation_dtype, spatial
+from .layout import as_images, empty_images
+from .stem import Stem, StemOutput, backward_stem, forward_stem
 from .synchronisation import Synchronisation
 
 NAMESPACE = "densenet_efficient"
@@ -63,6 +64,7 @@ def _unflatten(
     epsilons: list[float],
     uses_running: list[bool],
     bottleneck: bool,
+    dilations: list[int],
     stage_exit: str,
     drop_rate: float,
 ) -> Stage:
@@ -72,12 +74,18 @@ def _unflatten(
     for index, group in enumerate(_by_layer(parameters, bottleneck)):
         norm1 = _norm(group[0], group[1], *lists)
         norm2 = _norm(group[3], group[4], *lists) if bottleneck else None
-        layers.append(
-            DenseLayer(norm1, group[2], norm2, group[5] if bottleneck else None, masks[index] if masks else None)
-        )
+        conv1, conv2 = (_of_plane(group[2]), group[5]) if bottleneck else (group[2], None)
+        mask = masks[index] if masks else None
+        layers.append(DenseLayer(norm1, conv1, norm2, conv2, dilations[index], mask))
     exit_norm = _norm(exit_parameters[0], exit_parameters[1], *lists) if exit_parameters else None
     exit_conv = exit_parameters[2] if len(exit_parameters) > 2 else None
-    return Stage(layers, stage_exit, exit_norm, exit_conv, drop_rate)
+    exit_dropout = masks[len(layers)] if len(masks) > len(layers) else None
+    return Stage(layers, stage_exit, exit_norm, exit_conv, exit_dropout, drop_rate)
+
+
+def _of_plane(weight: Tensor) -> Tensor:
+    """A 1x1 convolution's weight of any dimensions as [K, C, 1, 1]."""
+    return weight.view(*weight.shape[:2], 1, 1)
 
 
 T = TypeVar("T")
@@ -86,6 +94,10 @@ T = TypeVar("T")
 def _by_layer(values: list[T], bottleneck: bool) -> list[list[T]]:
     size = PARAMETERS_WITH_BOTTLENECK if bottleneck else PARAMETERS_WITHOUT
     return [list(values[start : start + size]) for start in range(0, len(values), size)]
+
+
+def _input_channels(features: Tensor, parameters: list[Tensor], bottleneck: bool) -> int:
+    return features.shape[1] - sum(layer[-1].shape[0] for layer in _by_layer(parameters, bottleneck))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::dense_stage", mutates_args=())
@@ -98,6 +110,7 @@ def dense_stage(
     epsilons: list[float],
     uses_running: list[bool],
     bottleneck: bool,
+    dilations: list[int],
     stage_exit: str,
     drop_rate: float,
     save_bottlenecks: bool,
@@ -107,18 +120,28 @@ def dense_stage(
     """A dense block and its exit; the outputs are those of `dense_block.StageOutput`.
 
     Args:
-        x: [N, C0, H, W], any layout.
+        x: [N, C0, H, W], or of one or three dimensions, any layout.
         parameters: per layer norm1.weight, norm1.bias, conv1.weight; with a bottleneck the same of norm2 and conv2.
         exit_parameters: norm.weight, norm.bias of the exit, and the convolution's weight in a transition; or nothing.
         running: mean and variance of each norm that uses its running statistics, in the order of the norms.
-        masks: per layer [N*H*W, k], bool, what the dropout keeps; or nothing.
+        masks: per layer [N*H*W, k], bool, what the dropout keeps, then [N*H*W, C'] of a transition down; or nothing.
         epsilons, uses_running: one per norm: the layers' in order, then the exit's.
-        stage_exit: "transition", "head" or "none".
+        dilations: one per layer, of its last convolution.
+        stage_exit: "transition", "transition down", "head" or "none".
         save_bottlenecks: whether the backward finds the bottleneck outputs saved, or recomputes them.
         counts, group: those of a `Synchronisation`; None and empty for a process by itself.
     """
     stage = _unflatten(
-        parameters, exit_parameters, running, masks, epsilons, uses_running, bottleneck, stage_exit, drop_rate
+        parameters,
+        exit_parameters,
+        running,
+        masks,
+        epsilons,
+        uses_running,
+        bottleneck,
+        dilations,
+        stage_exit,
+        drop_rate,
     )
     stage.synchronisation = _synchronisation(counts, group)
     return _run_stage(x, stage, save_bottlenecks)
@@ -139,23 +162,24 @@ def _(
     epsilons: list[float],
     uses_running: list[bool],
     bottleneck: bool,
+    dilations: list[int],
     stage_exit: str,
     drop_rate: float,
     save_bottlenecks: bool,
     counts: Tensor | None = None,
     group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    images, channels, height, width = x.shape
+    images, channels, *size = x.shape
     layers = _by_layer(parameters, bottleneck)
     total = channels + sum(layer[-1].shape[0] for layer in layers)
-    rows = images * height * width
+    rows = images * math.prod(size)
     dtype = accumulation_dtype(x.dtype)
-    features = as_images(x.new_empty(rows, total), height, width)
+    features = as_images(x.new_empty(rows, total), *size)
     if stage_exit == NO_EXIT:
         out = x.new_empty(0)
-    elif stage_exit == TRANSITION:
-        pooled = (height // 2, width // 2)
-        out = as_images(x.new_empty(images * pooled[0] * pooled[1], exit_parameters[2].shape[0]), *pooled)
+    elif len(exit_parameters) > 2:  # with a convolution
+        pooled = spatial.pooled_size(tuple(size), pooling_window(stage_exit, tuple(size)))
+        out = empty_images(x, images, exit_parameters[2].shape[0], *pooled)
     else:
         out = x.new_empty(images, total)
     bottleneck_channels = layers[0][2].shape[0] if bottleneck else 0
@@ -179,6 +203,7 @@ def dense_stage_backward(
     epsilons: list[float],
     uses_running: list[bool],
     bottleneck: bool,
+    dilations: list[int],
     stage_exit: str,
     drop_rate: float,
     needed: list[bool],
@@ -187,7 +212,16 @@ def dense_stage_backward(
 ) -> list[Tensor]:
     """The gradients of (x, *parameters, *exit_parameters) for which ``needed`` is true, in this order."""
     stage = _unflatten(
-        parameters, exit_parameters, running, masks, epsilons, uses_running, bottleneck, stage_exit, drop_rate
+        parameters,
+        exit_parameters,
+        running,
+        masks,
+        epsilons,
+        uses_running,
+        bottleneck,
+        dilations,
+        stage_exit,
+        drop_rate,
     )
     stage.synchronisation = _synchronisation(counts, group)
     saved = StageOutput(features.new_empty(0), features, statistics, bottleneck_statistics, bottlenecks)
@@ -203,8 +237,8 @@ def dense_stage_backward(
         needed[count:],
     )
     values = [gradients[0], *(grad for layer in gradients[1] for grad in layer), *gradients[2]]
-    parameters = [features, *parameters, *exit_parameters]
-    return _needed_gradients(values, parameters, needed)
+    x = features[:, : _input_channels(features, parameters, bottleneck)]
+    return _needed_gradients(values, [x, *parameters, *exit_parameters], needed)
 
 
 @_without_autocast
@@ -213,9 +247,11 @@ def _run_stage_backward(features: Tensor, stage: Stage, *args: Any) -> Any:
 
 
 def _needed_gradients(grads: list[Tensor | None], parameters: list[Tensor], needed: list[bool]) -> list[Tensor]:
-    """Those needed, each in its parameter's dtype; zeros for a parameter that no gradient reached."""
+    """Those needed, each in its parameter's dtype and shape; zeros for a parameter that no gradient reached."""
     return [
-        parameter.new_zeros(parameter.shape) if grad is None else grad.to(parameter.dtype)
+        parameter.new_zeros(parameter.shape)
+        if grad is None
+        else (grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)).view(parameter.shape)
         for grad, parameter, wanted in zip(grads, parameters, needed, strict=True)
         if wanted
     ]
@@ -236,15 +272,16 @@ def _(
     epsilons: list[float],
     uses_running: list[bool],
     bottleneck: bool,
+    dilations: list[int],
     stage_exit: str,
     drop_rate: float,
     needed: list[bool],
     counts: Tensor | None = None,
     group: str = "",
 ) -> list[Tensor]:
-    images, total, height, width = features.shape
-    channels = total - sum(layer[-1].shape[0] for layer in _by_layer(parameters, bottleneck))
-    x = as_images(features.new_empty(images * height * width, channels), height, width)
+    images, _, *size = features.shape
+    channels = _input_channels(features, parameters, bottleneck)
+    x = as_images(features.new_empty(images * math.prod(size), channels), *size)
     gradients = [x, *(parameter.new_empty(parameter.shape) for parameter in [*parameters, *exit_parameters])]
     return [gradient for gradient, wanted in zip(gradients, needed, strict=True) if wanted]
 
@@ -353,13 +390,11 @@ def _(
     group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     images, channels = x.shape[0], conv.shape[0]
-    height, width = (
-        (x.shape[2 + axis] + 2 * padding[axis] - conv.shape[2 + axis]) // stride[axis] + 1 for axis in (0, 1)
-    )
-    pooled = (pooled_size(height), pooled_size(width))
-    out = as_images(x.new_empty(images * pooled[0] * pooled[1], channels), *pooled)
+    axes = zip(x.shape[2:], conv.shape[2:], stride, padding, strict=True)
+    size = tuple((length + 2 * pad - kernel) // step + 1 for length, kernel, step, pad in axes)
+    out = empty_images(x, images, channels, *spatial.max_pooled_size(size))
     statistics = x.new_empty(2, channels, dtype=accumulation_dtype(x.dtype))
-    conv_out = as_images(x.new_empty(images * height * width, channels), height, width) if save_conv else x.new_empty(0)
+    conv_out = empty_images(x, images, channels, *size) if save_conv else x.new_empty(0)
     return out, statistics, conv_out
 
 
@@ -410,7 +445,7 @@ def _(
     counts: Tensor | None = None,
     group: str = "",
 ) -> list[Tensor]:
-    gradients = [torch.empty_like(x, memory_format=torch.channels_last)]
+    gradients = [empty_images(x, *x.shape)]
     gradients += [parameter.new_empty(parameter.shape) for parameter in (conv, weight, bias)]
     return [gradient for gradient, want in zip(gradients, needed, strict=True) if want]
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .dimensions import BatchNorm
 
 
-def update_running_statistics(norms: list[nn.BatchNorm2d], batch: list[Tensor], count: int | Tensor) -> None:
+def update_running_statistics(norms: list[BatchNorm], batch: list[Tensor], count: int | Tensor) -> None:
     """torch.nn.BatchNorm2d's update of its buffers from (mean, biased variance) [2, C] over ``count`` values."""
     groups = _by_momentum(norms, batch)
     if not groups:
@@ -23,9 +25,9 @@ def update_running_statistics(norms: list[nn.BatchNorm2d], batch: list[Tensor], 
             torch._foreach_lerp_(variances, _in_dtype_of(variances, list(unbiased)), momentum)
 
 
-def _by_momentum(norms: list[nn.BatchNorm2d], batch: list[Tensor]) -> dict[float, list[tuple[nn.BatchNorm2d, Tensor]]]:
+def _by_momentum(norms: list[BatchNorm], batch: list[Tensor]) -> dict[float, list[tuple[BatchNorm, Tensor]]]:
     """The norms that are due an update, by their momentum; counts the batch. None is the cumulative average."""
-    groups: dict[float, list[tuple[nn.BatchNorm2d, Tensor]]] = {}
+    groups: dict[float, list[tuple[BatchNorm, Tensor]]] = {}
     due = [
         (norm, share) for norm, share in zip(norms, batch, strict=True) if norm.training and norm.track_running_stats
     ]

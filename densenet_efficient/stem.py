@@ -12,20 +12,27 @@ from torch import Tensor
 
 from . import kernels
 from .batch_norm import BatchNorm, Projection
-from .dense_block import as_images, as_rows, empty_images
+from .kernels import spatial
+from .layout import as_images, as_rows, channels_last, empty_images
 from .synchronisation import Synchronisation
 
-IMAGES_AT_A_TIME = {"cpu": 4}  # by type of device, in the convolution's backward; else the whole batch
+# In the convolution's backward, by type of device and spatial dimensions; else the whole batch.
+IMAGES_AT_A_TIME = {("cpu", 1): 4, ("cpu", 2): 4, ("cpu", 3): 1}
 
 
 class Stem(NamedTuple):
     """The stem's convolution and norm; the pooling is the 3x3, stride 2, padding 1 of the paper."""
 
-    conv: Tensor  # [C, in_channels, kh, kw]
+    conv: Tensor  # [C, in_channels, kh, kw], or of one or three dimensions, as all here
     stride: list[int]
     padding: list[int]
     norm: BatchNorm
     synchronisation: Synchronisation | None = None
+
+    @property
+    def geometry(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+        """Stride, padding, dilation, whether transposed, output padding and groups, as torch.convolution takes them."""
+        return self.stride, self.padding, [1] * len(self.stride), False, [0] * len(self.stride), 1
 
 
 class StemOutput(NamedTuple):
@@ -36,16 +43,11 @@ class StemOutput(NamedTuple):
     conv_out: Tensor  # [N, C, H, W], empty where it is recomputed
 
 
-def pooled_size(size: int) -> int:
-    """The size after a 3x3 pooling of stride 2 and padding 1."""
-    return (size - 1) // 2 + 1
-
-
 def forward_stem(stem: Stem, x: Tensor, save_conv: bool) -> StemOutput:
     """Runs the stem on ``x`` [N, in_channels, H, W]."""
     backend = kernels.backend_for(x.device)
     conv_out = _convolve(stem, x)
-    height, width = conv_out.shape[2:]
+    size = tuple(conv_out.shape[2:])
     rows = as_rows(conv_out)
     statistics = x.new_zeros(2, rows.shape[1], dtype=kernels.accumulation_dtype(x.dtype))
     if stem.norm.running is None:
@@ -53,8 +55,8 @@ def forward_stem(stem: Stem, x: Tensor, save_conv: bool) -> StemOutput:
         if stem.synchronisation is not None:
             stem.synchronisation.merge(*statistics)
     affine = stem.norm.affine(backend, *statistics)
-    out = empty_images(x, x.shape[0], rows.shape[1], pooled_size(height), pooled_size(width))
-    backend.bn_relu_max_pool(rows, affine.scale, affine.shift, height, width, as_rows(out))
+    out = empty_images(x, x.shape[0], rows.shape[1], *spatial.max_pooled_size(size))
+    spatial.bn_relu_max_pool(backend, rows, affine.scale, affine.shift, size, as_rows(out))
     return StemOutput(out, statistics, conv_out if save_conv else x.new_empty(0))
 
 
@@ -64,28 +66,20 @@ def backward_stem(
     """The gradients of (input, convolution weight, norm weight, norm bias), None where not needed."""
     backend = kernels.backend_for(x.device)
     conv_out = saved.conv_out if saved.conv_out.numel() else _convolve(stem, x)
-    height, width = conv_out.shape[2:]
+    size = tuple(conv_out.shape[2:])
     rows = as_rows(conv_out)
     affine = stem.norm.affine(backend, *saved.statistics)
     grad = torch.empty_like(rows)
     sum_grad, sum_grad_x = torch.empty_like(affine.mean), torch.empty_like(affine.mean)
-    backend.bn_relu_max_pool_backward(
-        as_rows(out_grad).contiguous(),
-        rows,
-        affine.mean,
-        affine.scale,
-        affine.shift,
-        height,
-        width,
-        grad,
-        sum_grad,
-        sum_grad_x,
-    )
+    spatial.bn_relu_max_pool_backward(
+        backend, as_rows(out_grad).contiguous(), rows, affine.mean, affine.scale, affine.shift, size,
+        grad, sum_grad, sum_grad_x,
+    )  # fmt: skip
     projection = Projection(backend, rows.shape[1], affine.mean, stem.synchronisation)
     norm_grad = projection.add(stem.norm, affine, sum_grad, sum_grad_x, rows.shape[0])
     projection.apply(grad, rows, affine.mean, 0, rows.shape[1])
     del rows, conv_out
-    conv_grads = _backward_convolution(stem, as_images(grad, height, width), x, needed[:2])
+    conv_grads = _backward_convolution(stem, as_images(grad, *size), x, needed[:2])
     return [*conv_grads, norm_grad, sum_grad]
 
 
@@ -95,16 +89,15 @@ def _backward_convolution(stem: Stem, grad: Tensor, x: Tensor, needed: list[bool
     There torch's convolution turns the images and the gradient of a first layer into layouts of its own, which takes
     twice the memory of the gradient: for a whole batch that would be the peak of the step.
     """
-    input_grad = torch.empty_like(x, memory_format=torch.channels_last) if needed[0] else None
+    input_grad = empty_images(x, *x.shape) if needed[0] else None
     conv_grad = stem.conv.new_zeros(stem.conv.shape, dtype=kernels.accumulation_dtype(x.dtype)) if needed[1] else None
-    weight = _channels_last(stem.conv.to(x.dtype))
-    at_a_time = IMAGES_AT_A_TIME.get(x.device.type, max(x.shape[0], 1))
+    weight = channels_last(stem.conv.to(x.dtype))
+    at_a_time = IMAGES_AT_A_TIME.get((x.device.type, x.dim() - 2), max(x.shape[0], 1))
     for start in range(0, x.shape[0] if any(needed) else 0, at_a_time):
         images = slice(start, start + at_a_time)
         input_part, conv_part, _ = torch.ops.aten.convolution_backward(
-            grad[images], _channels_last(x[images]), weight, None,
-            stem.stride, stem.padding, [1, 1], False, [0, 0], 1, [*needed, False],
-        )  # fmt: skip
+            grad[images], channels_last(x[images]), weight, None, *stem.geometry, [*needed, False]
+        )
         if input_grad is not None:
             input_grad[images] = input_part
         if conv_grad is not None:
@@ -114,10 +107,5 @@ def _backward_convolution(stem: Stem, grad: Tensor, x: Tensor, needed: list[bool
 
 def _convolve(stem: Stem, x: Tensor) -> Tensor:
     """The convolution's output in channels-last, which is what the pooling reads as rows."""
-    weight = _channels_last(stem.conv.to(x.dtype))
-    out = torch.conv2d(_channels_last(x), weight, None, stem.stride, stem.padding)
-    return _channels_last(out)
-
-
-def _channels_last(images: Tensor) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last)
+    weight = channels_last(stem.conv.to(x.dtype))
+    return channels_last(torch.convolution(channels_last(x), weight, None, *stem.geometry))

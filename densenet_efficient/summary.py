@@ -44,8 +44,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from .dimensions import AXES, AvgPool, Convolution, MaxPool, dims_of
 from .models import create_model
 
+COUNTS = {1: "three", 2: "four", 3: "five"}  # of sizes, by spatial dimensions
 TABLE_WIDTH = 120  # columns; in fewer, rich would cut digits and units off
 INDEX_BYTES = torch.int64.itemsize  # of the indices that torch's max pooling keeps
 
@@ -104,7 +106,7 @@ def summarize(model: DenseNet, input_shape: Sequence[int], dtype: torch.dtype = 
 
     Args:
         model: an `EfficientDenseNet`, or another with the same submodules (`NaiveDenseNet`, torchvision's).
-        input_shape: (N, C, H, W) of the images.
+        input_shape: (N, C, H, W) of the images, or of one or three dimensions as the model's.
         dtype: of the images and of every activation.
 
     Raises:
@@ -157,20 +159,22 @@ def print_summary(
 
 def _checked_shape(model: DenseNet, input_shape: Sequence[int]) -> Shape:
     text = _format_shape(input_shape)
-    if len(input_shape) != 4 or min(input_shape) < 1:
-        raise ValueError(f"input {text} is not (N, C, H, W), four positive sizes")
+    dims = dims_of(model.features.conv0)
+    if len(input_shape) != dims + 2 or min(input_shape) < 1:
+        raise ValueError(f"input {text} is not (N, C, {AXES[dims]}), {COUNTS[dims]} positive sizes")
     expected = model.features.conv0.in_channels
     if input_shape[1] != expected:
         raise ValueError(f"input {text} has {input_shape[1]} channels, expected {expected}")
     minimum = _minimum_size(model)
     if min(input_shape[2:]) < minimum:
-        raise ValueError(f"input {text} is too small, this topology needs at least {minimum}x{minimum} pixels")
+        needed = _format_shape([minimum] * dims)
+        raise ValueError(f"input {text} is too small, this topology needs at least {needed} pixels")
     return tuple(input_shape)
 
 
 def _minimum_size(model: DenseNet) -> int:
-    """The smallest height or width that leaves one pixel at the head."""
-    windows = [m for m in model.features.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)]
+    """The smallest length of an axis that leaves one pixel at the head."""
+    windows = [m for m in model.features.modules() if isinstance(m, Convolution | MaxPool | AvgPool)]
     size = 1
     for window in reversed(windows):
         kernel, stride, padding = _window(window)
@@ -209,7 +213,7 @@ def _block_rows(name: str, block: nn.Module, shape: Shape, itemsize: int) -> lis
 
 
 def _layer_row(name: str, layer: nn.Module, block_input: Shape, itemsize: int) -> SummaryRow:
-    convolutions = [module for module in layer.children() if isinstance(module, nn.Conv2d)]
+    convolutions = [module for module in layer.children() if isinstance(module, Convolution)]
     channels = convolutions[0].in_channels
     growth_rate = convolutions[-1].out_channels
     bottleneck = convolutions[0].out_channels if len(convolutions) == 2 else None
@@ -271,7 +275,7 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _multiply_adds(conv: nn.Conv2d, output_shape: Shape) -> int:
+def _multiply_adds(conv: Convolution, output_shape: Shape) -> int:
     return math.prod(_with_channels(output_shape, 1)) * conv.weight.numel()
 
 

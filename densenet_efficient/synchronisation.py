@@ -7,13 +7,16 @@ exchanges the two coefficients of the deferred projection, which are sums over t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+# Renamed in torch 2.14.
+all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+all_reduce: Any = getattr(dist, "all_reduce", None)  # None, like the other, where torch is built without distributed
 
 
 class Synchronisation(NamedTuple):
@@ -26,7 +29,7 @@ class Synchronisation(NamedTuple):
         """Turns a process's statistics [C] into those of all, in place (Chan et al. 1979; never E[x^2] - E[x]^2)."""
         mine = torch.stack([mean, variance])
         every = mine.new_empty(2 * len(self.counts), mine.shape[1])
-        dist.all_gather_into_tensor(every, mine, group=resolve(self.group))
+        all_gather(every, mine, group=resolve(self.group))
         shares = (self.counts / self.counts.sum()).to(mine.dtype)[:, None]
         means, variances = every[::2], every[1::2]
         torch.sum(means * shares, 0, out=mean)
@@ -35,7 +38,7 @@ class Synchronisation(NamedTuple):
     def average(self, slope: Tensor, offset: Tensor) -> None:
         """Turns sums over a process's values [C] into means over the values of all, in place."""
         both = torch.stack([slope, offset])
-        dist.all_reduce(both, group=resolve(self.group))
+        all_reduce(both, group=resolve(self.group))
         both /= self.counts.sum().to(both.dtype)
         slope.copy_(both[0])
         offset.copy_(both[1])
@@ -58,7 +61,7 @@ def group_of(norm: nn.Module) -> str:
     return "" if dist.get_world_size(group) == 1 else str(group.group_name)
 
 
-def group_of_all(norms: list[nn.BatchNorm2d]) -> str:
+def group_of_all(norms: Sequence[nn.Module]) -> str:
     """The group of norms that share statistics. Raises ValueError if they take them in several groups."""
     groups = {group_of(norm) for norm in norms if norm.training}
     if len(groups) > 1:
@@ -75,5 +78,5 @@ def exchange_counts(count: int, group: str, like: Tensor) -> Tensor | None:
         return None
     mine = torch.tensor([count], dtype=torch.float64, device=like.device)
     counts = mine.new_empty(dist.get_world_size(resolve(group)))
-    dist.all_gather_into_tensor(counts, mine, group=resolve(group))
+    all_gather(counts, mine, group=resolve(group))
     return counts

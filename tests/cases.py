@@ -51,7 +51,7 @@ def randomise(model, seed=0):
 
 
 def norms_of(model):
-    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def make_pair(seed=0, dtype=torch.float64, mode="train", **arguments):

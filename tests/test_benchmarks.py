@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -14,11 +15,12 @@ import pytest
 import torch
 from torch._functorch import config as functorch_config
 
-from benchmarks import cells, implementations, report, run
+from benchmarks import cells, implementations, report, run, segmentation
 from benchmarks import results as results_file
 from benchmarks.cells import COMPILED, INFERENCE_ONLY, Cell, Variant, measure_memory, measure_times, variants_of
 from benchmarks.implementations import IMPLEMENTATIONS, build
 from benchmarks.runtimes import ExportedNetwork
+from densenet_efficient.measure import make_step
 
 EAGER = [name for name in IMPLEMENTATIONS if name not in (*COMPILED, *INFERENCE_ONLY)]
 KEY = {
@@ -279,6 +281,8 @@ def published(tmp_path: Path) -> tuple[Path, list[str]]:
     rates = {"step_flops": 7.5e9, "product_rate": 2e11, "copy_rate": 2e10}
     roofline = {"header": HEADER, "rows": [step | rates | {"lines": lines}]}
     results_file.save(folder / "machine-roofline.json", roofline)
+    row = {"model": "fc-tiny", "size": [18, 24], "dtype": "float32", "batches": [1, 2], "naive": 80.0, "ours": 20.0}
+    results_file.save(folder / "machine-segmentation.json", {"header": HEADER, "rows": [row]})
     readme = tmp_path / "README.md"
     sections = [f"<!-- benchmarks:begin {name} -->\nold\n<!-- benchmarks:end -->\n" for name in report.SECTIONS]
     readme.write_text("before\n" + "between\n".join(sections) + "after\n")
@@ -294,11 +298,33 @@ def test_the_report_fills_the_sections_and_then_checks(published: tuple[Path, li
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert text.count("between\n") == 4
+    assert text.count("between\n") == len(report.SECTIONS) - 1
     assert "old" not in text
     readme.write_text(text.replace("62 ms", "61 ms"))
     with pytest.raises(SystemExit, match="does not match the results files"):
         report.main(["--check", *arguments])
+
+
+def test_the_memory_of_segmentation(published: tuple[Path, list[str]]) -> None:
+    readme, arguments = published
+    report.main(arguments)
+    assert "| fc-tiny | 18x24 | float32 | 80 | 20 | 4.0x |" in readme.read_text().splitlines()
+
+
+def test_segmentation_measures_both_implementations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory, here by a stand-in, per image of the size asked for; both take a step."""
+
+    def memory(factory: str, arguments: Any, input_shape: tuple[int, int, int], *_: Any, **__: Any) -> float:
+        module, name = factory.split(":")
+        model = getattr(importlib.import_module(module), name)(**arguments)
+        assert make_step(model, input_shape, 1)().isfinite()
+        return {"NaiveFCDenseNet": 80.04, "FCDenseNet": 20.0}[name]
+
+    monkeypatch.setattr(segmentation, "peak_memory_per_image", memory)
+    path = tmp_path / "machine-segmentation.json"
+    segmentation.main(["--models", "fc-densenet56", "--size", "32", "64", "--output", str(path)])
+    [row] = json.loads(path.read_text())["rows"]
+    assert (row["model"], row["size"], row["naive"], row["ours"]) == ("fc-densenet56", [32, 64], 80.0, 20.0)
 
 
 def test_the_tables_compare_with_the_best_of_torchvision(published: tuple[Path, list[str]]) -> None:
@@ -312,8 +338,21 @@ def test_the_tables_compare_with_the_best_of_torchvision(published: tuple[Path, 
     figures = next(line for line in lines if line.startswith("Some CPU"))
     for fact in ("2 cores", "AVX512", "torch 2.14.1", "0123456789ab", "2026-01-31", "ours-none 3.2 s"):
         assert fact in figures
-    assert lines.count("Not measured yet on a GPU.") == 2
+    assert lines.count("Not measured yet on a GPU.") == 3
     assert lines.count("Not measured yet on a CPU.") == 1  # the fixture has no inference
+
+
+def test_the_summary_has_a_line_per_workload(published: tuple[Path, list[str]]) -> None:
+    readme, arguments = published
+    results = json.loads((readme.parent / "results" / "machine.json").read_text())
+    for implementation, step_ms in {"torchvision": 40.0, "openvino": 20.0, "ours-none": 15.0}.items():
+        results_file.record(results, KEY | {"task": "infer", "implementation": implementation}, step_ms=step_ms)
+    results_file.save(readme.parent / "results" / "machine.json", results)
+    report.main(arguments)
+    lines = readme.read_text().splitlines()
+    workload = f"{KEY['model']}, {KEY['dtype']}, batch {KEY['batch']}, {KEY['size']}x{KEY['size']}"
+    assert f"| {workload} | 100 ms | 62 ms | 0.62 | 72 ms | 0.72 | 200.0 | 25.0 (8.0x less) |  |" in lines
+    assert f"| {workload} | 40 ms | 20 ms (openvino) | 15 ms | 0.75 |" in lines
 
 
 def test_the_roofline_stands_in_the_document(published: tuple[Path, list[str]]) -> None:

@@ -2,49 +2,61 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
 import torch
 from cases import LEVELS, MODES, VARIANTS, assert_close, loss_of, make_images, make_pair, needs_native, state_of, step
 from kernel_cases import Factory, cast
-from torch.autograd import forward_ad
 
 from densenet_efficient.kernels import CONTRACT
 from densenet_efficient.operators import dense_stage, dense_stage_backward, stem, stem_backward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-IMAGES, CHANNELS, GROWTH_RATE, WIDTH, LAYERS, HEIGHT, BREADTH = 2, 3, 2, 4, 2, 3, 5
-EXITS = ["transition", "head", "none"]
+IMAGES, CHANNELS, GROWTH_RATE, WIDTH, LAYERS = 2, 3, 2, 4, 2
+EXITS = ["transition", "transition down", "head", "none"]
 
 
 class StageArguments:
     """Those of `dense_stage` for a small stage; ``frozen``: the second norm1 and the exit's use running statistics."""
 
     def __init__(
-        self, bottleneck=True, stage_exit="transition", frozen=False, dropout=False, save=False, evaluation=False
+        self,
+        bottleneck=True,
+        stage_exit="transition",
+        frozen=False,
+        dropout=False,
+        save=False,
+        evaluation=False,
+        size=(3, 5),
+        dilation=1,
     ):
         self.generator = torch.Generator().manual_seed(0)
         self.bottleneck, self.exit, self.frozen, self.save = bottleneck, stage_exit, frozen, save
-        self.x = self.normal(IMAGES, CHANNELS, HEIGHT, BREADTH)
+        self.x = self.normal(IMAGES, CHANNELS, *size)
+        self.dilations = [dilation] * LAYERS
+        one, three = [1] * len(size), [3] * len(size)
         total = CHANNELS + LAYERS * GROWTH_RATE
         self.parameters, self.running, self.uses_running = [], [], []
         for index in range(LAYERS):
             channels = CHANNELS + index * GROWTH_RATE
             self.add_norm(self.parameters, channels, evaluation or (frozen and index == 1))
             if bottleneck:
-                self.parameters.append(self.normal(WIDTH, channels, 1, 1))
+                self.parameters.append(self.normal(WIDTH, channels, *one))
                 self.add_norm(self.parameters, WIDTH, evaluation)
             channels = WIDTH if bottleneck else channels
-            self.parameters.append(self.normal(GROWTH_RATE, channels, 3, 3))
+            self.parameters.append(self.normal(GROWTH_RATE, channels, *three))
         self.exit_parameters = []
         if stage_exit != "none":
             self.add_norm(self.exit_parameters, total, evaluation or frozen)
-        if stage_exit == "transition":
-            self.exit_parameters.append(self.normal(4, total, 1, 1))
-        rows = IMAGES * HEIGHT * BREADTH
+        if stage_exit.startswith("transition"):
+            self.exit_parameters.append(self.normal(4, total, *one))
+        rows = IMAGES * math.prod(size)
         kept = [torch.rand(rows, GROWTH_RATE, generator=self.generator) > 0.3 for _ in range(LAYERS)]
+        if stage_exit == "transition down":
+            kept.append(torch.rand(rows, 4, generator=self.generator) > 0.3)
         self.masks, self.drop_rate = (kept, 0.3) if dropout else ([], 0.0)
 
     def normal(self, *shape):
@@ -63,7 +75,7 @@ class StageArguments:
     @property
     def values(self):
         epsilons = [1e-5] * len(self.uses_running)
-        return [epsilons, self.uses_running, self.bottleneck, self.exit, self.drop_rate]
+        return [epsilons, self.uses_running, self.bottleneck, self.dilations, self.exit, self.drop_rate]
 
     def with_tensors(self, x, *tensors):
         """The operator's arguments, with these as its differentiable ones."""
@@ -87,7 +99,11 @@ STAGES = {
     "frozen-head": StageArguments(stage_exit="head", frozen=True, save=True),
     "evaluation": StageArguments(evaluation=True),
     "dropout": StageArguments(dropout=True),
+    "dropout-down": StageArguments(bottleneck=False, stage_exit="transition down", dropout=True),
     "plain-dropout": StageArguments(bottleneck=False, dropout=True, save=True),
+    "1D": StageArguments(size=(6,), save=True),
+    "3D": StageArguments(size=(3, 2, 3)),
+    "dilated": StageArguments(dilation=2),
 }
 every_stage = pytest.mark.parametrize("arguments", STAGES.values(), ids=STAGES)
 
@@ -102,20 +118,30 @@ def test_gradcheck_of_a_stage(backend, arguments):
     assert torch.autograd.gradcheck(out_and_features, arguments.requiring_grad())
 
 
-def stem_arguments(frozen=False, save=False):
+def stem_arguments(frozen=False, save=False, size=(11, 14)):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 3, 11, 14), (4, 3, 7, 7), (4,), (4,)]
+    dims = len(size)
+    shapes = [(2, 3, *size), (4, 3, *[7] * dims), (4,), (4,)]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     running = [tensors[2] * 0.1, tensors[3].square() + 0.5] if frozen else []
-    return tensors, (running, [2, 2], [3, 3], 1e-5, save)
+    return tensors, (running, [2] * dims, [3] * dims, 1e-5, save)
 
 
-@pytest.mark.parametrize("save", [True, False])
-@pytest.mark.parametrize("frozen", [True, False])
-def test_gradcheck_of_the_stem(backend, frozen, save):
-    tensors, values = stem_arguments(frozen, save)
+every_stem = pytest.mark.parametrize(
+    ("frozen", "save", "size"),
+    [
+        *[(frozen, save, (11, 14)) for frozen in (True, False) for save in (True, False)],
+        (False, True, (13,)),
+        (False, False, (5, 4, 7)),
+    ],
+)
+
+
+@every_stem
+def test_gradcheck_of_the_stem(backend, frozen, save, size):
+    tensors, values = stem_arguments(frozen, save, size)
     tensors = [tensor.requires_grad_() for tensor in tensors]
-    assert torch.autograd.gradcheck(lambda *tensors: stem(*tensors, *values)[0], tensors)
+    assert torch.autograd.gradcheck(lambda *tensors: stem(*tensors, *values)[0], tensors, fast_mode=len(size) == 3)
 
 
 @every_stage
@@ -139,10 +165,9 @@ def test_opcheck_of_the_backward_of_a_stage(backend, arguments, needed):
     torch.library.opcheck(dense_stage_backward, (out_grad, features_grad, *saved, *groups, *arguments.values, wanted))
 
 
-@pytest.mark.parametrize("save", [True, False])
-@pytest.mark.parametrize("frozen", [True, False])
-def test_opcheck_of_the_stem(backend, frozen, save):
-    tensors, values = stem_arguments(frozen, save)
+@every_stem
+def test_opcheck_of_the_stem(backend, frozen, save, size):
+    tensors, values = stem_arguments(frozen, save, size)
     torch.library.opcheck(stem, (*[tensor.clone().requires_grad_() for tensor in tensors], *values))
     out, *saved = stem(*tensors, *values)
     x, *parameters = tensors
@@ -218,8 +243,8 @@ def test_every_operator_is_checked_above():
     """Against the registry, so that a new operator cannot be forgotten."""
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "densenet_efficient" in name}
     ours = {"dense_stage", "dense_stage_backward", "stem", "stem_backward"}
-    measured = {"cpu_product_rate"}  # in test_roofline.py
-    assert registered <= ours | set(CONTRACT) | {*inference_arguments(), "packed_weight"} | measured
+    without_tensors = {"cpu_product_rate", "return_freed_memory"}  # in test_roofline.py, test_measure.py
+    assert registered <= ours | set(CONTRACT) | {*inference_arguments(), "packed_weight"} | without_tensors
     assert ours <= registered
 
 
@@ -322,15 +347,3 @@ def test_a_second_derivative_of_the_parameters_is_refused(backend):
     gradients = torch.autograd.grad(loss_of(model(make_images(2, 3, 33, 47))), parameters, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         sum(gradient.square().sum() for gradient in gradients).backward()
-
-
-def test_transforms_that_the_operators_lack_are_refused(backend):
-    """Forward-mode derivatives, torch.func.grad and vmap raise; none gives a wrong result."""
-    _, model = make_pair(mode="eval")
-    images = make_images(2, 3, 33, 47)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        model(forward_ad.make_dual(images, torch.ones_like(images)))
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda images: model(images).sum())(images)
-    with pytest.raises(RuntimeError, match="Batching rule"):
-        torch.func.vmap(model)(images.unsqueeze(0))

@@ -106,5 +106,5 @@ def test_variants_are_dense(bottleneck, small_inputs, block_config):
 def test_stands_alone():
     imports = [node for node in ast.walk(ast.parse(inspect.getsource(reference))) if isinstance(node, ast.ImportFrom)]
     modules = {node.module.split(".")[0] for node in imports}
-    assert modules == {"__future__", "collections", "torch"}
+    assert modules == {"__future__", "collections", "torch", "typing"}
     assert all(node.level == 0 for node in imports)

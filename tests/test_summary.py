@@ -244,3 +244,26 @@ def test_the_smallest_size_is_the_smallest_that_runs(small_inputs, minimum):
         model(torch.randn(1, 3, minimum - 1, minimum))
     with pytest.raises(ValueError, match=f"{minimum}x{minimum}"):
         summarize(model, (1, 3, minimum - 1, minimum))
+
+
+@pytest.mark.parametrize(("dims", "size"), [(1, 256), (3, 32)])
+def test_other_dimensions(dims, size):
+    """Parameters and multiply-adds as counted by running the naive model."""
+    arguments = {"growth_rate": 4, "block_config": (2, 2), "num_init_features": 8, "num_classes": 5}
+    with torch.device("meta"):
+        model = EfficientDenseNet(**arguments, spatial_dims=dims)
+    shape = (2, 3, *[size] * dims)
+    total = total_costs(summarize(model, shape))
+    assert total.parameters == sum(parameter.numel() for parameter in model.parameters())
+    naive, counted = NaiveDenseNet(**arguments, spatial_dims=dims), []
+    for module in naive.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv3d | nn.Linear):
+            module.register_forward_hook(
+                lambda module, _, out: counted.append(out.numel() // out.shape[1] * module.weight.numel())
+            )
+    naive(torch.zeros(shape))
+    assert total.multiply_adds == sum(counted)
+    with pytest.raises(ValueError, match=r"is not \(N, C, (L\), three|D, H, W\), five) positive sizes"):
+        summarize(model, (2, 3, 64, 64))
+    with pytest.raises(ValueError, match=r"too small, this topology needs at least \d+(x\d+x\d+)? pixels"):
+        summarize(model, (2, 3, *[1] * dims))

@@ -269,6 +269,9 @@ def test_copies_are_whole(duplicate):
         ({"compression": 0.0}, ValueError),
         ({"compression": 1.1}, ValueError),
         ({"compression": 0.01}, ValueError),  # leaves a transition of this network no channel
+        ({"norm_eps": "small"}, TypeError),
+        ({"norm_eps": 0.0}, ValueError),
+        ({"norm_eps": float("nan")}, ValueError),
         ({"checkpointing": "everything"}, ValueError),
         ({"checkpointing": ""}, ValueError),
     ],

@@ -30,6 +30,7 @@ void conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, const Te
   arguments.scale = scale.const_data_ptr();
   arguments.shift = shift.const_data_ptr();
   arguments.weight = dense_weight.const_data_ptr();
+  arguments.channels_last = !dense_weight.is_contiguous();
   arguments.out = out.data_ptr();
   arguments.out_stride = out.stride(0);
   arguments.mean = optional_vector(mean, "mean", outputs, x);
@@ -66,10 +67,12 @@ void conv3x3_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mea
   arguments.scale = scale.const_data_ptr();
   arguments.shift = shift.const_data_ptr();
   arguments.weight = dense_weight.const_data_ptr();
+  arguments.channels_last = !dense_weight.is_contiguous();
   arguments.grad = grad ? grad->data_ptr() : nullptr;
   arguments.grad_stride = grad ? grad->stride(0) : 0;
   arguments.accumulate = accumulate;
   arguments.grad_weight = optional_grad_weight(grad_weight, weight, x);
+  arguments.grad_channels_last = grad_weight && !grad_weight->is_contiguous();
   arguments.sum_grad = optional_vector(sum_grad, "sum_grad", channels, x);
   arguments.sum_grad_x = optional_vector(sum_grad_x, "sum_grad_x", channels, x);
   DISPATCH_CAPABILITY(bn_relu_conv3x3_backward)(arguments);

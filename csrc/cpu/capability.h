@@ -9,9 +9,9 @@
 
 // Every kernel exists once in each of these namespaces, in ascending order; the flags stand in setup.py.
 #if defined(WITH_CPU_CAPABILITY_AMX)
-#define FOR_EACH_CPU_CAPABILITY(apply, ...)                                       \
-  apply(DEFAULT, __VA_ARGS__) apply(AVX2, __VA_ARGS__) apply(AVX512, __VA_ARGS__) \
-      apply(AVX512_BF16, __VA_ARGS__) apply(AMX, __VA_ARGS__)
+#define FOR_EACH_CPU_CAPABILITY(apply, ...)                                                                       \
+  apply(DEFAULT, __VA_ARGS__) apply(AVX2, __VA_ARGS__) apply(AVX512, __VA_ARGS__) apply(AVX512_BF16, __VA_ARGS__) \
+      apply(AMX, __VA_ARGS__)
 #else
 #define FOR_EACH_CPU_CAPABILITY(apply, ...) apply(DEFAULT, __VA_ARGS__)
 #endif

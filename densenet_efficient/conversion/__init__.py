@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..models import check_level
+from ..argument_checks import check_level
 from .modules import Converted, ConvertedBlock, replace_class, restore_class
 from .report import Entry, Report
 from .survey import Survey, searched_classes
@@ -13,14 +13,18 @@ __all__ = ["Entry", "Report", "convert", "revert"]
 
 
 def convert(model: nn.Module, checkpointing: str = "bottleneck") -> Report:
-    """Makes every DenseNet in ``model`` train with little memory, in place: torchvision's, timm's, MONAI's (2D) or
-    torchxrayvision's, whole or as a part of a detector, a U-Net, a Lightning module.
+    """Makes every DenseNet in ``model`` train with little memory, in place: torchvision's, timm's, MONAI's or
+    torchxrayvision's, or one written after torchvision's, in one, two or three dimensions, whole or as a part of a
+    detector, a U-Net, a Lightning module.
 
     Modules keep their children, parameters, buffers and hooks, the same objects under the same names: optimizers, EMA
     copies and state_dicts stay valid. Only the classes of blocks, of sequences that hold them, and of networks become
     subclasses with another forward. A block that is changed or hooked later runs through its modules, and says so once.
     timm's ``set_grad_checkpointing`` sets the level afterwards; torchvision's ``memory_efficient`` has no effect.
     A model that is converted already only gets the level.
+
+    A block of another library or of your own is taken where its children are named as torchvision's and its forward,
+    tried on a copy with random weights and images, gives what a dense block gives.
 
     Args:
         model: any module that is or contains a DenseNet.

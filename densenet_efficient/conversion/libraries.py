@@ -11,6 +11,7 @@ from torch import nn
 from .. import fusion
 from ..fusion import LayerParts
 
+DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)  # MONAI's of one, two and three dimensions
 IN_ORDER = ["norm1", "relu1", "conv1", "norm2", "relu2", "conv2"]
 
 
@@ -61,11 +62,11 @@ def _in_layers(layer: nn.Module) -> LayerParts | str:
         return ".layers has other modules than norms, ReLUs, convolutions and dropout, or in another order"
     if dropout is None:
         return fusion.read_layer(modules, 0.0, layer.training)
-    if not isinstance(dropout, nn.Dropout2d) or type(dropout) is not nn.Dropout2d or fusion.is_observed(dropout):
+    if type(dropout) not in DROPOUTS or fusion.is_observed(dropout):
         return ".layers.dropout is replaced or observed"
-    parts = fusion.read_layer(modules, dropout.p, dropout.training)
+    parts = fusion.read_layer(modules, cast(nn.Dropout, dropout).p, dropout.training)
     if not isinstance(parts, str):
-        parts.drops_channels = True
+        parts.drops_channels = type(dropout) is not nn.Dropout
     return parts
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .. import fusion
 from ..fusion import LayerParts
-from ..modules import StageBlock, is_last_norm, run_children, run_stage, run_stem, saves_conv, take_stage
-from .libraries import Library, library_of_block
+from ..modules import StageBlock, is_last_norm, run_children, run_named_children, take_stage
+from .clones import read_clone
+from .libraries import library_of_block
 
 
 class Converted(nn.Module):
@@ -56,15 +57,14 @@ class ConvertedBlock(Converted, StageBlock):
 
     def read(self) -> list[LayerParts] | str:
         """The layers as the operator takes them, or what is in the way."""
-        return fusion.read_block(self, self._library.read_layer)
+        library = library_of_block(type(self))
+        if library is None:
+            return read_clone(self, type(self).__bases__[1])
+        return fusion.read_block(self, library.read_layer)
 
     def forward_by_layers(self, x: Tensor) -> Tensor:
         """The original forward."""
         return cast(Tensor, super(StageBlock, self).forward(x))
-
-    @property
-    def _library(self) -> Library:
-        return cast(Library, library_of_block(type(self)))
 
 
 class ConvertedSequential(Converted):
@@ -79,7 +79,12 @@ class ConvertedSequential(Converted):
     def pooled(self, x: Tensor) -> Tensor | None:
         """relu(forward(x)) averaged over each image, [N, C]; None, with nothing run, where no operator gives that."""
         children = list(cast(nn.Sequential, self))
-        if len(children) < 2 or fusion.is_traced(x) or fusion.is_observed(self) or not is_last_norm(children[-1]):
+        if (
+            len(children) < 2
+            or fusion.tracer(x, self.training)
+            or fusion.is_observed(self)
+            or not is_last_norm(children[-1])
+        ):
             return None
         if take_stage(children[-2:], with_head=True) is None:
             return None
@@ -105,6 +110,7 @@ class ConvertedTorchvision(Converted):
 class ConvertedTimm(Converted):
     """timm's DenseNet, whose last norm and average pooling join the last block."""
 
+    feature_ends: list[int]  # positions in features, of what feature_info lists
     features: nn.Module
     global_pool: nn.Module
     head_drop: nn.Module
@@ -126,9 +132,30 @@ class ConvertedTimm(Converted):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """timm's switch: on means the level "bottleneck", off "none"."""
         super().set_grad_checkpointing(enable)  # type: ignore[misc]
-        for module in self.modules():
-            if isinstance(module, ConvertedBlock):
-                module.checkpointing = "bottleneck" if enable else "none"
+        switch_level(self, enable)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """timm's: the features at ``indices`` of ``feature_info``, and the last ones before them unless these alone."""
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be NCHW, got {output_fmt!r}")
+        from timm.models._features import feature_take_indices
+
+        ends = self.feature_ends
+        take, last = feature_take_indices(len(ends), indices)
+        modules = list(self.features.named_children())[: ends[last] + 1 if stop_early else None]
+        wanted = {modules[ends[index]][0] for index in take if ends[index] < len(modules)}
+        end = modules[-1][0]
+        outputs = run_named_children(dict(modules), wanted | {end}, x)
+        intermediates = [output for name, output in outputs.items() if name in wanted]
+        return intermediates if intermediates_only else (outputs[end], intermediates)
 
 
 class ConvertedMonai(Converted):
@@ -155,8 +182,8 @@ def is_global_average(modules: list[nn.Module]) -> bool:
         return False
     pool, flatten = modules
     return (
-        type(pool) is nn.AdaptiveAvgPool2d
-        and pool.output_size in (1, (1, 1))
+        type(pool) in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+        and pool.output_size in (1, (1,), (1, 1), (1, 1, 1))
         and type(flatten) is nn.Flatten
         and (flatten.start_dim, flatten.end_dim) == (1, -1)
     )
@@ -167,36 +194,21 @@ def _is_relu_and_average(modules: list[nn.Module]) -> bool:
     return type(relu) is nn.ReLU and not fusion.is_observed(relu) and is_global_average(modules[1:3])
 
 
+def switch_level(model: nn.Module, enable: bool) -> None:
+    """The level of every converted block: "bottleneck", or "none" where checkpointing is switched off."""
+    for module in model.modules():
+        if isinstance(module, ConvertedBlock):
+            module.checkpointing = "bottleneck" if enable else "none"
+
+
 class ConvertedCollector(Converted):
     """A dictionary of modules that run in order, of which some outputs are returned: torchvision's and timm's."""
 
     return_layers: dict[str, Any]  # what each wanted output is called, by the name of its module
 
     def _features(self, x: Tensor) -> OrderedDict[Any, Tensor]:
-        wanted: OrderedDict[Any, Tensor] = OrderedDict()
-        remaining = list(cast(nn.ModuleDict, self).items())
-        while remaining:
-            outputs = self._run_some(remaining, x)
-            for (name, _), x in zip(remaining, outputs, strict=False):
-                if name in self.return_layers:
-                    wanted[self.return_layers[name]] = x
-            remaining = remaining[len(outputs) :]
-        return wanted
-
-    def _run_some(self, remaining: list[tuple[str, nn.Module]], x: Tensor) -> list[Tensor]:
-        """The outputs of as many modules as one operator takes; the stem's inner ones, unwanted, are not computed."""
-        names, modules = [name for name, _ in remaining], [module for _, module in remaining]
-        if fusion.is_traced(x):
-            return [modules[0](x)]
-        stage = take_stage(modules, with_head=False)
-        if stage is not None:
-            out, features = run_stage(*stage, x)
-            return [features, out]
-        stem = fusion.take_stem(modules)
-        inside = len(modules) - len(stem[2]) - 1 if stem is not None else 0
-        if stem is None or self.return_layers.keys() & set(names[:inside]):
-            return [modules[0](x)]
-        return [x] * inside + [run_stem(stem[0], stem[1], x, saves_conv(modules))]
+        outputs = run_named_children(dict(self.named_children()), self.return_layers, x)
+        return OrderedDict((self.return_layers[name], output) for name, output in outputs.items())
 
 
 class ConvertedLayerGetter(ConvertedCollector):
@@ -213,3 +225,7 @@ class ConvertedFeatureNet(ConvertedCollector):
 
     def _collect(self, x: Tensor) -> OrderedDict[Any, Tensor]:
         return super()._collect(x) if self.grad_checkpointing else self._features(x)  # type: ignore[misc]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """timm's switch: on means the level "bottleneck", off "none"; its own updates running statistics twice."""
+        switch_level(self, enable)

@@ -7,7 +7,10 @@ from typing import cast
 from torch import nn
 
 from .. import fusion
+from ..dimensions import Convolution
+from ..fusion import LayerParts
 from ..modules import StageBlock, is_last_norm
+from .clones import is_clone, read_clone
 from .libraries import LIBRARIES, base_class, library_of_block
 from .modules import (
     Converted,
@@ -23,9 +26,10 @@ from .report import Entry, Report
 
 # (library's module, class, the methods that must be the library's own): what a converted instance becomes
 Roles = dict[tuple[str, str, tuple[str, ...]], type[Converted]]
+TIMM_METHODS = ("forward", "forward_features", "forward_head", "forward_intermediates")
 NETWORKS: Roles = {
     ("torchvision.models.densenet", "DenseNet", ("forward",)): ConvertedTorchvision,
-    ("timm.models.densenet", "DenseNet", ("forward", "forward_features", "forward_head")): ConvertedTimm,
+    ("timm.models.densenet", "DenseNet", TIMM_METHODS): ConvertedTimm,
     ("monai.networks.nets.densenet", "DenseNet", ("forward",)): ConvertedMonai,
 }
 SEQUENCES: Roles = {
@@ -70,17 +74,21 @@ class Survey:
             self._replace(module, "converted already")
         elif isinstance(module, StageBlock):
             self.own_blocks.append(self.paths[module])
+        elif library is None and is_clone(module):
+            self._judge(module, read_clone(module, type(module), try_anew=True))
         elif library is not None:
             block = cast(type, base_class(type(module), library.module, library.block))
             if not has_methods_of(module, block, ("forward",)):
                 self._leave(module, f"its forward is not that of {library.name}'s {library.block}")
                 return
-            layers = fusion.read_block(module, library.read_layer)
-            if isinstance(layers, str):
-                self._leave(module, layers)
-            else:
-                self.roles[module] = ConvertedBlock
-                self._replace(module, f"{len(layers)} layers over one storage")
+            self._judge(module, fusion.read_block(module, library.read_layer))
+
+    def _judge(self, block: nn.Module, layers: list[LayerParts] | str) -> None:
+        if isinstance(layers, str):
+            self._leave(block, layers)
+        else:
+            self.roles[block] = ConvertedBlock
+            self._replace(block, f"{len(layers)} layers over one storage")
 
     def _look_at_parent(self, parent: nn.Module) -> None:
         """The neighbours of converted blocks, and their parent where it is known to run its children in order."""
@@ -93,7 +101,7 @@ class Survey:
             follows_block = index > 0 and children[index - 1] in self.roles
             if follows_block and isinstance(child, nn.Sequential) and child not in self.roles:
                 self._look_at_transition(child, role, parent)
-        if isinstance(children[0], nn.Conv2d):
+        if isinstance(children[0], Convolution):
             self._look_at_stem(children, role, parent)
 
     def _look_at_stem(self, children: list[nn.Module], role: type[Converted] | None, parent: nn.Module) -> None:
@@ -146,9 +154,12 @@ def role_of(module: nn.Module, roles: Roles) -> type[Converted] | None:
 
 def has_methods_of(module: nn.Module, base: type, methods: tuple[str, ...]) -> bool:
     """Whether these methods of ``module`` are those of ``base``."""
-    return all(getattr(type(module), name) is getattr(base, name) and name not in vars(module) for name in methods)
+    return all(
+        getattr(type(module), name, None) is getattr(base, name, None) and name not in vars(module) for name in methods
+    )
 
 
 def searched_classes() -> str:
     """What is looked for, in words."""
-    return ", ".join(f"{library.name}'s {library.block} ({library.module})" for library in LIBRARIES)
+    known = [f"{library.name}'s {library.block} ({library.module})" for library in LIBRARIES]
+    return ", ".join([*known, "and blocks whose children are named denselayer1, denselayer2, ..."])

@@ -1,6 +1,7 @@
 """The contract of the operations, and the choice of the backend that carries them out.
 
-A backend is a module with the functions listed in `CONTRACT`; `dense_block.py` and `stem.py` are written once, over it.
+A backend is a module with the functions listed in `CONTRACT`; `dense_block.py` and `stem.py` are written once, over it,
+and `spatial.py` makes the operations of one and three dimensions, of other kernel sizes and of dilations out of it.
 
 Conventions, the same for every backend:
 
@@ -9,7 +10,8 @@ Conventions, the same for every backend:
 - ``scale = gamma * rstd`` and ``shift = beta - mean * scale``, statistics and sums: 1-D, of `accumulation_dtype`
   (but `batch_norm_affine` takes statistics and parameters of any floating dtype).
 - ``weight``: the convolution's own tensor [K, C, 1, 1] or [K, C, 3, 3], of any floating dtype (autocast keeps float32
-  weights beside bfloat16 activations); ``grad_weight`` has its shape and `accumulation_dtype`.
+  weights beside bfloat16 activations); ``grad_weight`` has its shape and `accumulation_dtype`. Both are contiguous or
+  channels-last.
 - Python allocates, the kernel fills what it is given. A statistic, sum or gradient that nobody needs is None.
 - ``g`` below is the gradient of the convolution's (or pooling's) input, masked by the ReLU:
   ``sum_grad = sum over M of g`` and ``sum_grad_x = sum over M of g * (x - mean)``, hence
@@ -48,12 +50,23 @@ BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "cuda": cuda}  # triton joins when first used
 DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by type of device, the best first
 
+KEPT_UP_TO = 2**25  # bytes of a block that the GNU C library keeps for the process when it is freed
+
 _announced: set[str] = set()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and sums for activations of ``dtype``: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def return_freed_memory(next_buffer: torch.Tensor) -> None:
+    """Before the peak: gives freed memory of the CPU back to the system, where the next buffer is like this large one.
+
+    Smaller ones are better served by memory that the process keeps.
+    """
+    if next_buffer.nbytes >= KEPT_UP_TO and next_buffer.device.type == "cpu" and cpu.is_available():
+        torch.ops.densenet_efficient.return_freed_memory()
 
 
 def backend_name(device: torch.device | str) -> str:

@@ -20,8 +20,8 @@ from torchmetrics.classification import (
 )
 from torchvision.transforms import v2
 
+from densenet_efficient.dimensions import BatchNorm
 from densenet_efficient.models import create_model
-from densenet_efficient.synchronisation import BATCH_NORMS
 from densenet_efficient.training.checkpoint import ENTRY, SavedClassifier, check_class_names, describe_classifier
 from densenet_efficient.training.data import Task
 from densenet_efficient.training.parameter_groups import parameter_groups
@@ -112,7 +112,7 @@ class Classifier(LightningModule):
         if Path(weights).exists():
             notes = load_weights(self.model, weights)
         else:
-            from densenet_efficient.weights import download, find_weights
+            from densenet_efficient.weights.from_torchvision import download, find_weights
 
             notes = load_weights(self.model, download(find_weights(network, weights)))
         for note in notes:
@@ -147,7 +147,7 @@ class Classifier(LightningModule):
             self.model.features.eval()
         elif self.frozen_batch_norm:
             for module in self.model.modules():
-                if isinstance(module, BATCH_NORMS):
+                if isinstance(module, BatchNorm):
                     module.eval()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -18,7 +18,7 @@ template <typename T>
 constexpr int64_t kMicroRows = kProductRows<T> > 1 ? kProductRows<T> : 6;
 template <typename T>
 constexpr int64_t kMostRows = kProductRows<T> > 1 ? 64 : 72;  // of a tile
-constexpr int64_t kDepth = 512;    // channels per product: the activations of a tile stay in the second-level cache
+constexpr int64_t kDepth = 512;  // channels per product: the activations of a tile stay in the second-level cache
 
 // The rows of a tile when ``rows`` are cut into an even number of tiles, about equal; few tiles are cut exactly.
 template <typename T>

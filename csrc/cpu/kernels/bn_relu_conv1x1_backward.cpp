@@ -25,18 +25,19 @@ constexpr int64_t kTileRows = kTiled<T> ? 256 : 112;
 template <typename T>
 constexpr int64_t kStepRows = kTiled<T> ? 32 : 28;
 
-// How a backward is cut into tasks: groups of rows by spans of channels. By shape alone, so that sums have one order.
+// How a backward is cut into tasks: groups of rows by spans of channels. The groups follow from the shape alone, so
+// that sums have one order; a span has its own sums, so that there are no more of them than threads need.
 struct Tasks {
   int64_t group_rows, groups, tile_rows, tiles, span, spans;
 
   Tasks(int64_t rows, int64_t channels, int64_t most_rows, int64_t multiple) {
-    constexpr int64_t rows_of_a_group = 800, most_groups = 32, wanted = 8;
+    constexpr int64_t rows_of_a_group = 800, most_groups = 32;
     const int64_t parts = std::min(most_groups, round_up(ceil_div(rows, rows_of_a_group), 2));
     group_rows = rows < rows_of_a_group ? std::max<int64_t>(rows, 1) : ceil_div(rows, parts);
     groups = ceil_div(rows, group_rows);
     tile_rows = round_up(ceil_div(group_rows, ceil_div(group_rows, most_rows)), multiple);
     tiles = ceil_div(group_rows, tile_rows);  // of a group
-    spans = groups < wanted / 2 ? wanted / std::max<int64_t>(groups, 1) : 1;
+    spans = ceil_div(at::get_num_threads(), std::max<int64_t>(groups, 1));
     span = round_up(ceil_div(channels, spans), kPanel);
     spans = ceil_div(channels, span);
   }
@@ -159,13 +160,13 @@ class Backward {
 
  private:
   struct Rows {
-    int64_t first, count;
+    int64_t group, tile, first, count;
   };
 
   Rows rows_of(int64_t group, int64_t tile) const {
     const int64_t last = std::min(p_.rows, (group + 1) * tasks_.group_rows);
     const int64_t first = std::min(last, group * tasks_.group_rows + tile * tasks_.tile_rows);
-    return {first, std::min(tasks_.tile_rows, last - first)};
+    return {group, tile, first, std::min(tasks_.tile_rows, last - first)};
   }
 
   // Few rows of many channels: several tasks need the same finished gradient, which is small.
@@ -206,10 +207,15 @@ class Backward {
     const int64_t column = within ? c + kPanel : first, columns = std::min(kPanel, last - column);
     prefetch.add(x + ahead.first * p_.x_stride + column, p_.x_stride, ahead.count, columns);
     prefetch.add(grad ? grad + ahead.first * p_.grad_stride + column : nullptr, p_.grad_stride, ahead.count, columns);
-    if (c == first && shared_.empty()) {
+    if (c > first) return;
+    if (shared_.empty()) {
       const auto *out_grad = static_cast<const S*>(p_.out_grad), *out = static_cast<const S*>(p_.out);
       prefetch.add(out_grad + next.first * p_.out_grad_stride, p_.out_grad_stride, next.count, p_.outputs);
       prefetch.add(out + next.first * p_.out_stride, p_.out_stride, next.count, p_.outputs);
+    } else if (next.count > 0) {
+      const auto& finished = shared_[next.group * tasks_.tiles + next.tile];
+      prefetch.add(finished.rows.get(), finished.stride, next.count, p_.outputs);
+      prefetch.add(finished.transposed.get(), finished.transposed_stride, p_.outputs, next.count);
     }
   }
 

@@ -45,7 +45,7 @@ void forward(const Conv3x3Forward& p) {
   const ImageTiles tiles(p.images, p.height, p.width);
   const Scratch<T> packed_here(p.packed ? 0 : ForwardWeight<T>::packed_size(p.outputs, p.channels));
   if (!p.packed) {
-    ForwardWeight<T>::pack(static_cast<const A*>(p.weight), p.outputs, p.channels, packed_here.get());
+    ForwardWeight<T>::pack(static_cast<const A*>(p.weight), p.outputs, p.channels, p.channels_last, packed_here.get());
   }
   const ForwardWeight<T> weight(p.packed ? static_cast<const T*>(p.packed) : packed_here.get(), p.outputs, p.channels);
   TileStatistics<A> statistics(p.mean ? tiles.tiles() : 0, p.outputs);
@@ -108,7 +108,8 @@ int64_t conv3x3_packed_bytes(c10::ScalarType dtype, int64_t channels, int64_t ou
 
 void pack_conv3x3(c10::ScalarType dtype, const void* weight, int64_t channels, int64_t outputs, void* packed) {
   dispatch_product(dtype, [&]<typename S, typename T>() {
-    ForwardWeight<T>::pack(static_cast<const Accumulate<S>*>(weight), outputs, channels, static_cast<T*>(packed));
+    ForwardWeight<T>::pack(static_cast<const Accumulate<S>*>(weight), outputs, channels, false,
+                           static_cast<T*>(packed));
   });
 }
 

@@ -15,7 +15,8 @@ struct Conv3x3Forward {
   int64_t x_stride;
   int64_t images, height, width, channels, outputs;
   const void *scale, *shift;  // [channels], accumulation type, as all below
-  const void* weight;         // [outputs, channels, 3, 3], contiguous; not read where it is given packed
+  const void* weight;         // [outputs, channels, 3, 3]; not read where it is given packed
+  bool channels_last;         // of the weight, which is contiguous otherwise
   const void* packed;         // what pack_conv3x3 has written, or null
   void* out;                  // [images * height * width, outputs]
   int64_t out_stride;
@@ -30,11 +31,13 @@ struct Conv3x3Backward {
   int64_t x_stride;
   int64_t images, height, width, channels, outputs;
   const void *mean, *scale, *shift;  // [channels]
-  const void* weight;                // [outputs, channels, 3, 3], contiguous
+  const void* weight;                // [outputs, channels, 3, 3]
+  bool channels_last;                // of the weight, which is contiguous otherwise
   void* grad;                        // as x, or null
   int64_t grad_stride;
   bool accumulate;
-  void* grad_weight;            // as weight, or null
+  void* grad_weight;  // as weight, or null
+  bool grad_channels_last;
   void *sum_grad, *sum_grad_x;  // [channels], or null where no gradient of x is needed
 };
 

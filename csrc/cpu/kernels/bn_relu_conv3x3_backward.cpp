@@ -68,7 +68,7 @@ class Backward {
       : p_(arguments),
         tiles_(p_.images, p_.height, p_.width, kPairedRows<T>),
         groups_(std::min(kMostGroups, tiles_.tiles())),
-        weight_(static_cast<const A*>(p_.weight), p_.outputs, p_.channels),
+        weight_(static_cast<const A*>(p_.weight), p_.outputs, p_.channels, p_.channels_last),
         partials_(groups_, p_.outputs, p_.channels, p_.grad_weight != nullptr) {}
 
   void run() {
@@ -232,7 +232,10 @@ class Backward {
     }
   }
 
-  void reduce_weight(int64_t output, A* taps) {
+  // ``scratch`` [9, channels] where the gradient has its taps last.
+  void reduce_weight(int64_t output, A* scratch) {
+    A* const to = static_cast<A*>(p_.grad_weight) + output * 9 * p_.channels;
+    A* const taps = p_.grad_channels_last ? to : scratch;
     for (int64_t tap = 0; tap < 9; tap++) {
       for (int64_t c = 0; c < p_.channels; c += kLanes<A>) {
         const int64_t count = p_.channels - c;
@@ -244,7 +247,7 @@ class Backward {
         store(taps + tap * p_.channels + c, total, count);
       }
     }
-    taps_last(taps, p_.channels, p_.channels, static_cast<A*>(p_.grad_weight) + output * p_.channels * 9);
+    if (!p_.grad_channels_last) taps_last(taps, p_.channels, p_.channels, to);
   }
 
   const Conv3x3Backward& p_;

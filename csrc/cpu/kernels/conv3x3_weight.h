@@ -27,13 +27,27 @@ class ChannelChunks {
   int64_t channels_;
 };
 
-// [outputs, channels * 9] turned to [channels * 9, outputs].
+// A weight [outputs, channels, 3, 3] as [outputs, 9, channels], which it is already in channels-last memory.
 template <typename A>
-Scratch<A> transposed_weight(const A* weight, int64_t outputs, int64_t channels) {
-  Scratch<A> transposed(channels * 9 * outputs);
-  transpose(weight, channels * 9, outputs, channels * 9, transposed.get(), outputs);
-  return transposed;
-}
+class TapsFirst {
+ public:
+  TapsFirst(const A* weight, int64_t outputs, int64_t channels, bool channels_last)
+      : channels_(channels), copy_(channels_last ? 0 : outputs * 9 * channels), data_(weight) {
+    if (channels_last) return;
+    for (int64_t output = 0; output < outputs; output++) {
+      taps_first(weight + output * 9 * channels, channels, copy_.get() + output * 9 * channels, channels);
+    }
+    data_ = copy_.get();
+  }
+
+  // One tap of one output, [channels]; the next output is 9 * channels elements further.
+  const A* at(int64_t output, int64_t tap) const { return data_ + (output * 9 + tap) * channels_; }
+
+ private:
+  int64_t channels_;
+  Scratch<A> copy_;
+  const A* data_;
+};
 
 // For the forward: per chunk and vertical tap, rows (horizontal tap, channel) of [outputs].
 template <typename T>
@@ -48,9 +62,13 @@ class ForwardWeight : public ChannelChunks<T> {
   }
 
   template <typename A>
-  static void pack(const A* weight, int64_t outputs, int64_t channels, T* packed) {
+  static void pack(const A* weight, int64_t outputs, int64_t channels, bool channels_last, T* packed) {
     const ForwardWeight places(packed, outputs, channels);
-    const Scratch<A> transposed = transposed_weight(weight, outputs, channels);
+    const TapsFirst<A> taps(weight, outputs, channels, channels_last);
+    const Scratch<A> transposed(9 * channels * outputs);  // [9, channels, outputs]
+    for (int64_t tap = 0; tap < 9; tap++) {
+      transpose(taps.at(0, tap), 9 * channels, outputs, channels, transposed.get() + tap * channels * outputs, outputs);
+    }
     const Scratch<A> zeros(outputs);
     std::fill_n(zeros.get(), outputs, A(0));
     for (int64_t index = 0; index < places.chunks(); index++) {
@@ -58,8 +76,8 @@ class ForwardWeight : public ChannelChunks<T> {
       for (int64_t ky = 0; ky < 3; ky++) {
         pack_gathered(3 * chunk.padded, outputs, packed + places.offset(index, ky), [&](int64_t row) -> const A* {
           const int64_t kx = row / chunk.padded, channel = row % chunk.padded;
-          return channel < chunk.channels ? transposed.get() + ((chunk.first + channel) * 9 + ky * 3 + kx) * outputs
-                                          : zeros.get();
+          if (channel >= chunk.channels) return zeros.get();
+          return transposed.get() + ((ky * 3 + kx) * channels + chunk.first + channel) * outputs;
         });
       }
     }
@@ -83,12 +101,9 @@ template <typename T>
 class BackwardWeight : public ChannelChunks<T> {
  public:
   template <typename A>
-  BackwardWeight(const A* weight, int64_t outputs, int64_t channels)
+  BackwardWeight(const A* weight, int64_t outputs, int64_t channels, bool channels_last)
       : ChannelChunks<T>(channels), outputs_(this->even(outputs)), packed_(9 * outputs_ * channels) {
-    const Scratch<A> taps_outside(9 * outputs * channels);  // [9, outputs, channels]
-    for (int64_t output = 0; output < outputs; output++) {
-      taps_first(weight + output * channels * 9, channels, taps_outside.get() + output * channels, outputs * channels);
-    }
+    const TapsFirst<A> weight_taps(weight, outputs, channels, channels_last);
     const Scratch<A> zeros(channels);
     std::fill_n(zeros.get(), channels, A(0));
     for (int64_t index = 0; index < this->chunks(); index++) {
@@ -97,8 +112,7 @@ class BackwardWeight : public ChannelChunks<T> {
         pack_gathered(3 * outputs_, chunk.channels, taps(index, vertical), [&](int64_t row) -> const A* {
           const int64_t horizontal = row / outputs_, output = row % outputs_;
           const int64_t tap = (2 - vertical) * 3 + 2 - horizontal;
-          return output < outputs ? taps_outside.get() + (tap * outputs + output) * channels + chunk.first
-                                  : zeros.get();
+          return output < outputs ? weight_taps.at(output, tap) + chunk.first : zeros.get();
         });
       }
     }

@@ -18,7 +18,9 @@ namespace densenet_efficient::CPU_CAPABILITY {
 template <typename T>
 constexpr int64_t kProductRows = std::is_same_v<T, BFloat16> ? detail::kTileRows : 1;
 template <typename T>
-constexpr int64_t kProductDepth = std::is_same_v<T, BFloat16> ? detail::kTileDepth : kPairedRows<T> ? 2 : 1;
+constexpr int64_t kProductDepth = std::is_same_v<T, BFloat16> ? detail::kTileDepth
+                                  : kPairedRows<T>            ? 2
+                                                              : 1;
 #else
 template <typename T>
 constexpr int64_t kProductRows = 1;

@@ -87,20 +87,13 @@ void multiply_columns(const Product<typename Step::T, float>& p, Prefetch& prefe
 
 template <typename Step>
 void multiply(const Product<typename Step::T, float>& p, Prefetch& prefetch) {
-  constexpr int64_t elements_of_b = 8192 * Step::depth;  // that stay in the first cache while all rows pass by
   const bool sevens = fills_blocks(p.rows);
   for (int64_t column = 0; column < p.columns;) {
     const int64_t rest = p.columns - column, width = rest >= 64 ? 64 : rest > 16 ? 32 : 16;
     const auto run = width == 64   ? (sevens ? &multiply_columns<Step, 7, 4> : &multiply_columns<Step, 6, 4>)
                      : width == 32 ? (sevens ? &multiply_columns<Step, 14, 2> : &multiply_columns<Step, 12, 2>)
                                    : &multiply_columns<Step, 12, 1>;
-    const int64_t steps = p.segments > 1 ? 1 : (p.depth * width + elements_of_b - 1) / elements_of_b;
-    for (int64_t step = 0; step < steps; step++) {
-      const int64_t begin = p.depth * step / steps / 2 * 2, end = step + 1 == steps ? p.depth : p.depth * (step + 1) / steps / 2 * 2;
-      auto part = p.first(p.rows, p.columns, end).after_columns(column);
-      if (begin > 0) part = part.after_depth(begin);
-      run(part, prefetch);
-    }
+    run(p.after_columns(column), prefetch);
     column += width;
   }
 }

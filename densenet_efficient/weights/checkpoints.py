@@ -1,0 +1,66 @@
+"""Checkpoints: files read without running what they hold, and the state_dict in them under this package's names."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..optional import needed
+from .keras_files import KERAS_SUFFIXES, read_keras
+
+CONTAINERS = ("state_dict", "model_state_dict", "model")  # under which checkpoints keep a model's state
+SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", *KERAS_SUFFIXES)
+_PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")
+_OLD_KEY = re.compile(r"(denselayer\d+\.)(?:layers\.)?(norm|relu|conv)\.?([12]\.)")
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """What a file holds: tensors by name from ``.safetensors``, a `KerasWeights` from ``.h5`` or ``.keras``, and from
+    any other what ``torch.save`` put there. No code in it is run.
+
+    Raises:
+        ImportError: the package that reads this format is not installed.
+        ValueError: the file is of another format, or holds objects that need code.
+    """
+    suffix = Path(path).suffix
+    if suffix in KERAS_SUFFIXES:
+        return read_keras(path)
+    if suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"{path} holds something else than tensors, which would run code; save a state_dict: {error}"
+        ) from error
+
+
+def _read_safetensors(path: str | Path) -> Any:
+    load_file = needed("safetensors.torch", "hub").load_file
+    try:
+        return load_file(path)
+    except needed("safetensors", "hub").SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+
+
+def state_of(checkpoint: Any) -> dict[str, Tensor]:
+    """The state_dict in ``checkpoint``, under the names of this package."""
+    content = checkpoint
+    for name in CONTAINERS:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"found no state_dict, a mapping of names to tensors, in a {type(checkpoint).__name__}")
+    return {own_name(key): value for key, value in content.items()}
+
+
+def own_name(key: str) -> str:
+    """The key under this package's names: without prefixes, "norm1" for "norm.1", and for MONAI's "layers.norm1"."""
+    key = _OLD_KEY.sub(r"\1\2\3", _PREFIXES.sub("", key))
+    return key.replace("class_layers.out.", "classifier.")

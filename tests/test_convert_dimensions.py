@@ -1,0 +1,178 @@
+"""`convert` on DenseNets of one and three dimensions, MONAI's and handwritten ones: the same results, a tenth saved."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+from cases import LEVELS, MODES, assert_close, make_images, randomise, set_mode, step, trained
+from conversion_cases import monai_densenet2d as monai_densenet
+from handwritten_densenets import FailingBlock, HandwrittenDenseNet, LateBlock, ListBlock, ResidualBlock
+from monai.networks import nets
+from test_convert import blocks_of, classes_of, saved_bytes, seeded
+
+from densenet_efficient import EfficientDenseNet, convert, load_weights, revert
+from densenet_efficient.reference import NaiveDenseNet
+
+pytestmark = pytest.mark.usefixtures("one_thread", "nan_memory")
+
+SIZES = {1: (70,), 2: (33, 47), 3: (9, 19, 17)}
+SMALL = {"growth_rate": 4, "block_config": (3, 2), "num_init_features": 6, "bn_size": 3, "num_classes": 5}
+MODELS = {
+    "MONAI 1D": (1, lambda: monai_densenet(1)),
+    "MONAI 1D dropout": (1, lambda: monai_densenet(1, dropout_prob=0.3)),
+    "MONAI 3D": (3, lambda: monai_densenet(3)),
+    "MONAI 3D dropout": (3, lambda: monai_densenet(3, dropout_prob=0.3)),
+    "handwritten 1D": (1, lambda: HandwrittenDenseNet(1)),
+    "handwritten 2D": (2, lambda: HandwrittenDenseNet(2)),
+    "handwritten 3D": (3, HandwrittenDenseNet),
+    "handwritten 3D dropout": (3, lambda: HandwrittenDenseNet(drop_rate=0.3)),
+    "handwritten, checkpointed": (3, lambda: HandwrittenDenseNet(block=ListBlock)),
+    "naive": (2, lambda: NaiveDenseNet(**SMALL)),
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def make_models(name, mode="train"):
+    """(the original, one to convert), equal, and images for them."""
+    dims, make = MODELS[name]
+    torch.manual_seed(0)
+    model = make()
+    randomise(model)
+    model = set_mode(model.double(), mode)
+    return copy.deepcopy(model), model, make_images(3, 3, *SIZES[dims])
+
+
+@every_model
+@pytest.mark.parametrize("level", LEVELS)
+def test_trains_like_the_original(backend, name, level):
+    """Changes of the parameters, and buffers with num_batches_tracked, after three steps of SGD."""
+    original, converted, images = make_models(name)
+    report = convert(converted, checkpointing=level)
+    assert len(blocks_of(converted)) == 2, report
+    if "checkpointed" in name:
+        set_mode(original, "frozen")
+        set_mode(converted, "frozen")
+    results = [trained(seeded(model), images) for model in (converted, original)]
+    assert_close(*results)
+
+
+@every_model
+@pytest.mark.parametrize("mode", MODES)
+def test_outputs_and_gradients(backend, name, mode):
+    original, converted, images = make_models(name, mode)
+    convert(converted)
+    results = [step(model, images, seed=3) for model in (converted, original)]
+    if "checkpointed" in name:  # theirs updates the running statistics twice: pytorch/pytorch#96136
+        buffers = dict(original.named_buffers())
+        results = [{key: value for key, value in result.items() if key not in buffers} for result in results]
+    assert_close(*results)
+
+
+@every_model
+def test_report_and_revert(name):
+    original, converted, images = make_models(name)
+    report = convert(converted)
+    names = {entry.path for entry in report.replaced}
+    assert {"features", "features.conv0", "features.denseblock1", "features.transition1"} < names
+    assert {entry.path for entry in report.left} == set() if "MONAI" in name else {"features.norm5"}
+    revert(converted)
+    assert classes_of(converted) == classes_of(original)
+    assert_close(step(converted, images, seed=3), step(original, images, seed=3), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "dims"),
+    [*[("DenseNet121", dims) for dims in (1, 2, 3)], ("DenseNet169", 3), ("DenseNet201", 3), ("DenseNet264", 3)],
+)
+def test_every_densenet_of_monai(name, dims):
+    with torch.device("meta"):
+        model = getattr(nets, name)(spatial_dims=dims, in_channels=1, out_channels=2)
+    report = convert(model)
+    assert not report.left
+    expected = {"features", "features.conv0", "features.norm5"}
+    expected |= {f"features.denseblock{index}" for index in range(1, 5)}
+    expected |= {f"features.transition{index}" for index in range(1, 4)}
+    assert {entry.path for entry in report.replaced} == expected
+
+
+@pytest.mark.parametrize(("dims", "size"), [(1, 1024), (3, 32)])
+def test_saves_a_tenth_of_the_memory(native_backend, dims, size):
+    model = nets.DenseNet201(spatial_dims=dims, in_channels=1, out_channels=2)
+    images = make_images(2, 1, *[size] * dims, dtype=torch.float32)
+    before = saved_bytes(model, images)
+    convert(model)
+    assert saved_bytes(model, images) * 10 < before
+
+
+# Blocks of unknown classes
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (ResidualBlock, "not that of a dense block"),
+        (LateBlock, "not that of a dense block"),
+        (FailingBlock, "raises TypeError: .*mask"),
+    ],
+)
+def test_what_only_looks_like_a_dense_block_is_left(block, reason):
+    model = HandwrittenDenseNet(block=block)
+    classes, state = classes_of(model), torch.random.get_rng_state()
+    report = convert(model)
+    assert classes_of(model) == classes
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert re.search(reason, report.left[0].note), report
+    assert not report.replaced
+
+
+def test_the_trial_leaves_the_model_alone():
+    original, converted, _ = make_models("handwritten 3D dropout")
+    convert(converted)
+    assert_close(dict(converted.state_dict()), dict(original.state_dict()), 0)
+    assert [module.training for module in converted.modules()] == [module.training for module in original.modules()]
+
+
+def test_no_trial_on_the_meta_device():
+    with torch.device("meta"):
+        model = HandwrittenDenseNet()
+    assert "meta device" in convert(model).left[0].note
+
+
+def test_a_handwritten_one_is_copied_and_pickled():
+    original, converted, images = make_models("handwritten 3D")
+    convert(converted)
+    for duplicate in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
+        assert_close(step(duplicate, images), step(copy.deepcopy(original), images))
+
+
+def test_a_hook_inside_a_handwritten_block():
+    original, converted, images = make_models("handwritten 3D")
+    convert(converted)
+    seen = []
+    converted.features.denseblock1.denselayer2.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.warns(UserWarning, match="layer by layer.*denselayer2"):
+        assert_close(step(converted, images), step(original, images))
+    assert seen == [1]
+
+
+# MONAI's weights in a network of this package
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+@pytest.mark.parametrize("in_channels", [3, 1, 4])
+def test_weights_of_monai_load(backend, dims, in_channels):
+    """Adapted to other input channels as timm does."""
+    original, _, images = make_models(f"MONAI {dims}D", "eval")
+    model = set_mode(EfficientDenseNet(**SMALL, in_channels=in_channels, spatial_dims=dims).double(), "eval")
+    notes = load_weights(model, original.state_dict())
+    assert len(notes) == (in_channels != 3)
+    weight = original.features.conv0.weight.data
+    if in_channels == 1:
+        images = images[:, :1]
+        original.features.conv0.weight.data = weight.sum(1, keepdim=True)
+    elif in_channels == 4:
+        images = torch.cat([images, images[:, :1]], 1)
+        original.features.conv0.weight.data = torch.cat([weight, weight[:, :1]], 1) * 0.75
+    assert_close({"": model(images)}, {"": original(images)})
