@@ -24,8 +24,13 @@ _DIMS: dict[type, int] = {
 }
 
 
+def is_for(norm: BatchNorm, dims: int) -> bool:
+    """Whether ``norm`` is for ``dims`` spatial dimensions, as a synchronised one is for any."""
+    return isinstance(norm, nn.SyncBatchNorm) or dims_of(norm) == dims
+
+
 def dims_of(module: BatchNorm | Convolution | MaxPool | AvgPool) -> int:
-    """The number of spatial dimensions that ``module`` is for."""
+    """The number of spatial dimensions that ``module``, no synchronised norm, is for."""
     dims = _DIMS.get(type(module))  # of a subclass, that of its base
     return dims or next(_DIMS[base] for base in type(module).__mro__ if base in _DIMS)
 

@@ -171,7 +171,7 @@ def read_layer(modules: Mapping[str, nn.Module | None], drop_rate: float, traini
     parts = LayerParts(norms[0], convolutions[0], norms[1], convolutions[1], drop_rate, training)
     if any(conv.in_channels != norm.num_features for conv, norm in zip(parts.convolutions, parts.norms, strict=True)):
         return " has other channel counts than its norms"
-    dims = dims_of(parts.conv1)
+    dims = parts.spatial_dims
     if any(dims_of(conv) != dims for conv in parts.convolutions) or not all(is_for(norm, dims) for norm in parts.norms):
         return " has norms and convolutions of different spatial dimensions"
     return parts

@@ -30,8 +30,7 @@ def check_images(conv: Convolution, x: Tensor) -> None:
         raise RuntimeError(f"input of size {tuple(x.shape)} is too small for a {conv.kernel_size} convolution")
 
 
-def check_input(norm: BatchNorm, x: Tensor) -> None:
-    dims = x.dim() - 2 if isinstance(norm, nn.SyncBatchNorm) else dims_of(norm)
+def check_input(norm: BatchNorm, dims: int, x: Tensor) -> None:
     if x.dim() != dims + 2:
         shape = f"[N, {norm.num_features}, {AXES[dims]}]"
         raise ValueError(f"expected {dims + 2}D input {shape} (got {x.dim()}D input of size {tuple(x.shape)})")

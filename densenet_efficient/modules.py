@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import fusion, inference, operators
 from .argument_checks import check_drop_rate, check_kernel_size, check_level, check_positive, check_spatial_dims
 from .dense_block import HEAD, NO_EXIT, TRANSITION, TRANSITION_DOWN
-from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, BatchNorm, Convolution, global_average, is_for
+from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, BatchNorm, Convolution, dims_of, global_average, is_for
 from .fusion import LayerParts
 from .input_checks import (
     as_compute_dtype,
@@ -358,7 +358,7 @@ def run_stage(
         exit_parameters += [exit_norm.weight, exit_norm.bias]
     if exit_conv is not None:
         exit_parameters.append(exit_conv.weight)
-    check_input(layers[0].norm1, x)
+    check_input(layers[0].norm1, layers[0].spatial_dims, x)
     if stage_exit in (TRANSITION, TRANSITION_DOWN):
         check_poolable(exit_norm, x)
     group = group_of_all(norms)
@@ -400,7 +400,7 @@ def _make_plan(block: StageBlock, layers: list[LayerParts], consumer: nn.Module 
 
 
 def _run_plan(plan: inference.Plan, x: Tensor) -> tuple[Tensor, Tensor]:
-    check_input(plan.norms[0], x)
+    check_input(plan.norms[0], dims_of(plan.convolutions[0]), x)
     if plan.exit in (TRANSITION, TRANSITION_DOWN):
         check_poolable(plan.exit_norm, x)
     return plan.run(as_compute_dtype(x, [plan.weight]))

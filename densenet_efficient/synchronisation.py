@@ -14,9 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# Renamed in torch 2.14.
-all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
-all_reduce: Any = getattr(dist, "all_reduce", None)  # None, like the other, where torch is built without distributed
+from .dimensions import BatchNorm
 
 
 class Synchronisation(NamedTuple):
@@ -61,7 +59,7 @@ def group_of(norm: nn.Module) -> str:
     return "" if dist.get_world_size(group) == 1 else str(group.group_name)
 
 
-def group_of_all(norms: Sequence[nn.Module]) -> str:
+def group_of_all(norms: list[BatchNorm]) -> str:
     """The group of norms that share statistics. Raises ValueError if they take them in several groups."""
     groups = {group_of(norm) for norm in norms if norm.training}
     if len(groups) > 1:

@@ -10,8 +10,8 @@ from densenet_efficient import convert, models
 from densenet_efficient.cli import main
 from densenet_efficient.inspection import feature_maps, feature_reuse, first_filters, grad_cam
 from densenet_efficient.models import create_model
-from densenet_efficient.training.checkpoint import ENTRY, SavedClassifier, describe_classifier
-from densenet_efficient.training.preprocessing import Preprocessing, photographs
+from densenet_efficient.training.checkpoint import ENTRY, MODEL_PREFIX, SavedClassifier, describe_classifier
+from densenet_efficient.training.preprocessing import Preprocessing, normalisation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,10 +151,10 @@ def checkpoint(tmp_path_factory):
     """Of the smallest network for digits, and an image beside it."""
     folder = tmp_path_factory.mktemp("subject")
     model = create_model("densenet-bc-40-12", in_channels=1)
-    names, preprocessing = [f"digit {index}" for index in range(10)], Preprocessing(1, 16, (0.3,), (0.4,), (8, 16))
-    entry = describe_classifier(SavedClassifier(model, names, False, preprocessing))
-    state = {f"model.{key}": value for key, value in model.state_dict().items()}
-    torch.save({ENTRY: entry, "state_dict": state}, folder / "checkpoint.pt")
+    preprocessing = Preprocessing(1, 16, *normalisation(1))
+    classifier = SavedClassifier(model, [f"digit {index}" for index in range(10)], False, preprocessing)
+    state = {f"{MODEL_PREFIX}{name}": value for name, value in model.state_dict().items()}
+    torch.save({ENTRY: describe_classifier(classifier), "state_dict": state}, folder / "checkpoint.pt")
     Image.effect_noise((40, 30), 80).save(folder / "image.png")
     return folder / "checkpoint.pt"
 
@@ -240,7 +240,7 @@ def test_images_are_shown_as_they_were():
     from densenet_efficient.inspection.subject import Subject
 
     image = torch.rand(1, 3, 8, 8)
-    preprocessing = photographs(8)
+    preprocessing = Preprocessing(3, 8, *normalisation(3))
     mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     subject = Subject(create_model("densenet-bc-40-12"), preprocessing, None)
     torch.testing.assert_close(subject.shown((image - mean) / std), image)

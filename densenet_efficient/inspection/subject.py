@@ -11,7 +11,7 @@ from torch import Tensor
 from densenet_efficient.models import EfficientDenseNet, create_model
 from densenet_efficient.training.checkpoint import load_classifier
 from densenet_efficient.training.images import read_image
-from densenet_efficient.training.preprocessing import Preprocessing, photographs
+from densenet_efficient.training.preprocessing import Preprocessing, normalisation
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,8 @@ class Subject:
 
     def read(self, path: Path) -> Tensor:
         """The model's input [1, C, H, W]. Raises as `read_image` does."""
-        image: Tensor = self.preprocessing.transform()(
-            read_image(path, self.preprocessing.channels, self.preprocessing.value_range)
-        )
+        raw = read_image(path, self.preprocessing.channels, self.preprocessing.value_range)
+        image: Tensor = self.preprocessing.transform()(raw)
         return image[None]
 
     def shown(self, images: Tensor) -> Tensor:
@@ -64,9 +63,15 @@ def from_name(name: str, weights: str | None, image_size: int) -> Subject:
         ValueError: there is no such network, or no such weights for it.
     """
     if weights is None:
-        return Subject(create_model(name).eval(), photographs(image_size), None)
+        return Subject(create_model(name).eval(), _photographs(image_size), None)
     if not name.startswith("densenet") or "-" in name:
         raise ValueError(f"torchvision has no weights for {name}; leave --weights out")
     model = create_model(name, weights=weights).eval()
     meta = model.weights.meta if model.weights is not None else {}
-    return Subject(model, photographs(image_size), meta.get("categories"))
+    return Subject(model, _photographs(image_size), meta.get("categories"))
+
+
+def _photographs(image_size: int) -> Preprocessing:
+    """That of ImageNet: the central seven eighths."""
+    mean, std = normalisation(3)
+    return Preprocessing(3, image_size, mean, std, resize=(round(image_size * 256 / 224),))
