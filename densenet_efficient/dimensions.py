@@ -35,11 +35,6 @@ def dims_of(module: BatchNorm | Convolution | MaxPool | AvgPool) -> int:
     return dims or next(_DIMS[base] for base in type(module).__mro__ if base in _DIMS)
 
 
-def is_for(norm: BatchNorm, dims: int) -> bool:
-    """Whether ``norm`` normalises images of ``dims`` spatial dimensions; a synchronised one takes any."""
-    return isinstance(norm, nn.SyncBatchNorm) or dims_of(norm) == dims
-
-
 def global_average(features: Tensor) -> Tensor:
     """relu(features) averaged over each image: [N, C, ...] to [N, C]."""
     return F.relu(features).flatten(2).mean(2)

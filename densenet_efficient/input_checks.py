@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import fusion
 from .dimensions import AXES, BatchNorm, Convolution, dims_of

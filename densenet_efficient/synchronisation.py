@@ -7,7 +7,6 @@ exchanges the two coefficients of the deferred projection, which are sums over t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .dimensions import BatchNorm
+
+# Renamed in torch 2.14; None where torch is built without distributed.
+all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+all_reduce: Any = getattr(dist, "all_reduce", None)
 
 
 class Synchronisation(NamedTuple):

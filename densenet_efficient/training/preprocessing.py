@@ -72,8 +72,3 @@ def normalisation(
             raise ValueError(f"expected one {name} per channel, {channels}, got {len(values)}")
         result.append(values)
     return result[0], result[1]
-
-
-def photographs(image_size: int) -> Preprocessing:
-    """The preprocessing of colour images of any size, with ImageNet's mean and standard deviation."""
-    return Preprocessing(3, image_size, IMAGENET_MEAN, IMAGENET_STD)
