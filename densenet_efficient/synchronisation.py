@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 from .dimensions import BatchNorm
 
+# Renamed in torch 2.14; None where torch is built without distributed.
+all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+all_reduce: Any = getattr(dist, "all_reduce", None)
+
 
 class Synchronisation(NamedTuple):
     """The processes that normalise together."""
@@ -26,7 +30,7 @@ class Synchronisation(NamedTuple):
         """Turns a process's statistics [C] into those of all, in place (Chan et al. 1979; never E[x^2] - E[x]^2)."""
         mine = torch.stack([mean, variance])
         every = mine.new_empty(2 * len(self.counts), mine.shape[1])
-        dist.all_gather_into_tensor(every, mine, group=resolve(self.group))
+        all_gather(every, mine, group=resolve(self.group))
         shares = (self.counts / self.counts.sum()).to(mine.dtype)[:, None]
         means, variances = every[::2], every[1::2]
         torch.sum(means * shares, 0, out=mean)
@@ -35,7 +39,7 @@ class Synchronisation(NamedTuple):
     def average(self, slope: Tensor, offset: Tensor) -> None:
         """Turns sums over a process's values [C] into means over the values of all, in place."""
         both = torch.stack([slope, offset])
-        dist.all_reduce(both, group=resolve(self.group))
+        all_reduce(both, group=resolve(self.group))
         both /= self.counts.sum().to(both.dtype)
         slope.copy_(both[0])
         offset.copy_(both[1])
@@ -75,5 +79,5 @@ def exchange_counts(count: int, group: str, like: Tensor) -> Tensor | None:
         return None
     mine = torch.tensor([count], dtype=torch.float64, device=like.device)
     counts = mine.new_empty(dist.get_world_size(resolve(group)))
-    dist.all_gather_into_tensor(counts, mine, group=resolve(group))
+    all_gather(counts, mine, group=resolve(group))
     return counts

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from densenet_efficient import EfficientDenseNet, EfficientDenseNet201
+from densenet_efficient import EfficientDenseNet, EfficientDenseNet201, synchronisation
 from densenet_efficient.reference import NaiveDenseNet
 
 CONFIG: dict[str, Any] = {"growth_rate": 4, "block_config": (2, 3), "num_init_features": 6, "num_classes": 3}
@@ -66,7 +66,7 @@ def train_share(rank: int, world_size: int, group: dist.ProcessGroup | None, che
 def counted_bytes() -> Iterator[list[int]]:
     """Bytes that this process gives to others, one entry per exchange."""
     sent: list[int] = []
-    gather, reduce = dist.all_gather_into_tensor, dist.all_reduce
+    gather, reduce = synchronisation.all_gather, synchronisation.all_reduce
 
     def counted(function: Any, payload: int) -> Any:
         def call(*tensors: Any, **options: Any) -> Any:
@@ -75,11 +75,11 @@ def counted_bytes() -> Iterator[list[int]]:
 
         return call
 
-    dist.all_gather_into_tensor, dist.all_reduce = counted(gather, 1), counted(reduce, 0)
+    synchronisation.all_gather, synchronisation.all_reduce = counted(gather, 1), counted(reduce, 0)
     try:
         yield sent
     finally:
-        dist.all_gather_into_tensor, dist.all_reduce = gather, reduce
+        synchronisation.all_gather, synchronisation.all_reduce = gather, reduce
 
 
 def exchanged_by_densenet201() -> list[int]:

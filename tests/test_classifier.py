@@ -18,6 +18,7 @@ from densenet_efficient.training.averaging import AveragedWeights
 from densenet_efficient.training.checkpoint import load_classifier, read_checkpoint
 from densenet_efficient.training.classifier import Classifier
 from densenet_efficient.training.data import FolderData, Task
+from densenet_efficient.training.finish import interleaved
 from densenet_efficient.training.parameter_groups import parameter_groups
 from densenet_efficient.training.preprocessing import Preprocessing
 from densenet_efficient.training.schedules import rate_factor
@@ -144,6 +145,16 @@ def test_mixed_images_of_one_and_of_several_labels(options: dict[str, float]) ->
         images, targets = module.mix(torch.rand(4, 3, 8, 8), labels)
         assert images.shape == (4, 3, 8, 8) and targets.shape == (4, 2)
         assert torch.isfinite(module.loss(module(images), targets))
+
+
+def test_processes_share_the_images_among_them(tmp_path: Path) -> None:
+    data = folder(tmp_path)
+    whole = torch.cat([labels for _, labels in data.evaluation_loader(data.splits.train)])
+    shares = []
+    for rank in range(3):
+        data._process = lambda rank=rank: (rank, 3)  # type: ignore[method-assign, misc]
+        shares.append(torch.cat([labels for _, labels in data.evaluation_loader(data.splits.train)]))
+    assert torch.equal(interleaved(shares), whole)
 
 
 def test_a_loss_of_nan_stops_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,7 +159,7 @@ class Classifier(LightningModule):
         loss = self.loss(logits, targets, self.label_smoothing, self.class_weights)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the training loss became {loss.item()}; lower --model.learning_rate")
-        self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=len(images))
+        self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=len(images), sync_dist=True)
         self._log_metrics(self.train_metrics, logits.detach(), labels)
         return loss
 

@@ -125,7 +125,7 @@ class ImageData(LightningDataModule):
 
     def train_dataloader(self) -> TrainingLoader:
         train = self.splits.train
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world_size = self._process()
         weights = self._sampling_weights() if self.weighted_sampling else None
         sampler = EpochSampler(len(train), self.batch_size, self.seed, weights, rank, world_size)
         dataset = LabelledImages(train, self.read_source, self._training_transform())
@@ -155,8 +155,16 @@ class ImageData(LightningDataModule):
         return self.splits.validation if self.splits.test is None else self.splits.test
 
     def evaluation_loader(self, samples: Samples) -> DataLoader[Any]:
+        """All images once, in order; of several processes each takes every world-size-th."""
+        rank, world_size = self._process()
+        if world_size > 1:
+            samples = samples.subset(range(rank, len(samples), world_size))
         dataset = LabelledImages(samples, self.read_source, self.preprocessing.transform())
         return DataLoader(dataset, batch_size=self.batch_size, **self._loader_options())
+
+    def _process(self) -> tuple[int, int]:
+        """The rank of this process, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _loader_options(self) -> dict[str, Any]:
         return {

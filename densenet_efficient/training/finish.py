@@ -56,11 +56,11 @@ class CollectOutputs(Callback):
             return mine
         shares: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(shares, mine)
-        logits, labels = (_interleaved([share[part] for share in shares]) for part in (0, 1))
+        logits, labels = (interleaved([share[part] for share in shares]) for part in (0, 1))
         return logits, labels
 
 
-def _interleaved(shares: list[Tensor]) -> Tensor:
+def interleaved(shares: list[Tensor]) -> Tensor:
     """The inverse of giving every process each world-size-th image."""
     result = shares[0].new_empty((sum(map(len, shares)), *shares[0].shape[1:]))
     for rank, share in enumerate(shares):
