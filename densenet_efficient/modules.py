@@ -429,7 +429,7 @@ _announced: WeakSet[nn.Module] = WeakSet()
 
 
 def _announce(block: nn.Module, reason: str) -> None:
-    if block not in _announced and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and block not in _announced:  # in this order: a compiler must not see the set
         _announced.add(block)
         warnings.warn(f"a dense block runs layer by layer, with more memory and time: {reason}", stacklevel=3)
 

@@ -206,5 +206,5 @@ def test_every_figure_and_failure_is_kept_at_once_and_measured_once(
     ]
     assert [(row["step_ms"], row["mib_per_image"]) for row in results["rows"]] == [(5.0, 3.0)]
     assert [(row["implementation"], row["batch"]) for row in results["largest_batch"]] == [("ours-none", 99)]
-    text = report.tables(results, "train")
+    text = report.summary(results)
     assert "The largest batch of 32x32 images whose float32 step of tiny fits: ours-none 99." in text
