@@ -16,7 +16,8 @@ demo: venv
 	$(BIN)/densenet-efficient fit --config demo --output runs/demo
 
 test: venv
-	$(BIN)/pytest --numprocesses auto
+	$(BIN)/pytest -m own_process
+	$(BIN)/pytest -m "not own_process" --numprocesses auto
 
 lint: venv
 	$(BIN)/ruff check .

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 
 def _kind(name: str, spatial_dims: int) -> Any:
-    """torch's class or function of this name for so many dimensions."""
-    full_name = f"{name}{spatial_dims}d"
-    return getattr(nn, full_name) if hasattr(nn, full_name) else getattr(F, full_name)
+    """torch's class of this name for so many dimensions."""
+    return getattr(nn, f"{name}{spatial_dims}d")
 
 
 class NaiveDenseLayer(nn.Sequential):

@@ -13,6 +13,10 @@ collect_ignore = [] if find_spec("triton") else ["test_triton_compile.py", "test
 
 
 def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        "own_process: forks, or handles a signal; not within a worker of xdist, whose process serves others too",
+    )
     config.addinivalue_line("markers", "large: reserves gigabytes of address space, of which it touches little")
 
 

@@ -158,6 +158,7 @@ def test_interrupt_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
     assert load_classifier(tmp_path / "last.ckpt").class_names == list("0123456789")
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_an_image_that_disappears_in_the_middle_of_an_epoch(
     workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -260,6 +260,7 @@ class Embedded(Dataset):
         return logits_of(self.model, self.images[index : index + 1])[0].clone()
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("threads", [1, 2])
 def test_workers_forked_after_the_parent_has_run(threads):
     torch.set_num_threads(threads)

@@ -66,6 +66,7 @@ def test_a_table_of_paths(folder: Path, checkpoint: Path, tmp_path: Path) -> Non
     assert names == ["0.png", "1.png"]
 
 
+@pytest.mark.own_process
 def test_an_interrupted_table_is_continued(
     folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

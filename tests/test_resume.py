@@ -16,6 +16,7 @@ from training_cases import assert_same_bits, fit, fit_arguments, make_images, st
 from densenet_efficient.training.checkpoint import read_checkpoint
 from densenet_efficient.training.files import atomic_write
 
+pytestmark = pytest.mark.own_process
 AVERAGED = ("--ema_decay", "0.9")
 
 
