@@ -67,20 +67,23 @@ def _unflatten(
     dilations: list[int],
     stage_exit: str,
     drop_rate: float,
+    counts: Tensor | None,
+    group: str,
 ) -> Stage:
     """The stage that the operator's flat arguments describe."""
     lists = (list(epsilons), list(uses_running), list(running))
     layers = []
-    for index, group in enumerate(_by_layer(parameters, bottleneck)):
-        norm1 = _norm(group[0], group[1], *lists)
-        norm2 = _norm(group[3], group[4], *lists) if bottleneck else None
-        conv1, conv2 = (_of_plane(group[2]), group[5]) if bottleneck else (group[2], None)
+    for index, own in enumerate(_by_layer(parameters, bottleneck)):
+        norm1 = _norm(own[0], own[1], *lists)
+        norm2 = _norm(own[3], own[4], *lists) if bottleneck else None
+        conv1, conv2 = (_of_plane(own[2]), own[5]) if bottleneck else (own[2], None)
         mask = masks[index] if masks else None
         layers.append(DenseLayer(norm1, conv1, norm2, conv2, dilations[index], mask))
     exit_norm = _norm(exit_parameters[0], exit_parameters[1], *lists) if exit_parameters else None
     exit_conv = exit_parameters[2] if len(exit_parameters) > 2 else None
     exit_dropout = masks[len(layers)] if len(masks) > len(layers) else None
-    return Stage(layers, stage_exit, exit_norm, exit_conv, exit_dropout, drop_rate)
+    synchronisation = _synchronisation(counts, group)
+    return Stage(layers, stage_exit, exit_norm, exit_conv, exit_dropout, drop_rate, synchronisation)
 
 
 def _of_plane(weight: Tensor) -> Tensor:
@@ -142,8 +145,9 @@ def dense_stage(
         dilations,
         stage_exit,
         drop_rate,
+        counts,
+        group,
     )
-    stage.synchronisation = _synchronisation(counts, group)
     return _run_stage(x, stage, save_bottlenecks)
 
 
@@ -222,8 +226,9 @@ def dense_stage_backward(
         dilations,
         stage_exit,
         drop_rate,
+        counts,
+        group,
     )
-    stage.synchronisation = _synchronisation(counts, group)
     saved = StageOutput(features.new_empty(0), features, statistics, bottleneck_statistics, bottlenecks)
     count = 1 + len(parameters)
     gradients = _run_stage_backward(
