@@ -11,32 +11,39 @@ from .dimensions import BatchNorm
 
 
 def update_running_statistics(norms: list[BatchNorm], batch: list[Tensor], count: int | Tensor) -> None:
-    """torch.nn.BatchNorm2d's update of its buffers from (mean, biased variance) [2, C] over ``count`` values."""
+    """torch.nn.BatchNorm2d's update of its buffers from (mean, biased variance) [2, C] over ``count`` values.
+
+    All of them or none: what may lack memory comes before the first change.
+    """
     groups = _by_momentum(norms, batch)
     if not groups:
         return  # and leaves no empty no_grad behind, which torch.export cannot load
     with torch.no_grad():
+        updates: list[tuple[float, list[Tensor], list[Tensor]]] = []
         for momentum, group in groups.items():
             means = [cast(Tensor, norm.running_mean) for norm, _ in group]
             variances = [cast(Tensor, norm.running_var) for norm, _ in group]
             correction = count / (count - 1)  # a tensor, if the values are of several processes
             unbiased = torch._foreach_mul([share[1] for _, share in group], correction)
-            torch._foreach_lerp_(means, _in_dtype_of(means, [share[0] for _, share in group]), momentum)
-            torch._foreach_lerp_(variances, _in_dtype_of(variances, list(unbiased)), momentum)
+            updates.append((momentum, means, _in_dtype_of(means, [share[0] for _, share in group])))
+            updates.append((momentum, variances, _in_dtype_of(variances, list(unbiased))))
+        tracked = [norm.num_batches_tracked for group in groups.values() for norm, _ in group]
+        counters = [counter for counter in tracked if counter is not None]
+        if counters:
+            torch._foreach_add_(counters, torch.ones_like(counters[0]))  # a number would be allocated for each
+        for momentum, buffers, values in updates:
+            torch._foreach_lerp_(buffers, values, momentum)
 
 
 def _by_momentum(norms: list[BatchNorm], batch: list[Tensor]) -> dict[float, list[tuple[BatchNorm, Tensor]]]:
-    """The norms that are due an update, by their momentum; counts the batch. None is the cumulative average."""
+    """The norms that are due an update, by their momentum. None is the cumulative average."""
     groups: dict[float, list[tuple[BatchNorm, Tensor]]] = {}
-    due = [
-        (norm, share) for norm, share in zip(norms, batch, strict=True) if norm.training and norm.track_running_stats
-    ]
-    counters = [norm.num_batches_tracked for norm, _ in due if norm.num_batches_tracked is not None]
-    if counters:
-        torch._foreach_add_(counters, 1)
-    for norm, share in due:
-        momentum = 1 / float(cast(Tensor, norm.num_batches_tracked)) if norm.momentum is None else norm.momentum
-        groups.setdefault(momentum, []).append((norm, share.detach()))
+    for norm, share in zip(norms, batch, strict=True):
+        if norm.training and norm.track_running_stats:
+            momentum = norm.momentum
+            if momentum is None:
+                momentum = 1 / (float(cast(Tensor, norm.num_batches_tracked)) + 1)
+            groups.setdefault(momentum, []).append((norm, share.detach()))
     return groups
 
 

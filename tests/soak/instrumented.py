@@ -1,0 +1,84 @@
+"""`python tests/soak/instrumented.py NAME`: the native extension compiled with a sanitizer, or to count its lines.
+
+It goes into build/NAME beside links to the package's Python files: with that folder first on PYTHONPATH the package is
+the one of this checkout, with the instrumented extension. Only what has changed is compiled again.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAIN = ["-O0", "-fno-sanitize=all"]
+THREADS = Path(__file__).resolve().parent / "std_threads"
+
+
+class Instrument(NamedTuple):
+    """How the extension is compiled, and the run-time library that Python needs from its start."""
+
+    flags: list[str]
+    capabilities: list[str]  # of the CPU, those instrumented
+    runtime: str | None = None
+    environment: dict[str, str] = {}  # noqa: RUF012
+
+
+INSTRUMENTS = {
+    # The code of AVX512 and AVX512_BF16 is part of that of AMX.
+    "address": Instrument(
+        ["-O1", "-g1", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
+        ["DEFAULT", "AVX2", "AMX"],
+        "libasan.so",
+        {"ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"},
+    ),
+    "thread": Instrument(
+        ["-O1", "-g1", f"-I{THREADS}", "-fsanitize=thread"],
+        ["DEFAULT", "AMX"],
+        "libtsan.so",
+        {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66"},
+    ),
+    "coverage": Instrument(["-O0", "-g1", "-fopenmp", "--coverage"], ["DEFAULT", "AVX2", "AVX512", "AVX512_BF16", "AMX"]),
+}
+
+
+def build(name: str) -> Path:
+    """The folder of the instrumented package."""
+    folder = ROOT / "build" / name
+    package = folder / "densenet_efficient"
+    package.mkdir(parents=True, exist_ok=True)
+    for path in (ROOT / "densenet_efficient").iterdir():
+        link = package / path.name
+        if path.suffix != ".so" and path.name != "__pycache__" and not link.is_symlink():
+            with contextlib.suppress(FileExistsError):
+                link.symlink_to(path)
+    sys.path.insert(0, str(ROOT))
+    import setup
+
+    instrument = INSTRUMENTS[name]
+    kept = [flag for flag in setup.COMPILER_FLAGS if flag not in ("-O3", "-g0", "-fopenmp")]
+    setup.COMPILER_FLAGS = [*instrument.flags, *kept]
+    for capability, its_flags in setup.CPU_CAPABILITIES.items():
+        if capability not in instrument.capabilities:
+            its_flags += PLAIN  # there only to be linked
+
+    class Build(setup.NativeBuild):
+        def finalize_options(self):
+            super().finalize_options()
+            self.build_temp = str(folder / "objects")
+
+    os.environ |= {"DENSENET_EFFICIENT_CUDA": "0", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    os.chdir(ROOT)
+    extension = setup.native_extension()
+    extension.extra_link_args += [flag for flag in instrument.flags if flag.startswith(("-f", "--coverage"))]
+    setup.setup(
+        ext_modules=[extension],
+        cmdclass={"build_ext": Build},
+        script_args=["build_ext", "--build-lib", str(folder)],
+    )
+    return folder
+
+
+if __name__ == "__main__":
+    build(sys.argv[1])
