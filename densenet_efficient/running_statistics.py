@@ -29,8 +29,9 @@ def update_running_statistics(norms: list[BatchNorm], batch: list[Tensor], count
             updates.append((momentum, variances, _in_dtype_of(variances, list(unbiased))))
         tracked = [norm.num_batches_tracked for group in groups.values() for norm, _ in group]
         counters = [counter for counter in tracked if counter is not None]
+        counted = list(torch._foreach_add(counters, 1)) if counters else []
         if counters:
-            torch._foreach_add_(counters, torch.ones_like(counters[0]))  # a number would be allocated for each
+            torch._foreach_copy_(counters, counted)  # an addition in place allocates its number once for each
         for momentum, buffers, values in updates:
             torch._foreach_lerp_(buffers, values, momentum)
 

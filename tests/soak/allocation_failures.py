@@ -24,7 +24,9 @@ CONFIGURATIONS = [
 
 
 class MemoryInUse(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks".split()]
+    _fields_ = [
+        (name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks".split()
+    ]
     _fields_ += [(name, ctypes.c_size_t) for name in ("fordblks", "keepcost")]
 
 

@@ -28,7 +28,14 @@ class Instrument(NamedTuple):
 INSTRUMENTS = {
     # The code of AVX512 and AVX512_BF16 is part of that of AMX.
     "address": Instrument(
-        ["-O1", "-g1", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
+        [
+            "-O1",
+            "-g1",
+            "-fopenmp",
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover=all",
+            "-fno-omit-frame-pointer",
+        ],
         ["DEFAULT", "AVX2", "AMX"],
         "libasan.so",
         {"ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"},
@@ -39,7 +46,9 @@ INSTRUMENTS = {
         "libtsan.so",
         {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66"},
     ),
-    "coverage": Instrument(["-O0", "-g1", "-fopenmp", "--coverage"], ["DEFAULT", "AVX2", "AVX512", "AVX512_BF16", "AMX"]),
+    "coverage": Instrument(
+        ["-O0", "-g1", "-fopenmp", "--coverage"], ["DEFAULT", "AVX2", "AVX512", "AVX512_BF16", "AMX"]
+    ),
 }
 
 
