@@ -25,7 +25,7 @@ CONFIGURATIONS = [
 
 class MemoryInUse(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks".split()
+        (name, ctypes.c_size_t) for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks"]
     ]
     _fields_ += [(name, ctypes.c_size_t) for name in ("fordblks", "keepcost")]
 

@@ -6,7 +6,6 @@ the one of this checkout, with the instrumented extension. Only what has changed
 
 import contextlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
