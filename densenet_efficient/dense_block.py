@@ -109,10 +109,11 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
     statistics = x.new_zeros(2, total, dtype=accumulation)
     mean, variance = statistics.unbind()
     with_statistics = stage.needs_statistics
-    as_images(storage[:, :channels], *size).copy_(x)
     if with_statistics:
-        backend.channel_stats(storage[:, :channels], mean[:channels], variance[:channels])
+        backend.write_with_statistics(x.flatten(2), storage[:, :channels], mean[:channels], variance[:channels])
         _merge(stage, mean[:channels], variance[:channels])
+    else:
+        as_images(storage[:, :channels], *size).copy_(x)
 
     bottleneck_channels = stage.bottleneck_channels
     bottlenecks: list[Tensor] = []
