@@ -72,6 +72,7 @@ def arguments_of(operation: str, size: Size, dtype: torch.dtype, device: str) ->
         return torch.randn(rows, within, dtype=dtype, device=device)[:, :columns]
 
     out_rows = size.images * out_side**2
+
     def images() -> Tensor:
         return matrix(size.rows, inputs, inputs).unflatten(0, (size.images, -1)).transpose(1, 2)
 

@@ -30,8 +30,9 @@ void write(const Tensor& x, const Tensor& out, const Tensor& mean, const Tensor&
       .mean = mean.data_ptr(),
       .variance = variance.data_ptr(),
   };
-  launch_with_partials(x, partials_of(arguments),
-                       [&](void* partials, cudaStream_t stream) { write_with_statistics(arguments, partials, stream); });
+  launch_with_partials(x, partials_of(arguments), [&](void* partials, cudaStream_t stream) {
+    write_with_statistics(arguments, partials, stream);
+  });
 }
 
 }  // namespace

@@ -26,8 +26,8 @@ struct Moments {
   }
 };
 
-// The first ``present`` of a few rows enter by their deviations from the mean so far, which at first is the value of the
-// first row.
+// The first ``present`` of a few rows enter by their deviations from the mean so far, which at first is the value of
+// the first row.
 template <typename A, int kColumns, typename Row, int kRows>
 __device__ void add_rows(Moments<A, kColumns>& moments, const Row (&rows)[kRows], int present) {
   if (present == 0) return;

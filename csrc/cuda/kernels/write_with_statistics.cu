@@ -73,8 +73,7 @@ class Transposed {
 };
 
 template <typename S, bool kAligned, template <typename, bool> typename Source>
-__global__ void __launch_bounds__(kThreads)
-    write_tile(WriteWithStatistics p, Tiling tiling, Accumulate<S>* partials) {
+__global__ void __launch_bounds__(kThreads) write_tile(WriteWithStatistics p, Tiling tiling, Accumulate<S>* partials) {
   using A = Accumulate<S>;
   constexpr int kColumns = kWidth<S>;
   const Place place = Place::of<S>(tiling);
@@ -123,9 +122,7 @@ void write_from(const WriteWithStatistics& p, void* partials, cudaStream_t strea
 
 }  // namespace
 
-int64_t partials_of(const WriteWithStatistics& arguments) {
-  return 2 * tiling_of(arguments).tiles * arguments.columns;
-}
+int64_t partials_of(const WriteWithStatistics& arguments) { return 2 * tiling_of(arguments).tiles * arguments.columns; }
 
 void write_with_statistics(const WriteWithStatistics& p, void* partials, cudaStream_t stream) {
   if (p.x.has_channels_side_by_side()) {

@@ -16,7 +16,7 @@ def _kernel(
     x, image_stride, channel_stride, pixel_stride, pixels, out, out_stride, partials, rows, channels,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows; those of one channel lie side by side in contiguous images, those of one pixel in channels-last."""
+    """A tile of rows: side by side lie the pixels of a channel in contiguous images, the channels in channels-last."""
     dtype = partials.dtype.element_ty
     part = tl.program_id(1)
     row = part * ROWS + tl.arange(0, ROWS)
