@@ -1,7 +1,7 @@
 """A memory that is full in the middle of a step: nothing is left half done, and a smaller batch then trains.
 
-Every operator of torch and of ours that takes memory may be the one that finds none; here many are, in turn. What a card does when
-its memory is full is tested in `test_gpu_training.py`.
+Every operator of torch and of ours that takes memory may be the one that finds none; here many are, in turn. What a
+card does when its memory is full is tested in `test_gpu_training.py`.
 """
 
 import pytest
