@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import blocking
 from benchmarks.blocking import Block
-from densenet_efficient.models import densenet
+from densenet_efficient.models import create_model
 
 
 def test_a_block_of_two_layers_by_hand() -> None:
@@ -16,7 +16,7 @@ def test_a_block_of_two_layers_by_hand() -> None:
 
 @pytest.mark.parametrize("name", blocking.LAYERS)
 def test_the_blocks_are_those_of_the_network(name: str) -> None:
-    features = densenet(name).features
+    features = create_model(name).features
     norms = [features.transition1.norm, features.transition2.norm, features.transition3.norm, features.norm5]
     assert [block.channels for block in blocking.blocks_of(name)] == [norm.num_features for norm in norms]
 
