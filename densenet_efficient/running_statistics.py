@@ -31,9 +31,8 @@ def update_running_statistics(norms: list[BatchNorm], batch: list[Tensor], count
     if not due:
         return  # and leaves no empty no_grad behind, which torch.export cannot load
     with torch.no_grad():
-        updates = [
-            update for momentum, group in _by_momentum(due).items() for update in _updates(momentum, group, count)
-        ]
+        groups = _by_momentum(due)
+        updates = [update for momentum, group in groups.items() for update in _updates(momentum, group, count)]
         counters = [norm.num_batches_tracked for norm, _ in due if norm.num_batches_tracked is not None]
         if counters:
             torch._foreach_add_(counters, 1)
