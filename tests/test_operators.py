@@ -244,7 +244,8 @@ def test_every_operator_is_checked_above():
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "densenet_efficient" in name}
     ours = {"dense_stage", "dense_stage_backward", "stem", "stem_backward"}
     without_tensors = {"cpu_product_rate", "return_freed_memory"}  # in test_roofline.py, test_measure.py
-    assert registered <= ours | set(CONTRACT) | {*inference_arguments(), "packed_weight"} | without_tensors
+    loops = {"dense_layers", "dense_layers_backward"}  # in test_native_layers.py
+    assert registered <= ours | set(CONTRACT) | {*inference_arguments(), "packed_weight"} | loops | without_tensors
     assert ours <= registered
 
 
