@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from pytorch_lightning import Callback
 
@@ -30,7 +29,6 @@ from densenet_efficient.training.samples import Splits
 
 from . import results as results_file
 
-COLUMNS = ("what", "measured", "limit")
 BATCH, SIZE = 8, 224
 IMAGES_1024 = 12
 WARMUP = 3  # steps
@@ -39,12 +37,12 @@ Row = dict[str, Any]
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trainer", description=__doc__)
-    parser.add_argument("what", nargs="*", choices=[[], *MEASUREMENTS], help="default: everything")
+    parser.add_argument("what", nargs="*", choices=MEASUREMENTS, default=list(MEASUREMENTS), help="default: all")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<machine>-training.json")
     options = parser.parse_args(arguments)
     header = results_file.describe_machine()
     path = options.output or results_file.RESULTS / f"{header['machine']}-training.json"
-    for name in options.what or MEASUREMENTS:
+    for name in options.what:
         print(f"measuring: {name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             row = {"name": name, **MEASUREMENTS[name](Path(folder))}
@@ -241,56 +239,6 @@ MEASUREMENTS: dict[str, Callable[[Path], Row]] = {
     "large-images": measure_large_images,
 }
 
-
-def table(rows: Sequence[Row]) -> list[str]:
-    """The rows of a results file in Markdown."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|---|"]
-    return lines + [f"| {' | '.join(cells)} |" for row in rows for cells in LINES[row["name"]](row)]
-
-
-def _run_line(what: str, limit: str) -> Callable[[Row], list[tuple[str, str, str]]]:
-    def line(row: Row) -> list[tuple[str, str, str]]:
-        accuracy = f"{row['accuracy']:.1%} of {row['images']} held-out images"
-        return [(what, f"{row['seconds']:.0f} s; {accuracy} ({row['last_accuracy']:.1%} after the last epoch)", limit)]
-
-    return line
-
-
-def _overhead_lines(row: Row) -> list[tuple[str, str, str]]:
-    time_added = row["trainer_ms"] / row["bare_ms"] - 1
-    return [
-        (
-            "the trainer's step beside a bare one (DenseNet-121, batch 8, 224x224, float32)",
-            f"{row['trainer_ms']:.0f} ms for {row['bare_ms']:.0f} ms, {time_added:+.1%}",
-            "+3 %",
-        ),
-        (
-            "its peak memory beside that of the bare step, in one process",
-            f"{row['added_mib']:+.1f} MiB, {row['added_mib'] / row['bare_mib']:+.1%} of the bare step's own process",
-            "+2 %",
-        ),
-    ]
-
-
-LINES: dict[str, Callable[[Row], list[tuple[str, str, str]]]] = {
-    "mnist": _run_line("`--config mnist`: 5,000 images of MNIST, 28x28, DenseNet-BC-40-12", "300 s, 98.5 %"),
-    "demo": _run_line("`--config demo`, with the naive implementation beside", "180 s, 98 %"),
-    "data-path": lambda row: [
-        (
-            "waiting for data (DenseNet-121, batch 8, 224x224, float32, JPEG files of 500x375)",
-            f"{row['wait_share']:.1%} of a step of {row['step_ms']:.0f} ms",
-            "10 %",
-        )
-    ],
-    "overhead": _overhead_lines,
-    "large-images": lambda row: [
-        (
-            "peak memory of fine-tuning DenseNet-201 at 1024x1024, batch 4, float32",
-            f"{row['ours_gib']:.2f} GiB, everything included; naive model alone {row['naive_gib']:.2f} GiB",
-            "2.5 GiB",
-        )
-    ],
-}
 
 if __name__ == "__main__":
     from benchmarks.trainer import main as run  # so that the callbacks' module is this one

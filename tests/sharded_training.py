@@ -106,9 +106,7 @@ def work(rank: int, folder: Path) -> None:
     """Both processes train the same models together, then run the commands; results go into `folder`."""
     torch.set_num_threads(1)
     rendezvous = f"file://{folder / 'rendezvous'}"
-    dist.init_process_group(
-        "gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=120)
-    )
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     for parts in PARTS:
         torch.save(train_sharded(rank, parts), folder / f"{parts}-{rank}.pt")
     torch.save(evaluate_between_steps(make_sharded("whole", synchronised=False)), folder / f"logits-{rank}.pt")

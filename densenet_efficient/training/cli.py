@@ -22,8 +22,8 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.tuner.tuning import Tuner
 
-from densenet_efficient.training import datasets  # noqa: F401, so that --data knows them
 from densenet_efficient.models import EfficientDenseNet
+from densenet_efficient.training import datasets  # noqa: F401, so that --data knows them
 from densenet_efficient.training.averaging import AveragedWeights
 from densenet_efficient.training.batch_size import available_memory, largest_batch, measure_training
 from densenet_efficient.training.check import examine, print_data_report
