@@ -30,7 +30,7 @@ from densenet_efficient.training.samples import Splits
 from . import results as results_file
 
 BATCH, SIZE = 8, 224
-IMAGES_1024 = 12
+JPEG_FILES, IMAGES_IN_MEMORY = 240, 160
 WARMUP = 3  # steps
 Row = dict[str, Any]
 
@@ -129,7 +129,7 @@ class Waiting(Callback):
 def measure_data_path(folder: Path) -> Row:
     """DenseNet-121 in float32 on JPEG files of ImageNet's usual size, with the augmentation of photographs."""
     generator = np.random.default_rng(0)
-    for index in range(BATCH * 30):
+    for index in range(JPEG_FILES):
         path = folder / "images" / f"class{index % 2}" / f"{index}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(generator.integers(0, 256, (24, 32, 3), dtype=np.uint8))
@@ -144,8 +144,8 @@ def measure_data_path(folder: Path) -> Row:
 class RandomImages(ArrayData):
     """Random images of the input's size in memory, so that their preparation costs next to nothing."""
 
-    def __init__(self, count: int = 200, **kwargs: Any) -> None:
-        self.count = count
+    def __init__(self, count: int | None = None, **kwargs: Any) -> None:
+        self.count = count or IMAGES_IN_MEMORY
         super().__init__(**kwargs)
 
     def read(self) -> Splits:
@@ -222,7 +222,7 @@ def _fit_here(folder: Path, callback: str, *arguments: object) -> None:
 def measure_large_images(folder: Path) -> Row:
     """Two steps of fine-tuning at 1024x1024 by the command, and two of the naive model by itself."""
     size, batch = 1024, 4
-    options = ("--data.image_size", size, "--data.batch_size", batch, "--data.count", IMAGES_1024)
+    options = ("--data.image_size", size, "--data.batch_size", batch, "--data.count", 3 * batch)
     options += ("--model.network", "densenet201", "--trainer.max_steps", 2, "--trainer.limit_val_batches", 1)
     options += ("--trainer.accelerator", "cpu", "--report", "false", "--data.num_workers", 0)
     ours = _fit_in_fresh_process(folder / "run", "--data", "benchmarks.trainer.RandomImages", *options)
