@@ -33,6 +33,7 @@ BATCH, SIZE = 8, 224
 JPEG_FILES, IMAGES_IN_MEMORY = 240, 160
 WARMUP = 3  # steps
 Row = dict[str, Any]
+Options = tuple[object, ...]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -209,7 +210,7 @@ found: dict[str, float] = {}  # by the callback of the run before
 
 def _fit_here(folder: Path, callback: str, *arguments: object) -> None:
     """An epoch of DenseNet-121 with this callback, in this process."""
-    options = ("--model.network", "densenet121", "--trainer.max_epochs", 1, "--trainer.accelerator", "cpu")
+    options: Options = ("--model.network", "densenet121", "--trainer.max_epochs", 1, "--trainer.accelerator", "cpu")
     options += ("--data.batch_size", BATCH, "--data.image_size", SIZE, "--report", "false")
     given = [*arguments, *options, "--trainer.callbacks", callback, "--output", folder / "run"]
     if run_command(["fit", *map(str, given)]) != 0:
@@ -222,7 +223,7 @@ def _fit_here(folder: Path, callback: str, *arguments: object) -> None:
 def measure_large_images(folder: Path) -> Row:
     """Two steps of fine-tuning at 1024x1024 by the command, and two of the naive model by itself."""
     size, batch = 1024, 4
-    options = ("--data.image_size", size, "--data.batch_size", batch, "--data.count", 3 * batch)
+    options: Options = ("--data.image_size", size, "--data.batch_size", batch, "--data.count", 3 * batch)
     options += ("--model.network", "densenet201", "--trainer.max_steps", 2, "--trainer.limit_val_batches", 1)
     options += ("--trainer.accelerator", "cpu", "--report", "false", "--data.num_workers", 0)
     ours = _fit_in_fresh_process(folder / "run", "--data", "benchmarks.trainer.RandomImages", *options)

@@ -183,7 +183,8 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if self.command == "find-batch-size":
             return super().instantiate_trainer(**kwargs, logger=False)
-        output, plugins = Path(self.config.output), [AtomicCheckpointIO()]
+        output = Path(self.config.output)
+        plugins: list[Any] = [AtomicCheckpointIO()]
         if self.config.trainer.strategy == FSDP:
             kwargs["strategy"] = FullySharded()
         elif self._wants_float16_on_the_cpu():  # Lightning would take bfloat16 instead
