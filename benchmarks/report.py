@@ -21,8 +21,9 @@ from .results import MEASURED, RESULTS, ROOT, write_atomically
 from .roofline import COLUMNS as ROOFLINE_COLUMNS
 from .roofline import Line, Roofline, table_cells, title, without_small_lines
 from .segmentation import table as segmentation_table
+from .trainer_table import table as trainer_table
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/benchmarks.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/benchmarks.md", ROOT / "docs/training.md"]
 SECTION = re.compile(r"(<!-- benchmarks:begin (\S+) -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
 WORKLOAD = ("model", "dtype", "batch", "size")
 COLUMNS = (
@@ -186,6 +187,11 @@ def segmentation_tables(results: Results) -> str:
     return "\n".join([figures_line(results), "", *segmentation_table(results["rows"]), ""])
 
 
+def trainer_tables(results: Results) -> str:
+    """What the trainer reaches and costs."""
+    return "\n".join([figures_line(results), "", *trainer_table(results["rows"]), ""])
+
+
 def tables(results: Results, task: str) -> str:
     """One machine's tables of a task, one per workload, under a line that says what was measured where."""
     workloads = _workloads(results, task)
@@ -286,8 +292,10 @@ SECTIONS = {
     "roofline-cpu": ("CPU", "roofline"),
     "segmentation-cpu": ("CPU", "segmentation"),
     "blocking": ("CPU", "computed"),
+    "trainer-cpu": ("CPU", "training"),
 }
-SPECIAL = {"roofline": roofline_tables, "segmentation": segmentation_tables}  # by the end of their files' names
+# By the end of their files' names.
+SPECIAL = {"roofline": roofline_tables, "segmentation": segmentation_tables, "training": trainer_tables}
 
 if __name__ == "__main__":
     main(sys.argv[1:])
