@@ -16,13 +16,13 @@ from densenet_efficient.summary import summarize, total_costs
 
 from ..implementations import configuration
 
-DEPTHS = (40, 100, 160, 220, 280, 340, 400)  # of DenseNets-BC with growth rate 12, for 32x32 images
-SIZES = (128, 224, 320, 416, 512)
+DEPTHS = (40, 100, 190, 280, 400)  # of DenseNets-BC with growth rate 12, for 32x32 images
+SIZES = (128, 224, 320, 448)
 BATCHES = {
-    "torchvision": (1, 2, 4, 8, 12),
-    "torchvision-checkpoint": (1, 2, 4, 8, 16, 24),
-    "ours-none": (1, 4, 8, 16, 32, 48),
-    "ours-bottleneck": (1, 4, 8, 16, 32, 48),
+    "torchvision": (1, 4, 8, 12),
+    "torchvision-checkpoint": (1, 8, 16, 24),
+    "ours-none": (1, 8, 16, 32),
+    "ours-bottleneck": (1, 8, 16, 32),
 }
 MODEL, SIZE = "densenet201", 224
 # torchvision has no DenseNet for small images.
@@ -34,8 +34,8 @@ SAVED_BY = {
     "ours-none": "saved_none",
     "ours-bottleneck": "saved_bottleneck",
 }
-TARGET = 1024 * MIB  # of what is saved by the larger of two batches: above the noise, below a small machine's memory
-LARGEST_BATCH = 256
+TARGET = 768 * MIB  # of what is saved by the larger of two batches: above the noise, below a small machine's memory
+LARGEST_BATCH = 128
 
 
 @dataclass(frozen=True)
