@@ -29,8 +29,8 @@ def run_in_fresh_process(module: str, request: Mapping[str, Any]) -> Any:
     raise kind(f"{module} failed in a fresh process: {reason}")
 
 
-# torch's own allocator, Python's, and those of the libraries below.
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "MemoryError", "bad_alloc", "could not create a memory")
+# torch's own allocator, Python's, C++'s, and what oneDNN says where it cannot map memory.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "MemoryError", "bad_alloc", "could not create a")
 
 
 def status_bytes(name: str) -> int:

@@ -43,7 +43,7 @@ def trace(request: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {"dtype": request["dtype"], "task": "train", "device": "cpu", "channels_last": True}
     forward = make_forward(model, (3, size, size), batch, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    labels = torch.arange(batch)
+    labels = torch.arange(batch) % 10
     samples: list[tuple[float, int]] = []
     finished = threading.Event()
 
