@@ -124,12 +124,13 @@ def test_a_cell_times_all_its_variants_in_turn(task: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(cells, "step_times", step_times)
     variants = variants_of(["torchvision", "ours-none"], task)
-    times = measure_times(Cell(task, "tiny", "float32", 4, 32), variants, rounds=3)
+    cell = Cell(task, "tiny", "float32", 4, 32)
+    times = measure_times(cell, variants, rounds=3)
     step_ms = 100.0 if task == "train" else 40.0
     expected = {"step_ms": step_ms, "forward_ms": 40.0, "images_per_second": 4e3 / step_ms}
     assert times == dict.fromkeys(variants, expected)
     names = ["forward_ms", "step_ms"] if task == "train" else ["forward_ms"]
-    assert calls == [([(variant, name) for variant in variants for name in names], 3)]
+    assert calls == [([((cell, variant), name) for variant in variants for name in names], 3)]
 
 
 def test_memory_is_measured_on_the_network_and_layout_that_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
