@@ -22,7 +22,6 @@ DENSENETS = ("densenet121", "densenet201")
 OTHERS = ("resnet50", "efficientnet_b4", "convnext_tiny")
 IMPLEMENTATIONS = ("torchvision", "ours-none", "ours-bottleneck")
 SIZE, EFFICIENTNET_SIZE = 224, 380  # the second is that of EfficientNet-B4's published accuracy
-MEMORY_BATCHES = {SIZE: (8, 16), EFFICIENTNET_SIZE: (2, 4)}
 # torchvision publishes weights of all of them, evaluated alike; those of the original recipes and the newest.
 WEIGHTS = {
     "densenet121": ("DenseNet121_Weights.IMAGENET1K_V1",),
@@ -34,10 +33,11 @@ WEIGHTS = {
 
 
 def measure(path: Path) -> None:
-    """Measure what ``path`` does not hold yet, and count and look up the rest."""
-    results = measure_steps(path, list(plan()), MEMORY_BATCHES, ROUNDS)
+    """Count and look up what needs no measuring, and measure what ``path`` does not hold yet."""
+    results = results_file.load(path, results_file.describe_machine())
     results["networks"] = [describe(*network) for network in networks()]
     results_file.save(path, results)
+    measure_steps(path, plan(), ROUNDS)
 
 
 def networks() -> list[tuple[str, int]]:

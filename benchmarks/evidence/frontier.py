@@ -20,10 +20,9 @@ IMPLEMENTATIONS = (
     "ours-bottleneck",
 )
 ROUNDS = 5
-MEMORY_BATCHES = {CELL.size: (8, 16)}
 
 
 def measure(path: Path) -> None:
     """Measure what ``path`` does not hold yet. Compiling takes minutes."""
     pairs = [(CELL, Variant(implementation, "channels-last")) for implementation in IMPLEMENTATIONS]
-    measure_steps(path, pairs, MEMORY_BATCHES, ROUNDS)
+    measure_steps(path, pairs, ROUNDS)
