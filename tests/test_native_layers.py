@@ -123,7 +123,7 @@ def test_schema_of_the_loops(operation, dtype):
         ("dense_layers", 6, [torch.rand(6)], "one or two entries per layer"),
         ("dense_layers", 9, [None], "one or two entries per layer"),
         ("dense_layers", 1, 7, "one row per pixel"),
-        ("dense_layers", 10, [torch.rand(8, 6, 1, 1)] * 4, "weight must have shape"),
+        ("dense_layers", 10, [torch.rand(8, 6, 1, 1)] * 4, "more channels than the 16"),
         ("dense_layers_backward", 6, [torch.rand(30, 8)], "bottlenecks must be one per layer or none"),
         ("dense_layers_backward", 15, [True], "needed must have 6 entries per layer"),
     ],
