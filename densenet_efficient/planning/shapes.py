@@ -66,6 +66,7 @@ class BlockShape:
     bottleneck: int  # [M, K], 0 without
     bottlenecks: int  # of all layers
     masks: int  # of the dropout
+    dropped: int  # [M, k], a mask as it is multiplied
     pooled: int  # [M', C] of the exit
     out: int  # [M', C'] of the exit
     recomputed: int  # multiply-adds of its bottlenecks, once
@@ -180,6 +181,7 @@ def _block_shape(
         bottleneck=pixels * width * element,
         bottlenecks=row.costs.saved_none - row.costs.saved_bottleneck,
         masks=pixels * (channels - row.in_channels) if drops else 0,
+        dropped=pixels * (layers[0].growth_rate or 0) * element if drops else 0,
         pooled=windows * channels * element,
         out=math.prod(out_shape) * element,
         recomputed=sum(pixels * layer.in_channels * width for layer in layers),

@@ -130,7 +130,7 @@ class TrainingStep:
         yield Moment("optimizer", "step", gradients, self.images, self._optimizer_workspace())
 
     def _backward_workspace(self, block: BlockShape, level: str) -> int:
-        scratch = block.bottleneck * (2 if level == "bottleneck" else 1)
+        scratch = block.bottleneck * (2 if level == "bottleneck" else 1) + block.dropped
         return block.out + block.storage + max(block.pooled, scratch, block.input)
 
     def _optimizer_workspace(self) -> int:
