@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from .picture import draw, picture_path
+from .planner import table as planner_table
 from .results import MEASURED, RESULTS, ROOT, write_atomically
 from .roofline import COLUMNS as ROOFLINE_COLUMNS
 from .roofline import Line, Roofline, table_cells, title, without_small_lines
 from .segmentation import table as segmentation_table
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/benchmarks.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/benchmarks.md", ROOT / "docs/planning.md"]
 SECTION = re.compile(r"(<!-- benchmarks:begin (\S+) -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
 WORKLOAD = ("model", "dtype", "batch", "size")
 COLUMNS = (
@@ -160,6 +161,11 @@ def segmentation_tables(results: Results) -> str:
     return "\n".join([figures_line(results), "", *segmentation_table(results["rows"]), ""])
 
 
+def planner_tables(results: Results) -> str:
+    """What the planner predicts beside what was measured."""
+    return "\n".join([figures_line(results), "", *planner_table(results["rows"]), ""])
+
+
 def tables(results: Results, task: str) -> str:
     """One machine's tables of a task, one per workload, under a line that says what was measured where."""
     workloads = _workloads(results, task)
@@ -259,8 +265,13 @@ SECTIONS = {
     "inference-gpu": ("GPU", "infer"),
     "roofline-cpu": ("CPU", "roofline"),
     "segmentation-cpu": ("CPU", "segmentation"),
+    "planner-cpu": ("CPU", "planner"),
 }
-SPECIAL = {"roofline": roofline_tables, "segmentation": segmentation_tables}  # by the end of their files' names
+SPECIAL = {  # by the end of their files' names
+    "roofline": roofline_tables,
+    "segmentation": segmentation_tables,
+    "planner": planner_tables,
+}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

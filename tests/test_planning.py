@@ -234,3 +234,12 @@ def test_the_command_fails_where_nothing_fits(capsys):
     captured = capsys.readouterr()
     assert "does not fit into 500.0 MiB" in captured.out
     assert captured.err.startswith("error: a training step of densenet201 on 64x3x224x224 needs")
+
+
+@pytest.mark.parametrize("name", ["densenet121", "densenet161", "densenet169", "densenet201", "densenet264"])
+def test_at_the_peak_no_other_storage_lives(name):
+    """Which is why storages are not offloaded to the host."""
+    found = plan(name, (64, 3, 224, 224), checkpointing="bottleneck")
+    assert found.training.moment == "denseblock1, backward"
+    saved = {stage.name: stage.own.saved_activations for stage in found.stages}
+    assert found.training.memory.saved_activations == saved["stem"] + saved["denseblock1"]
