@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import blocking
 from .picture import draw, picture_path
 from .planner import table as planner_table
 from .results import MEASURED, RESULTS, ROOT, write_atomically
@@ -85,6 +86,8 @@ def fill(text: str, all_results: Sequence[Results], special: Mapping[str, Sequen
         begin, name, end = match.groups()
         if name not in SECTIONS:
             raise ValueError(f"unknown benchmarks section {name!r}; expected one of {', '.join(SECTIONS)}")
+        if name == "blocking":
+            return f"{begin}{blocking_table((special or {}).get('roofline', ()))}\n{end}"
         device, task = SECTIONS[name]
         if task in SPECIAL:
             texts = [SPECIAL[task](results) for results in (special or {}).get(task, ()) if _runs_on(device, results)]
@@ -111,6 +114,29 @@ def roofline_tables(results: Results) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def blocking_table(rooflines: Sequence[Results]) -> str:
+    """What blocking would save, computed, and the most that it could gain in each step that a roofline has timed."""
+    lines = [*_markdown(blocking.COLUMNS, blocking.cells(), words=2), ""]
+    for results in rooflines:
+        gains = [
+            "{} {} {:.1%} ({:.1%})".format(
+                *_step(row)[:2], *(blocking.share_of_time(*_step(row), cache) for cache in (blocking.CPU_CACHE, 0))
+            )
+            for row in results["rows"]
+            if row["model"] in blocking.LAYERS and row["size"] == 224
+        ]
+        lines += [
+            f"{results['header']['cpu']}: the saved bytes at its copy rate, as a share of a step's measured time, "
+            f"with that cache (and with none): {', '.join(gains)}.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _step(row: Row) -> tuple[str, str, int, float, float]:
+    return row["model"], row["dtype"], row["batch"], row["step_seconds"], row["copy_rate"]
 
 
 def summary(results: Results) -> str:
@@ -265,6 +291,7 @@ SECTIONS = {
     "inference-gpu": ("GPU", "infer"),
     "roofline-cpu": ("CPU", "roofline"),
     "segmentation-cpu": ("CPU", "segmentation"),
+    "blocking": ("CPU", "computed"),
     "planner-cpu": ("CPU", "planner"),
 }
 SPECIAL = {  # by the end of their files' names

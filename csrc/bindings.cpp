@@ -43,6 +43,7 @@ TORCH_LIBRARY(densenet_efficient, library) {
       "batch_norm_gradients(Tensor sum_grad, Tensor sum_grad_x, Tensor rstd, Tensor scale, int count, "
       "Tensor(a!)? grad_weight, Tensor(b!)? slope, Tensor(c!)? offset) -> ()");
   library.def("channel_stats(Tensor x, Tensor(a!) mean, Tensor(b!) variance) -> ()");
+  library.def("write_with_statistics(Tensor x, Tensor(a!) out, Tensor(b!) mean, Tensor(c!) variance) -> ()");
   library.def(
       "bn_relu_conv1x1(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) out, Tensor(b!)? mean, "
       "Tensor(c!)? variance) -> ()");
@@ -75,6 +76,17 @@ TORCH_LIBRARY(densenet_efficient, library) {
   library.def(
       "dense_block_inference(Tensor(a!) storage, int channels, int height, int width, int bottleneck_channels, "
       "Tensor[] affines, Tensor[] packed) -> ()");
+  // In training: the loop over a block's layers (densenet_efficient/dense_layers.py), with the lists of their norms, in
+  // order, of each norm's running mean and variance (None where it uses the batch's), and of their convolutions.
+  library.def(
+      "dense_layers(Tensor(a!) storage, int height, int width, Tensor(b!) statistics, bool with_statistics, "
+      "Tensor(c!) bottleneck_statistics, Tensor[] weights, Tensor[] biases, float[] epsilons, Tensor?[] running, "
+      "Tensor[] convolutions, bool save_bottlenecks) -> Tensor[]");
+  library.def(
+      "dense_layers_backward(Tensor(a!) grad, Tensor storage, int height, int width, Tensor statistics, "
+      "Tensor bottleneck_statistics, Tensor[] bottlenecks, Tensor[] weights, Tensor[] biases, float[] epsilons, "
+      "Tensor?[] running, Tensor[] convolutions, Tensor(b!) slope, Tensor(c!) offset, bool nothing_to_project, "
+      "bool[] needed, bool input_needed) -> Tensor?[]");
   library.def("return_freed_memory() -> ()");
   library.def("cpu_product_rate(ScalarType dtype, float seconds) -> float");
 }

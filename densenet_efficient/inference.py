@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import fusion, kernels
-from .dense_block import NO_EXIT, TRANSITION, TRANSITION_DOWN, pooling_window
 from .dimensions import BatchNorm, Convolution
 from .layout import as_images, as_rows, empty_images
+from .stage import NO_EXIT, TRANSITION, TRANSITION_DOWN, pooling_window
 
 
 class Source(NamedTuple):

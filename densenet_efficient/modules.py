@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from . import fusion, inference, operators
 from .argument_checks import check_drop_rate, check_kernel_size, check_level, check_positive, check_spatial_dims
-from .dense_block import HEAD, NO_EXIT, TRANSITION, TRANSITION_DOWN
 from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, BatchNorm, Convolution, dims_of, global_average, is_for
 from .fusion import LayerParts
 from .input_checks import (
@@ -33,6 +32,7 @@ from .input_checks import (
 from .kernels import spatial
 from .layout import as_rows
 from .running_statistics import update_running_statistics
+from .stage import HEAD, NO_EXIT, TRANSITION, TRANSITION_DOWN
 from .synchronisation import exchange_counts, group_of_all
 
 

@@ -14,17 +14,10 @@ import torch
 from torch import Tensor
 
 from .batch_norm import BatchNorm
-from .dense_block import (
-    NO_EXIT,
-    DenseLayer,
-    Stage,
-    StageOutput,
-    backward_stage,
-    forward_stage,
-    pooling_window,
-)
+from .dense_block import backward_stage, forward_stage
 from .kernels import accumulation_dtype, spatial
 from .layout import as_images, empty_images
+from .stage import NO_EXIT, DenseLayer, Stage, StageOutput, pooling_window
 from .stem import Stem, StemOutput, backward_stem, forward_stem
 from .synchronisation import Synchronisation
 
@@ -120,7 +113,7 @@ def dense_stage(
     counts: Tensor | None = None,
     group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """A dense block and its exit; the outputs are those of `dense_block.StageOutput`.
+    """A dense block and its exit; the outputs are those of `stage.StageOutput`.
 
     Args:
         x: [N, C0, H, W], or of one or three dimensions, any layout.

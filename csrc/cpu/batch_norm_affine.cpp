@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "checks.h"
+#include "cpu/operations.h"
 
 namespace densenet_efficient {
 namespace {
@@ -34,8 +35,10 @@ Tensor checked_vector(const Tensor& vector, const char* name, const Tensor& affi
   return vector.to(affine.scalar_type()).contiguous();
 }
 
-void affine_map(const Tensor& mean, const Tensor& variance, const Tensor& weight, const Tensor& bias, double eps,
-                const Tensor& affine) {
+}  // namespace
+
+void batch_norm_affine(const Tensor& mean, const Tensor& variance, const Tensor& weight, const Tensor& bias, double eps,
+                       const Tensor& affine) {
   TORCH_CHECK(affine.dim() == 2 && affine.size(0) == 4 && affine.is_contiguous(),
               "affine must be contiguous of shape [4, C], got ", affine.sizes());
   check_accumulation_dtype(affine, "affine");
@@ -44,8 +47,6 @@ void affine_map(const Tensor& mean, const Tensor& variance, const Tensor& weight
       checked_vector(weight, "weight", affine), checked_vector(bias, "bias", affine), eps, affine);
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("batch_norm_affine", &affine_map); }
+TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("batch_norm_affine", &batch_norm_affine); }
 
 }  // namespace densenet_efficient

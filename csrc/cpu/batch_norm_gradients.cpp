@@ -1,12 +1,12 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "cpu/operations.h"
 
 namespace densenet_efficient {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 template <typename A>
 void add(const Tensor& sum_grad, const Tensor& sum_grad_x, const Tensor& rstd, const Tensor& scale, int64_t count,
@@ -26,8 +26,11 @@ void add(const Tensor& sum_grad, const Tensor& sum_grad_x, const Tensor& rstd, c
   }
 }
 
-void gradients(const Tensor& sum_grad, const Tensor& sum_grad_x, const Tensor& rstd, const Tensor& scale, int64_t count,
-               const OptionalTensor& grad_weight, const OptionalTensor& slope, const OptionalTensor& offset) {
+}  // namespace
+
+void batch_norm_gradients(const Tensor& sum_grad, const Tensor& sum_grad_x, const Tensor& rstd, const Tensor& scale,
+                          int64_t count, const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& slope,
+                          const std::optional<Tensor>& offset) {
   const int64_t channels = sum_grad.size(0);
   check_accumulation_dtype(sum_grad, "sum_grad");
   check_vector(sum_grad, "sum_grad", channels, sum_grad);
@@ -41,8 +44,6 @@ void gradients(const Tensor& sum_grad, const Tensor& sum_grad_x, const Tensor& r
       optional_vector(slope, "slope", channels, sum_grad), optional_vector(offset, "offset", channels, sum_grad));
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("batch_norm_gradients", &gradients); }
+TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("batch_norm_gradients", &batch_norm_gradients); }
 
 }  // namespace densenet_efficient

@@ -3,14 +3,14 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "cpu/operations.h"
 
 namespace densenet_efficient {
-namespace {
 
 using at::Tensor;
 
-void conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& weight, const Tensor& out,
-             const std::optional<Tensor>& mean, const std::optional<Tensor>& variance) {
+void bn_relu_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& weight, const Tensor& out,
+                     const std::optional<Tensor>& mean, const std::optional<Tensor>& variance) {
   const int64_t rows = x.size(0), channels = x.size(1), outputs = weight.size(0);
   check_matrix(x, "x", rows, channels, x);
   check_matrix(out, "out", rows, outputs, x);
@@ -34,11 +34,11 @@ void conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, const Te
   DISPATCH_CAPABILITY(bn_relu_conv1x1)(arguments);
 }
 
-void conv1x1_backward(const Tensor& out_grad, const Tensor& out, const Tensor& out_mean, const Tensor& out_slope,
-                      const Tensor& out_offset, const Tensor& x, const Tensor& mean, const Tensor& scale,
-                      const Tensor& shift, const Tensor& weight, const std::optional<Tensor>& grad,
-                      const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& sum_grad,
-                      const std::optional<Tensor>& sum_grad_x) {
+void bn_relu_conv1x1_backward(const Tensor& out_grad, const Tensor& out, const Tensor& out_mean,
+                              const Tensor& out_slope, const Tensor& out_offset, const Tensor& x, const Tensor& mean,
+                              const Tensor& scale, const Tensor& shift, const Tensor& weight,
+                              const std::optional<Tensor>& grad, const std::optional<Tensor>& grad_weight,
+                              const std::optional<Tensor>& sum_grad, const std::optional<Tensor>& sum_grad_x) {
   const int64_t rows = x.size(0), channels = x.size(1), outputs = weight.size(0);
   check_matrix(x, "x", rows, channels, x);
   check_matrix(out_grad, "out_grad", rows, outputs, x);
@@ -79,11 +79,9 @@ void conv1x1_backward(const Tensor& out_grad, const Tensor& out, const Tensor& o
   DISPATCH_CAPABILITY(bn_relu_conv1x1_backward)(arguments);
 }
 
-}  // namespace
-
 TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) {
-  library.impl("bn_relu_conv1x1", &conv1x1);
-  library.impl("bn_relu_conv1x1_backward", &conv1x1_backward);
+  library.impl("bn_relu_conv1x1", &bn_relu_conv1x1);
+  library.impl("bn_relu_conv1x1_backward", &bn_relu_conv1x1_backward);
 }
 
 }  // namespace densenet_efficient

@@ -3,15 +3,15 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "cpu/operations.h"
 
 namespace densenet_efficient {
-namespace {
 
 using at::Tensor;
 
-void conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& weight, int64_t height,
-             int64_t width, const Tensor& out, const std::optional<Tensor>& mean,
-             const std::optional<Tensor>& variance) {
+void bn_relu_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& weight, int64_t height,
+                     int64_t width, const Tensor& out, const std::optional<Tensor>& mean,
+                     const std::optional<Tensor>& variance) {
   const int64_t rows = x.size(0), channels = x.size(1), outputs = weight.size(0);
   check_matrix(x, "x", rows, channels, x);
   check_matrix(out, "out", rows, outputs, x);
@@ -38,10 +38,11 @@ void conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, const Te
   DISPATCH_CAPABILITY(bn_relu_conv3x3)(arguments);
 }
 
-void conv3x3_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mean, const Tensor& scale,
-                      const Tensor& shift, const Tensor& weight, int64_t height, int64_t width,
-                      const std::optional<Tensor>& grad, bool accumulate, const std::optional<Tensor>& grad_weight,
-                      const std::optional<Tensor>& sum_grad, const std::optional<Tensor>& sum_grad_x) {
+void bn_relu_conv3x3_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mean, const Tensor& scale,
+                              const Tensor& shift, const Tensor& weight, int64_t height, int64_t width,
+                              const std::optional<Tensor>& grad, bool accumulate,
+                              const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& sum_grad,
+                              const std::optional<Tensor>& sum_grad_x) {
   const int64_t rows = x.size(0), channels = x.size(1), outputs = weight.size(0);
   check_matrix(x, "x", rows, channels, x);
   check_matrix(out_grad, "out_grad", rows, outputs, x);
@@ -78,11 +79,9 @@ void conv3x3_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mea
   DISPATCH_CAPABILITY(bn_relu_conv3x3_backward)(arguments);
 }
 
-}  // namespace
-
 TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) {
-  library.impl("bn_relu_conv3x3", &conv3x3);
-  library.impl("bn_relu_conv3x3_backward", &conv3x3_backward);
+  library.impl("bn_relu_conv3x3", &bn_relu_conv3x3);
+  library.impl("bn_relu_conv3x3_backward", &bn_relu_conv3x3_backward);
 }
 
 }  // namespace densenet_efficient

@@ -3,13 +3,14 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "cpu/operations.h"
 
 namespace densenet_efficient {
-namespace {
 
 using at::Tensor;
 
-void project(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& slope, const Tensor& offset) {
+void project_gradient(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& slope,
+                      const Tensor& offset) {
   const int64_t rows = x.size(0), channels = x.size(1);
   check_matrix(x, "x", rows, channels, x);
   check_matrix(grad, "grad", rows, channels, x);
@@ -30,8 +31,6 @@ void project(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tens
   DISPATCH_CAPABILITY(project_gradient)(arguments);
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("project_gradient", &project); }
+TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("project_gradient", &project_gradient); }
 
 }  // namespace densenet_efficient

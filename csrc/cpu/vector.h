@@ -16,6 +16,7 @@
 #endif
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+#define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace densenet_efficient::CPU_CAPABILITY {
 

@@ -7,6 +7,7 @@ Conventions, the same for every backend:
 
 - ``x``, ``out``, ``grad``: 2-D views [M, C] (M = N*H*W pixels, channels last) with unit column stride and any row
   stride, so that a prefix or a slot of a dense block's storage is passed as it is. float32, float64, bfloat16, float16.
+- Only `write_with_statistics`, by which images enter a storage, takes ``x`` [N, C, P]: P pixels of any strides.
 - ``scale = gamma * rstd`` and ``shift = beta - mean * scale``, statistics and sums: 1-D, of `accumulation_dtype`
   (but `batch_norm_affine` takes statistics and parameters of any floating dtype).
 - ``weight``: the convolution's own tensor [K, C, 1, 1] or [K, C, 3, 3], of any floating dtype (autocast keeps float32
@@ -35,6 +36,7 @@ CONTRACT = (
     "batch_norm_affine",
     "batch_norm_gradients",
     "channel_stats",
+    "write_with_statistics",
     "bn_relu_conv1x1",
     "bn_relu_conv1x1_backward",
     "bn_relu_conv3x3",

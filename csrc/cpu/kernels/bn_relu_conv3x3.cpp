@@ -1,5 +1,6 @@
 #include "cpu/kernels/bn_relu_conv3x3.h"
 
+#include "cpu/kernels/bn_relu_conv3x3_winograd.h"
 #include "cpu/kernels/conv3x3_weight.h"
 #include "cpu/kernels/dispatch.h"
 #include "cpu/kernels/image_tiles.h"
@@ -101,20 +102,35 @@ void forward(const Conv3x3Forward& p) {
 int64_t conv3x3_packed_bytes(c10::ScalarType dtype, int64_t channels, int64_t outputs) {
   int64_t bytes = 0;
   dispatch_product(dtype, [&]<typename S, typename T>() {
-    bytes = ForwardWeight<T>::packed_size(outputs, channels) * sizeof(T) + Scratch<T>::kSlack;
+    if constexpr (kTransforms<T>) {
+      bytes = transformed_conv3x3_bytes(channels, outputs);
+    } else {
+      bytes = ForwardWeight<T>::packed_size(outputs, channels) * sizeof(T) + Scratch<T>::kSlack;
+    }
   });
   return bytes;
 }
 
 void pack_conv3x3(c10::ScalarType dtype, const void* weight, int64_t channels, int64_t outputs, void* packed) {
   dispatch_product(dtype, [&]<typename S, typename T>() {
-    ForwardWeight<T>::pack(static_cast<const Accumulate<S>*>(weight), outputs, channels, false,
-                           static_cast<T*>(packed));
+    const auto* values = static_cast<const Accumulate<S>*>(weight);
+    auto* const to = static_cast<T*>(packed);
+    if constexpr (kTransforms<T>) {
+      transform_conv3x3(values, channels, outputs, to);
+    } else {
+      ForwardWeight<T>::pack(values, outputs, channels, false, to);
+    }
   });
 }
 
 void bn_relu_conv3x3(const Conv3x3Forward& arguments) {
-  dispatch_product(arguments.dtype, [&]<typename S, typename T>() { forward<S, T>(arguments); });
+  dispatch_product(arguments.dtype, [&]<typename S, typename T>() {
+    if constexpr (kTransforms<T>) {
+      bn_relu_conv3x3_winograd(arguments);
+    } else {
+      forward<S, T>(arguments);
+    }
+  });
 }
 
 }  // namespace densenet_efficient::CPU_CAPABILITY

@@ -1,6 +1,7 @@
 #include <ATen/Parallel.h>
 
 #include "cpu/kernels/bn_relu_conv3x3.h"
+#include "cpu/kernels/bn_relu_conv3x3_winograd.h"
 #include "cpu/kernels/conv3x3_weight.h"
 #include "cpu/kernels/deposit.h"
 #include "cpu/kernels/dispatch.h"
@@ -260,7 +261,13 @@ class Backward {
 }  // namespace
 
 void bn_relu_conv3x3_backward(const Conv3x3Backward& arguments) {
-  dispatch_product(arguments.dtype, [&]<typename S, typename T>() { Backward<S, T>(arguments).run(); });
+  dispatch_product(arguments.dtype, [&]<typename S, typename T>() {
+    if constexpr (kTransforms<T>) {
+      bn_relu_conv3x3_backward_winograd(arguments);
+    } else {
+      Backward<S, T>(arguments).run();
+    }
+  });
 }
 
 }  // namespace densenet_efficient::CPU_CAPABILITY

@@ -1,7 +1,10 @@
 // A 3x3 convolution's weight, packed as the right operands of its products.
 #pragma once
 
+#include <ATen/Parallel.h>
+
 #include "cpu/kernels/tile.h"
+#include "cpu/kernels/winograd.h"
 
 namespace densenet_efficient::CPU_CAPABILITY {
 
@@ -127,6 +130,52 @@ class BackwardWeight : public ChannelChunks<T> {
  private:
   int64_t outputs_;
   Scratch<T> packed_;
+};
+
+// A weight transformed for winograd.h: sixteen right operands, [channels, outputs] in the forward, [outputs, channels]
+// (of flipped taps) for the gradient of the input.
+class TransformedWeight {
+ public:
+  TransformedWeight(float* data, int64_t outputs, int64_t channels)
+      : data_(data), outputs_(outputs), channels_(channels) {}
+
+  static int64_t size(int64_t outputs, int64_t channels) { return kElements * distance(outputs, channels); }
+  float* at(int64_t element) const { return data_ + element * distance(outputs_, channels_); }
+
+  void transform_forward(const float* weight, bool channels_last) const {
+    constexpr int64_t block = 16;
+    const TapsFirst<float> taps(weight, outputs_, channels_, channels_last);
+    at::parallel_for(0, ceil_div(channels_, block), 1, [&](int64_t begin, int64_t end) {
+      const Scratch<float> rows(9 * block * outputs_);  // [9, block, outputs]
+      for (int64_t first = begin * block; first < std::min(end * block, channels_); first += block) {
+        const int64_t count = std::min(block, channels_ - first);
+        for (int64_t tap = 0; tap < 9; tap++) {
+          transpose(taps.at(0, tap) + first, 9 * channels_, outputs_, count, rows.get() + tap * block * outputs_,
+                    outputs_);
+        }
+        for (int64_t c = 0; c < count; c++) {
+          const auto row_of = [&](int64_t tap) { return rows.get() + (tap * block + c) * outputs_; };
+          winograd::transform_taps(outputs_, row_of, data_ + (first + c) * outputs_, distance(outputs_, channels_));
+        }
+      }
+    });
+  }
+
+  void transform_backward(const float* weight, bool channels_last) const {
+    const TapsFirst<float> taps(weight, outputs_, channels_, channels_last);
+    at::parallel_for(0, outputs_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t output = begin; output < end; output++) {
+        const auto row_of = [&](int64_t tap) { return taps.at(output, 8 - tap); };
+        winograd::transform_taps(channels_, row_of, data_ + output * channels_, distance(outputs_, channels_));
+      }
+    });
+  }
+
+ private:
+  static int64_t distance(int64_t outputs, int64_t channels) { return outputs * channels + 16; }
+
+  float* data_;
+  int64_t outputs_, channels_;
 };
 
 }  // namespace densenet_efficient::CPU_CAPABILITY

@@ -1,0 +1,176 @@
+// The backward of the layers of a dense block, as densenet_efficient/dense_layers.py has it.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "checks.h"
+#include "cpu/dense_layers.h"
+#include "cpu/operations.h"
+
+namespace densenet_efficient {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Gradients = std::vector<OptionalTensor>;
+
+// The sums that a norm's gradients are made of, [C] each; none where they are not needed.
+struct Sums {
+  OptionalTensor grad, grad_x;
+};
+
+// The deferred part of the backward of the batch norms of the same channels: batch_norm.Projection in Python.
+struct Projection {
+  Tensor slope, offset;  // [C]
+  bool is_empty;
+
+  // Adds one consumer of the first channels, and returns the gradients of its weight and bias.
+  std::pair<OptionalTensor, OptionalTensor> add(const Norm& norm, const Affine& affine, const Sums& sums,
+                                                int64_t count) {
+    if (!sums.grad) return {};
+    OptionalTensor its_slope, its_offset;
+    if (norm.uses_batch()) {
+      is_empty = false;
+      its_slope = slope.narrow(0, 0, sums.grad->size(0));
+      its_offset = offset.narrow(0, 0, sums.grad->size(0));
+    }
+    Tensor grad_weight = at::empty_like(*sums.grad);
+    batch_norm_gradients(*sums.grad, *sums.grad_x, affine.rstd, affine.scale, count, grad_weight, its_slope,
+                         its_offset);
+    return {grad_weight, sums.grad};
+  }
+
+  // Corrects the gradient of ``count`` channels from ``start`` on, in place.
+  void apply(const Tensor& grad, const Tensor& storage, const Tensor& mean, int64_t start, int64_t count) const {
+    if (is_empty) return;
+    project_gradient(grad.narrow(1, start, count), storage.narrow(1, start, count), mean.narrow(0, start, count),
+                     slope.narrow(0, start, count), offset.narrow(0, start, count));
+  }
+};
+
+// Which gradients of a layer's parameters are needed.
+struct Needed {
+  bool norm1, conv1, norm2, conv2;
+
+  bool any() const { return norm1 || conv1 || norm2 || conv2; }
+};
+
+struct Backward {
+  const Tensor &grad, &storage;  // [M, C]
+  int64_t height, width;
+  const Tensor &statistics, &bottleneck_statistics;
+  at::TensorList bottlenecks;
+  Projection projection;
+  Tensor bottleneck_scratch, bottleneck_grad_scratch;  // serve every layer
+
+  int64_t rows() const { return storage.size(0); }
+
+  // From the finished gradient of a layer's slot, behind ``channels`` others, to the gradient of its inputs; returns
+  // that of its parameters.
+  Gradients run(const DenseLayer& layer, size_t index, int64_t channels, const Needed& needed, bool below_needed) {
+    const Tensor inputs = storage.narrow(1, 0, channels), slot_grad = grad.narrow(1, channels, layer.growth_rate());
+    const OptionalTensor inputs_grad = below_needed ? OptionalTensor(grad.narrow(1, 0, channels)) : std::nullopt;
+    const Affine affine = layer.norm1.affine(statistics.select(0, 0).narrow(0, 0, channels),
+                                             statistics.select(0, 1).narrow(0, 0, channels));
+    const bool norm1_needed = needed.norm1 || below_needed;
+    const OptionalTensor conv1_grad = like(layer.conv1, needed.conv1);
+    if (!layer.norm2) {
+      const Sums sums = sums_of(channels, norm1_needed);
+      bn_relu_conv3x3_backward(slot_grad, inputs, affine.mean, affine.scale, affine.shift, layer.conv1, height, width,
+                               inputs_grad, true, conv1_grad, sums.grad, sums.grad_x);
+      const auto [weight_grad, bias_grad] = projection.add(layer.norm1, affine, sums, rows());
+      return {weight_grad, bias_grad, conv1_grad};
+    }
+    const bool bottleneck_needed = norm1_needed || needed.conv1;
+    const Tensor bottleneck = bottleneck_output(layer, index, inputs, affine);
+    const int64_t width2 = bottleneck.size(1);
+    const Tensor own_statistics = bottleneck_statistics.select(0, index);
+    const Affine affine2 = layer.norm2->affine(own_statistics.select(0, 0), own_statistics.select(0, 1));
+    const Sums sums2 = sums_of(width2, bottleneck_needed || needed.norm2);
+    const OptionalTensor bottleneck_grad =
+        bottleneck_needed ? OptionalTensor(scratch(bottleneck_grad_scratch, width2)) : std::nullopt;
+    const OptionalTensor conv2_grad = like(*layer.conv2, needed.conv2);
+    bn_relu_conv3x3_backward(slot_grad, bottleneck, affine2.mean, affine2.scale, affine2.shift, *layer.conv2, height,
+                             width, bottleneck_grad, false, conv2_grad, sums2.grad, sums2.grad_x);
+    const Tensor coefficients = at::zeros({2, width2}, statistics.options());
+    Projection finish{coefficients.select(0, 0), coefficients.select(0, 1), true};
+    const auto [weight2_grad, bias2_grad] = finish.add(*layer.norm2, affine2, sums2, rows());
+    if (!bottleneck_needed) return {std::nullopt, std::nullopt, std::nullopt, weight2_grad, bias2_grad, conv2_grad};
+    const Sums sums = sums_of(channels, norm1_needed);
+    bn_relu_conv1x1_backward(*bottleneck_grad, bottleneck, affine2.mean, finish.slope, finish.offset, inputs,
+                             affine.mean, affine.scale, affine.shift, layer.conv1, inputs_grad, conv1_grad, sums.grad,
+                             sums.grad_x);
+    const auto [weight_grad, bias_grad] = projection.add(layer.norm1, affine, sums, rows());
+    return {weight_grad, bias_grad, conv1_grad, weight2_grad, bias2_grad, conv2_grad};
+  }
+
+  // [M, K], as saved or recomputed; the recomputation takes no statistics.
+  Tensor bottleneck_output(const DenseLayer& layer, size_t index, const Tensor& inputs, const Affine& affine) {
+    if (!bottlenecks.empty()) return bottlenecks[index];
+    const Tensor bottleneck = scratch(bottleneck_scratch, layer.conv1.size(0));
+    bn_relu_conv1x1(inputs, affine.scale, affine.shift, layer.conv1, bottleneck, std::nullopt, std::nullopt);
+    return bottleneck;
+  }
+
+  Tensor scratch(Tensor& buffer, int64_t channels) const {
+    if (!buffer.defined()) buffer = at::empty({rows(), channels}, storage.options());
+    return buffer;
+  }
+
+  Sums sums_of(int64_t channels, bool needed) const {
+    if (!needed) return {};
+    const Tensor both = at::empty({2, channels}, statistics.options());
+    return {both.select(0, 0), both.select(0, 1)};
+  }
+
+  OptionalTensor like(const Tensor& weight, bool needed) const {
+    if (!needed) return std::nullopt;
+    return at::empty_like(weight, weight.options().dtype(statistics.scalar_type()));
+  }
+};
+
+Needed needed_of(const c10::List<bool>& flags, size_t first, bool has_bottleneck) {
+  const auto norm = [&](size_t index) { return flags.get(index) || flags.get(index + 1); };
+  return {norm(first), flags.get(first + 2), has_bottleneck && norm(first + 3), has_bottleneck && flags.get(first + 5)};
+}
+
+Gradients backward(const Tensor& grad, const Tensor& storage, int64_t height, int64_t width, const Tensor& statistics,
+                   const Tensor& bottleneck_statistics, at::TensorList bottlenecks, at::TensorList weights,
+                   at::TensorList biases, at::ArrayRef<double> epsilons, const c10::List<OptionalTensor>& running,
+                   at::TensorList convolutions, const Tensor& slope, const Tensor& offset, bool nothing_to_project,
+                   const c10::List<bool>& needed, bool input_needed) {
+  const auto layers = read_layers({weights, biases, epsilons, running, convolutions}, bottleneck_statistics.size(0));
+  const size_t parameters = 3 * weights.size() / layers.size();
+  TORCH_CHECK(needed.size() == parameters * layers.size(), "needed must have ", parameters, " entries per layer, got ",
+              needed.size(), " for ", layers.size(), " layers");
+  TORCH_CHECK(bottlenecks.empty() || bottlenecks.size() == layers.size(),
+              "bottlenecks must be one per layer or none, got ", bottlenecks.size(), " for ", layers.size());
+  const auto needed_in = [&](size_t index) {
+    return needed_of(needed, index * parameters, layers[index].norm2.has_value());
+  };
+  size_t lowest = 0;
+  while (!input_needed && lowest < layers.size() && !needed_in(lowest).any()) lowest++;
+
+  Backward pass{
+      grad, storage, height, width, statistics, bottleneck_statistics, bottlenecks, {slope, offset, nothing_to_project},
+      {},   {}};
+  const Tensor mean = statistics.select(0, 0);
+  Gradients gradients(needed.size());
+  int64_t channels = storage.size(1);
+  for (size_t index = layers.size(); index-- > lowest;) {
+    const DenseLayer& layer = layers[index];
+    channels -= layer.growth_rate();
+    pass.projection.apply(grad, storage, mean, channels, layer.growth_rate());
+    Gradients own = pass.run(layer, index, channels, needed_in(index), input_needed || index > lowest);
+    std::move(own.begin(), own.end(), gradients.begin() + static_cast<int64_t>(index * parameters));
+  }
+  if (input_needed) pass.projection.apply(grad, storage, mean, 0, channels);
+  return gradients;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("dense_layers_backward", &backward); }
+
+}  // namespace densenet_efficient
