@@ -36,16 +36,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from .dimensions import AXES, AvgPool, Convolution, MaxPool, dims_of
 from .models import create_model
+
+if TYPE_CHECKING:  # the planner, which the package imports, counts here and prints nothing
+    from rich.console import Console
+    from rich.table import Table
 
 COUNTS = {1: "three", 2: "four", 3: "five"}  # of sizes, by spatial dimensions
 TABLE_WIDTH = 120  # columns; in fewer, rich would cut digits and units off
@@ -145,6 +146,8 @@ def print_summary(
     Raises:
         ValueError: the name is unknown, or `input_shape` does not fit the model (see `summarize`).
     """
+    from rich.console import Console
+
     with torch.device("meta"):
         model = create_model(model_name)
     rows = summarize(model, input_shape, dtype)
@@ -299,6 +302,9 @@ def _window(module: Any) -> tuple[int, int, int]:
 
 
 def _table(title: str, rows: Sequence[SummaryRow], batch: int) -> Table:
+    from rich import box
+    from rich.table import Table
+
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("Layer", no_wrap=True)
     for header in ("Input\nchannels", "Bottle-\nneck", "Growth\nrate", "Output\nshape", "Parameters"):
