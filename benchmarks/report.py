@@ -18,6 +18,7 @@ from typing import Any
 from . import blocking, markdown
 from .evidence import pictures, sections
 from .picture import draw, picture_path
+from .planner import table as planner_table
 from .results import MEASURED, RESULTS, ROOT, write_atomically
 from .roofline import COLUMNS as ROOFLINE_COLUMNS
 from .roofline import Line, Roofline, table_cells, title, without_small_lines
@@ -31,6 +32,7 @@ DOCUMENTS = [
         "docs/performance.md",
         "docs/benchmarks.md",
         "docs/training.md",
+        "docs/planning.md",
         "docs/evidence.md",
         "docs/comparison.md",
     )
@@ -218,6 +220,11 @@ def trainer_tables(results: Results) -> str:
     return "\n".join([markdown.figures_line(results), "", *trainer_table(results["rows"]), ""])
 
 
+def planner_tables(results: Results) -> str:
+    """What the planner predicts beside what was measured."""
+    return "\n".join([markdown.figures_line(results), "", *planner_table(results["rows"]), ""])
+
+
 def tables(results: Results, task: str) -> str:
     """One machine's tables of a task, one per workload, under a line that says what was measured where."""
     workloads = _workloads(results, task)
@@ -297,6 +304,7 @@ SECTIONS = {
     "frontier-cpu": ("CPU", "frontier"),
     "largest-image-cpu": ("CPU", "largest-image"),
     "comparison-cpu": ("CPU", "comparison"),
+    "planner-cpu": ("CPU", "planner"),
 }
 SPECIAL = {  # by the end of their files' names
     "roofline": roofline_tables,
@@ -307,6 +315,7 @@ SPECIAL = {  # by the end of their files' names
     "timeline": sections.timeline,
     "largest-image": sections.largest_image,
     "comparison": sections.comparison,
+    "planner": planner_tables,
 }
 
 if __name__ == "__main__":

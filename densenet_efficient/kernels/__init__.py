@@ -89,7 +89,7 @@ def backend_name(device: torch.device | str) -> str:
         return requested
     reason = None
     for name in DEFAULTS.get(device.type, ()):
-        reason = _why_not(name, device)
+        reason = why_not(name, device)
         if reason is None:
             return name
     if reason is not None:
@@ -108,12 +108,12 @@ def backend_for(device: torch.device) -> ModuleType:
 def _check_requested(requested: str, device: torch.device) -> None:
     if requested not in BACKEND_NAMES:
         raise ValueError(f"{BACKEND_VARIABLE}={requested!r} names no backend; expected one of {sorted(BACKEND_NAMES)}")
-    reason = _why_not(requested, device)
+    reason = why_not(requested, device)
     if reason is not None:
         raise RuntimeError(f"{BACKEND_VARIABLE}={requested} cannot serve a tensor on {device}: {reason}")
 
 
-def _why_not(name: str, device: torch.device) -> str | None:
+def why_not(name: str, device: torch.device) -> str | None:
     """Why a backend cannot serve ``device``, with the remedy; None where it can."""
     if name == "reference":
         return None
