@@ -1,6 +1,8 @@
 # make demo   set everything up, then train on handwritten digits: the results are in runs/demo
 # make test   set everything up, then run every test
 # make gpu    build for the GPU that is here, test and measure, with the installed packages: results in runs/gpu
+# make docs   build the documents' site into build/site, with every link between its pages checked
+# make evidence  measure what docs/evidence.md and docs/comparison.md show (long, 10 GiB); make readme writes it
 # The first two need nothing but Python 3.10 to 3.13 (PYTHON=python3.x names one) and a C++ compiler.
 
 PYTHON ?= python3
@@ -8,7 +10,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip --disable-pip-version-check install --constraint constraints.txt
 NATIVE_SOURCES := $(shell find csrc -type f)
 
-.PHONY: venv demo test lint bench gpu readme clean
+.PHONY: venv demo test lint docs bench evidence gpu readme clean
 
 venv: .venv/installed
 
@@ -25,8 +27,14 @@ lint: venv
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
 
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: venv
 	$(BIN)/python -m benchmarks.run
+
+evidence: venv
+	$(BIN)/python -m benchmarks.evidence
 
 # With what is installed: a machine with a GPU need not reach a package registry.
 gpu: GPU_PYTHON := $(or $(wildcard $(BIN)/python),$(PYTHON))
@@ -36,6 +44,7 @@ gpu:
 
 readme: venv
 	$(BIN)/python -m benchmarks.report
+	$(BIN)/python docs/scripts/figures.py
 
 clean:
 	rm -rf build dist *.egg-info densenet_efficient/*.so .venv/installed

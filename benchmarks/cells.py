@@ -18,9 +18,16 @@ LAYOUTS = {
     "onnxruntime": ("contiguous",),
     "openvino": ("contiguous",),
 }
-TRAINING_ONLY = ("torchvision-checkpoint", "compile-budget-0.5", "ours-bottleneck")
+TRAINING_ONLY = (
+    "torchvision-checkpoint",
+    "block-checkpoint",
+    "selective-checkpoint",
+    "compile-budget-0.5",
+    "compile-budget-0.0",
+    "ours-bottleneck",
+)
 INFERENCE_ONLY = ("onnxruntime", "openvino")
-COMPILED = ("compile", "compile-budget-0.5", "compile-max-autotune")
+COMPILED = ("compile", "compile-budget-0.5", "compile-budget-0.0", "compile-max-autotune")
 ON_A_GPU = ("compile-max-autotune",)  # pays there alone
 
 
@@ -80,21 +87,25 @@ def measure_times(
     cell: Cell, variants: Sequence[Variant], device: str = "cpu", rounds: int = 5
 ) -> dict[Variant, dict[str, float]]:
     """`forward_ms`, `step_ms` and `images_per_second` of each variant, all of them timed in turn."""
+    times = measure_times_together([(cell, variant) for variant in variants], device, rounds)
+    return {variant: measured for (_, variant), measured in times.items()}
+
+
+def measure_times_together(
+    pairs: Sequence[tuple[Cell, Variant]], device: str = "cpu", rounds: int = 5
+) -> dict[tuple[Cell, Variant], dict[str, float]]:
+    """The same of variants in several cells, all of them timed in turn."""
     torch.compiler.reset()
-    timed = {
-        (variant, name): function
-        for variant in variants
-        for name, function in make_timed(cell, variant, device).items()
-    }
+    timed = {(pair, name): function for pair in pairs for name, function in make_timed(*pair, device).items()}
     medians = step_times(timed, rounds)
     times = {}
-    for variant in variants:
-        forward_ms = medians[variant, "forward_ms"]
-        step_ms = medians.get((variant, "step_ms"), forward_ms)
-        times[variant] = {
+    for pair in pairs:
+        forward_ms = medians[pair, "forward_ms"]
+        step_ms = medians.get((pair, "step_ms"), forward_ms)
+        times[pair] = {
             "step_ms": round(step_ms, 2),
             "forward_ms": round(forward_ms, 2),
-            "images_per_second": round(cell.batch / step_ms * 1e3, 2),
+            "images_per_second": round(pair[0].batch / step_ms * 1e3, 2),
         }
     return times
 

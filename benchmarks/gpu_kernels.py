@@ -30,6 +30,7 @@ BOTTLENECK, GROWTH = 128, 32
 WINDOW = 2
 # side of the images, channels that the layer reads, channels of the storage
 LAYERS = ((56, 160, 256), (28, 320, 512), (14, 1056, 1792), (7, 1408, 1920))
+INPUTS = {56: 64, 28: 128, 14: 256, 7: 896}  # channels that a block begins with
 STEM = (112, 64, 64)
 
 
@@ -53,12 +54,14 @@ def plan(images: int = BATCH) -> Iterator[tuple[str, Size]]:
         for side, channels, storage in (STEM,) if "max_pool" in operation else LAYERS:
             if "avg_pool" in operation:
                 channels = storage  # the exit reads them all
+            if operation == "write_with_statistics":
+                channels = INPUTS[side]
             yield operation, Size(images, side, channels, storage)
 
 
 def arguments_of(operation: str, size: Size, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Random arguments by name; the matrices of a storage are slices of one."""
-    three = "3x3" in operation
+    three, enters = "3x3" in operation, operation == "write_with_statistics"
     inputs = BOTTLENECK if three else GROWTH if operation == "project_gradient" else size.channels
     outputs = GROWTH if three else BOTTLENECK if "1x1" in operation else inputs
     pooled = {"bn_relu_avg_pool": size.side // WINDOW, "bn_relu_max_pool": (size.side - 1) // 2 + 1}
@@ -69,10 +72,14 @@ def arguments_of(operation: str, size: Size, dtype: torch.dtype, device: str) ->
         return torch.randn(rows, within, dtype=dtype, device=device)[:, :columns]
 
     out_rows = size.images * out_side**2
+
+    def images() -> Tensor:
+        return matrix(size.rows, inputs, inputs).unflatten(0, (size.images, -1)).transpose(1, 2)
+
     made: dict[str, Callable[[], Any]] = {
-        "x": lambda: matrix(size.rows, inputs, inputs if own else size.storage),
+        "x": lambda: images() if enters else matrix(size.rows, inputs, inputs if own else size.storage),
         "grad": lambda: matrix(size.rows, inputs, inputs if own else size.storage),
-        "out": lambda: matrix(out_rows, outputs, size.storage if three else outputs),
+        "out": lambda: matrix(out_rows, outputs, size.storage if three or enters else outputs),
         "out_grad": lambda: matrix(out_rows, outputs, size.storage if three else outputs),
         "weight": lambda: torch.randn(outputs, inputs, *((3, 3) if three else (1, 1)), device=device) / inputs,
         "affine": lambda: torch.empty(4, inputs, dtype=accumulation_dtype(dtype), device=device),

@@ -11,17 +11,32 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import blocking, markdown
+from .evidence import pictures, sections
 from .picture import draw, picture_path
+from .planner import table as planner_table
 from .results import MEASURED, RESULTS, ROOT, write_atomically
 from .roofline import COLUMNS as ROOFLINE_COLUMNS
 from .roofline import Line, Roofline, table_cells, title, without_small_lines
 from .segmentation import table as segmentation_table
+from .trainer_table import table as trainer_table
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/benchmarks.md"]
+DOCUMENTS = [
+    ROOT / name
+    for name in (
+        "README.md",
+        "docs/performance.md",
+        "docs/benchmarks.md",
+        "docs/training.md",
+        "docs/planning.md",
+        "docs/evidence.md",
+        "docs/comparison.md",
+    )
+]
 SECTION = re.compile(r"(<!-- benchmarks:begin (\S+) -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
 WORKLOAD = ("model", "dtype", "batch", "size")
 COLUMNS = (
@@ -55,6 +70,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a document is out of date")
     parser.add_argument("--documents", type=Path, nargs="+", default=DOCUMENTS)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results files")
+    parser.add_argument(
+        "--pictures", type=Path, default=ROOT / "docs/pictures", help="folder of the documents' pictures"
+    )
     options = parser.parse_args(arguments)
     paths = sorted(options.results.glob("*.json"))
     special = {
@@ -70,6 +88,10 @@ def main(arguments: Sequence[str]) -> None:
         return
     for machine in results:
         draw(machine, options.results / picture_path(machine).name)
+    options.pictures.mkdir(parents=True, exist_ok=True)
+    for kind, draw_picture in pictures.PICTURES.items():
+        for machine in special[kind]:
+            draw_picture(machine, options.pictures / pictures.picture_name(machine, kind))
     for document, text in filled.items():
         write_atomically(document, text)
 
@@ -84,6 +106,8 @@ def fill(text: str, all_results: Sequence[Results], special: Mapping[str, Sequen
         begin, name, end = match.groups()
         if name not in SECTIONS:
             raise ValueError(f"unknown benchmarks section {name!r}; expected one of {', '.join(SECTIONS)}")
+        if name == "blocking":
+            return f"{begin}{blocking_table((special or {}).get('roofline', ()))}\n{end}"
         device, task = SECTIONS[name]
         if task in SPECIAL:
             texts = [SPECIAL[task](results) for results in (special or {}).get(task, ()) if _runs_on(device, results)]
@@ -99,28 +123,51 @@ def fill(text: str, all_results: Sequence[Results], special: Mapping[str, Sequen
 
 def roofline_tables(results: Results) -> str:
     """Where each step's time goes, by operation and size of images, under what the machine can do."""
-    lines = [figures_line(results), ""]
+    lines = [markdown.figures_line(results), ""]
     for row in results["rows"]:
         roofline = Roofline(**row | {"lines": [Line(**line) for line in row["lines"]]})
         lines += [f"**{title(roofline)}**", ""]
         lines += [
             f"Roof {roofline.product_rate / 1e9:.0f} GFLOP/s, copy rate {roofline.copy_rate / 1e9:.0f} GB/s.",
             "",
-            *_markdown(ROOFLINE_COLUMNS, table_cells(without_small_lines(roofline))),
+            *markdown.table(ROOFLINE_COLUMNS, table_cells(without_small_lines(roofline))),
             "",
         ]
     return "\n".join(lines)
 
 
+def blocking_table(rooflines: Sequence[Results]) -> str:
+    """What blocking would save, computed, and the most that it could gain in each step that a roofline has timed."""
+    lines = [*markdown.table(blocking.COLUMNS, blocking.cells(), words=2), ""]
+    for results in rooflines:
+        gains = [
+            "{} {} {:.1%} ({:.1%})".format(
+                *_step(row)[:2], *(blocking.share_of_time(*_step(row), cache) for cache in (blocking.CPU_CACHE, 0))
+            )
+            for row in results["rows"]
+            if row["model"] in blocking.LAYERS and row["size"] == 224
+        ]
+        lines += [
+            f"{results['header']['cpu']}: the saved bytes at its copy rate, as a share of a step's measured time, "
+            f"with that cache (and with none): {', '.join(gains)}.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _step(row: Row) -> tuple[str, str, int, float, float]:
+    return row["model"], row["dtype"], row["batch"], row["step_seconds"], row["copy_rate"]
+
+
 def summary(results: Results) -> str:
     """One machine in two tables, a line per workload: ours beside the fastest of torchvision and of everything else."""
-    lines = [figures_line(results), ""]
+    lines = [markdown.figures_line(results), ""]
     workloads = {task: _workloads(results, task) for task in ("train", "infer")}
     if workloads["train"]:
         lines += [f"![step time against memory]({picture_path(results).as_posix()})", ""]
-        lines += [*_markdown(("training step", *TRAINING_COLUMNS), map(_training_cells, workloads["train"])), ""]
+        lines += [*markdown.table(("training step", *TRAINING_COLUMNS), map(_training_cells, workloads["train"])), ""]
     if workloads["infer"]:
-        lines += [*_markdown(("inference", *INFERENCE_COLUMNS), map(_inference_cells, workloads["infer"])), ""]
+        lines += [*markdown.table(("inference", *INFERENCE_COLUMNS), map(_inference_cells, workloads["infer"])), ""]
     if results.get("largest_batch"):
         lines += [largest_batches(results["largest_batch"]), ""]
     return "\n".join(lines)
@@ -129,13 +176,16 @@ def summary(results: Results) -> str:
 def _training_cells(rows: Sequence[Row]) -> list[str]:
     fastest, smallest = _best_of_torchvision(rows)
     ours = [next((row for row in rows if row["implementation"] == name), dict.fromkeys(MEASURED)) for name in OURS]
-    cells = [_title(rows[0]), _number(fastest, "{:.0f} ms")]
+    cells = [_title(rows[0]), markdown.number(fastest, "{:.0f} ms")]
     for row in ours:
-        cells += [_number(row["step_ms"], "{:.0f} ms"), _number(_ratio(row["step_ms"], fastest), "{:.2f}")]
-    cells.append(_number(smallest, "{:.1f}"))
+        cells += [
+            markdown.number(row["step_ms"], "{:.0f} ms"),
+            markdown.number(markdown.ratio(row["step_ms"], fastest), "{:.2f}"),
+        ]
+    cells.append(markdown.number(smallest, "{:.1f}"))
     for row in ours:
-        less = _number(_ratio(smallest, row["mib_per_image"]), " ({:.1f}x less)")
-        cells.append(_number(row["mib_per_image"], "{:.1f}") + less)
+        less = markdown.number(markdown.ratio(smallest, row["mib_per_image"]), " ({:.1f}x less)")
+        cells.append(markdown.number(row["mib_per_image"], "{:.1f}") + less)
     return cells
 
 
@@ -148,16 +198,31 @@ def _inference_cells(rows: Sequence[Row]) -> list[str]:
     peers = [time for time in (fastest, other and other["step_ms"]) if time]
     return [
         _title(rows[0]),
-        _number(fastest, "{:.0f} ms"),
+        markdown.number(fastest, "{:.0f} ms"),
         f"{other['step_ms']:.0f} ms ({other['implementation']})" if other else "",
-        _number(ours, "{:.0f} ms"),
-        _number(_ratio(ours, min(peers, default=None)), "{:.2f}"),
+        markdown.number(ours, "{:.0f} ms"),
+        markdown.number(markdown.ratio(ours, min(peers, default=None)), "{:.2f}"),
     ]
 
 
 def segmentation_tables(results: Results) -> str:
     """The memory of FC-DenseNets."""
-    return "\n".join([figures_line(results), "", *segmentation_table(results["rows"]), ""])
+    return "\n".join([markdown.figures_line(results), "", *segmentation_table(results["rows"]), ""])
+
+
+def frontier_tables(results: Results) -> str:
+    """Time against memory of every way to save it."""
+    return "\n".join([sections.picture(results, "frontier", "step time against memory"), "", tables(results, "train")])
+
+
+def trainer_tables(results: Results) -> str:
+    """What the trainer reaches and costs."""
+    return "\n".join([markdown.figures_line(results), "", *trainer_table(results["rows"]), ""])
+
+
+def planner_tables(results: Results) -> str:
+    """What the planner predicts beside what was measured."""
+    return "\n".join([markdown.figures_line(results), "", *planner_table(results["rows"]), ""])
 
 
 def tables(results: Results, task: str) -> str:
@@ -165,26 +230,13 @@ def tables(results: Results, task: str) -> str:
     workloads = _workloads(results, task)
     if not workloads:
         return ""
-    return "\n".join([figures_line(results), "", *itertools.chain.from_iterable(map(table, workloads))])
+    return "\n".join([markdown.figures_line(results), "", *itertools.chain.from_iterable(map(table, workloads))])
 
 
 def _workloads(results: Results, task: str) -> list[list[Row]]:
     """The rows of a task by workload."""
     rows = sorted((row for row in results["rows"] if row["task"] == task), key=_workload)
     return [list(group) for _, group in itertools.groupby(rows, key=_workload)]
-
-
-def figures_line(results: Results) -> str:
-    """Machine, versions, commit and date, and the time to the first step."""
-    header, first_steps = results["header"], results.get("first_step", [])
-    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
-    device = "" if header["device"] == "cpu" else f"{header['device']}, driver {header['driver']}, "
-    machine = f"{device}{header['cpu']}, {header['cores']} cores, {header['instructions']}"
-    line = f"{machine}; {versions}; commit {header['commit']}, {header['date']}."
-    if first_steps:
-        seconds = ", ".join(f"{row['implementation']} {row['seconds']:.1f} s" for row in first_steps)
-        line += f" From starting Python to the end of {first_steps[0]['model']}'s first training step: {seconds}."
-    return line
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -195,15 +247,15 @@ def table(rows: Sequence[Row]) -> list[str]:
         cells = [
             row["implementation"],
             row["layout"],
-            _number(row["step_ms"], "{:.0f} ms"),
-            _number(_ratio(row["step_ms"], fastest), "{:.2f}"),
-            _number(row["forward_ms"], "{:.0f} ms"),
-            _number(row["images_per_second"], "{:.1f}"),
-            _number(row["mib_per_image"], "{:.1f}"),
-            _number(_ratio(smallest_plain, row["mib_per_image"]), "{:.1f}x"),
+            markdown.number(row["step_ms"], "{:.0f} ms"),
+            markdown.number(markdown.ratio(row["step_ms"], fastest), "{:.2f}"),
+            markdown.number(row["forward_ms"], "{:.0f} ms"),
+            markdown.number(row["images_per_second"], "{:.1f}"),
+            markdown.number(row["mib_per_image"], "{:.1f}"),
+            markdown.number(markdown.ratio(smallest_plain, row["mib_per_image"]), "{:.1f}x"),
         ]
         all_cells.append(cells)
-    return [f"**{_title(rows[0])}**", "", *_markdown(COLUMNS, all_cells, words=2), ""]
+    return [f"**{_title(rows[0])}**", "", *markdown.table(COLUMNS, all_cells, words=2), ""]
 
 
 def _best_of_torchvision(rows: Sequence[Row]) -> tuple[float | None, float | None]:
@@ -218,12 +270,6 @@ def _best_of_torchvision(rows: Sequence[Row]) -> tuple[float | None, float | Non
 
 def _title(row: Row) -> str:
     return f"{row['model']}, {row['dtype']}, batch {row['batch']}, {row['size']}x{row['size']}"
-
-
-def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> list[str]:
-    """A table whose first ``words`` columns are words, the others numbers."""
-    head = ["| " + " | ".join(columns) + " |", "|" + "---|" * words + "---:|" * (len(columns) - words)]
-    return head + ["| " + " | ".join(cells) + " |" for cells in rows]
 
 
 def largest_batches(rows: Sequence[Row]) -> str:
@@ -242,14 +288,6 @@ def _runs_on(device: str, results: Results) -> bool:
     return (device == "CPU") == (results["header"]["device"] == "cpu")
 
 
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a is not None and b else None
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
 SECTIONS = {
     "summary-cpu": ("CPU", "summary"),
     "summary-gpu": ("GPU", "summary"),
@@ -259,8 +297,26 @@ SECTIONS = {
     "inference-gpu": ("GPU", "infer"),
     "roofline-cpu": ("CPU", "roofline"),
     "segmentation-cpu": ("CPU", "segmentation"),
+    "blocking": ("CPU", "computed"),
+    "trainer-cpu": ("CPU", "training"),
+    "scaling-cpu": ("CPU", "scaling"),
+    "timeline-cpu": ("CPU", "timeline"),
+    "frontier-cpu": ("CPU", "frontier"),
+    "largest-image-cpu": ("CPU", "largest-image"),
+    "comparison-cpu": ("CPU", "comparison"),
+    "planner-cpu": ("CPU", "planner"),
 }
-SPECIAL = {"roofline": roofline_tables, "segmentation": segmentation_tables}  # by the end of their files' names
+SPECIAL = {  # by the end of their files' names
+    "roofline": roofline_tables,
+    "segmentation": segmentation_tables,
+    "training": trainer_tables,
+    "frontier": frontier_tables,
+    "scaling": sections.scaling,
+    "timeline": sections.timeline,
+    "largest-image": sections.largest_image,
+    "comparison": sections.comparison,
+    "planner": planner_tables,
+}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

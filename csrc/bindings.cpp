@@ -43,6 +43,7 @@ TORCH_LIBRARY(densenet_efficient, library) {
       "batch_norm_gradients(Tensor sum_grad, Tensor sum_grad_x, Tensor rstd, Tensor scale, int count, "
       "Tensor(a!)? grad_weight, Tensor(b!)? slope, Tensor(c!)? offset) -> ()");
   library.def("channel_stats(Tensor x, Tensor(a!) mean, Tensor(b!) variance) -> ()");
+  library.def("write_with_statistics(Tensor x, Tensor(a!) out, Tensor(b!) mean, Tensor(c!) variance) -> ()");
   library.def(
       "bn_relu_conv1x1(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) out, Tensor(b!)? mean, "
       "Tensor(c!)? variance) -> ()");

@@ -25,6 +25,11 @@ inline void check_matrix(const at::Tensor& matrix, const char* name, int64_t row
               matrix.strides());
 }
 
+// Images with their pixels in one dimension, of any strides.
+inline void check_flat_images(const at::Tensor& images, const char* name) {
+  TORCH_CHECK(images.dim() == 3, name, " must have shape [images, channels, pixels], got ", images.sizes());
+}
+
 // The number of images of height x width pixels, each a row of ``matrix``.
 inline int64_t check_images(const at::Tensor& matrix, const char* name, int64_t height, int64_t width) {
   TORCH_CHECK(height > 0 && width > 0 && matrix.size(0) % (height * width) == 0, name,

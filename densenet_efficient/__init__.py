@@ -12,6 +12,7 @@ from .models import (
     EfficientDenseNet264,
 )
 from .modules import DenseBlock, DenseLayer, Features, Transition
+from .planning import plan
 from .segmentation import FCDenseNet, FCDenseNet56, FCDenseNet67, FCDenseNet103
 from .weights import load_weights
 
@@ -36,5 +37,6 @@ __all__ = [
     "concatenate",
     "convert",
     "load_weights",
+    "plan",
     "revert",
 ]

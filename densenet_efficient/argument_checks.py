@@ -56,3 +56,18 @@ def check_level(value: Any) -> None:
     """Raises a ValueError unless ``value`` is a checkpointing level."""
     if value not in CHECKPOINTING_LEVELS:
         raise ValueError(f"checkpointing must be one of {', '.join(CHECKPOINTING_LEVELS)}, got {value!r}")
+
+
+def levels_of(value: Any, blocks: int) -> list[str]:
+    """The checkpointing level of each of so many blocks, from one level for all of them or one per block.
+
+    Raises a ValueError for another level or another number of levels.
+    """
+    levels = [value] * blocks if isinstance(value, str) else value
+    if not isinstance(levels, Sequence):
+        raise ValueError(f"checkpointing must be a level, or a sequence of one per block, got {value!r}")
+    for level in levels:
+        check_level(level)
+    if len(levels) != blocks:
+        raise ValueError(f"checkpointing must be one level, or one per block, {blocks}; got {len(levels)}: {value!r}")
+    return list(levels)

@@ -24,7 +24,7 @@ TRAINING_COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, or 2 after an error of one line, or 130 after Ctrl-C."""
+    """Run one command and return its exit status: 0, 2 after an error of one line, 130 after Ctrl-C, or its own."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given and given[0] in TRAINING_COMMANDS:
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return run(given[0], given[1:])
         options = build_parser().parse_args(given)
-        options.command(options)
+        return options.command(options) or 0
     except KeyboardInterrupt:
         print("Interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -43,7 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, RuntimeError, ArithmeticError, pickle.UnpicklingError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return FAILED
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
     add_predict(commands)
     add_summary(commands)
+    add_plan(commands)
+    add_doctor(commands)
     add_visualize(commands)
     return parser
 
@@ -90,6 +91,37 @@ def add_summary(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("model", help="name of the network, such as densenet201")
     parser.add_argument("--input", type=input_shape, required=True, metavar="NxCxHxW", help="such as 4x3x224x224")
     parser.set_defaults(command=run_summary)
+
+
+def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="predict the memory of a training step, and what fits a budget",
+        description="Predict the peak memory of a training step and of an inference, stage by stage. With a budget: "
+        "the cheapest levels of checkpointing that fit, the largest batch and the largest images.",
+    )
+    add = parser.add_argument
+    add("model", help="name of the network, such as densenet201")
+    add("--input", type=input_shape, required=True, metavar="NxCxHxW", help="such as 32x3x224x224")
+    dtypes = ("float32", "float64", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, default="float32", help="of the activations (default: %(default)s)")
+    add("--budget", help="such as 8GiB")
+    optimizers = ("sgd", "sgd-momentum", "rmsprop", "adam", "adamw")
+    add("--optimizer", choices=optimizers, default="adamw", help="(default: %(default)s)")
+    levels = "the level of all blocks, or one per block; chosen if a budget is given and no levels are"
+    add("--checkpointing", nargs="+", choices=("none", "bottleneck"), metavar="LEVEL", help=levels)
+    parser.set_defaults(command=run_plan)
+
+
+def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="check this installation: backends, results, memory and speed",
+        description="Check this installation on this machine, in less than a minute: its backends, their results "
+        "against the naive model in float64, memory and speed. Exit status 0, or 1 where something is wrong.",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
+    parser.set_defaults(command=run_doctor)
 
 
 def add_visualize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -138,6 +170,31 @@ def run_summary(options: argparse.Namespace) -> None:
     from densenet_efficient.summary import print_summary
 
     print_summary(options.model, options.input)
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    from densenet_efficient.planning import plan
+    from densenet_efficient.planning.report import print_plan
+
+    levels = options.checkpointing
+    if levels is not None and len(levels) == 1:
+        levels = levels[0]
+    found = plan(
+        options.model,
+        options.input,
+        options.dtype,
+        budget=options.budget,
+        optimizer=options.optimizer,
+        checkpointing=levels,
+    )
+    print_plan(found)
+    found.check_fits()
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    from densenet_efficient.doctor import examine
+
+    return examine(options.json)
 
 
 def run_visualize(options: argparse.Namespace) -> None:

@@ -38,10 +38,11 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
     statistics = x.new_zeros(2, total, dtype=accumulation)
     mean, variance = statistics.unbind()
     with_statistics = stage.needs_statistics
-    as_images(storage[:, :channels], *size).copy_(x)
     if with_statistics:
-        backend.channel_stats(storage[:, :channels], mean[:channels], variance[:channels])
+        backend.write_with_statistics(x.flatten(2), storage[:, :channels], mean[:channels], variance[:channels])
         stage.merge(mean[:channels], variance[:channels])
+    else:
+        as_images(storage[:, :channels], *size).copy_(x)
 
     bottleneck_statistics = x.new_zeros(len(stage.layers), 2, stage.bottleneck_channels, dtype=accumulation)
     bottlenecks = _layer_loop(stage, backend).forward_layers(

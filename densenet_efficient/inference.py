@@ -170,6 +170,15 @@ def kept_plan(block: nn.Module, consumer: nn.Module | None) -> Plan | None:
     return plan if plan is not None and plan.is_valid(consumer) else None
 
 
+def forget_plan(block: nn.Module) -> None:
+    """Let go of what is kept for ``block``: a training is about to change its weights.
+
+    It needs no memory then, and FSDP gathers new weights into the same tensors without a new version.
+    """
+    if not torch.compiler.is_compiling():
+        _plans.pop(block, None)
+
+
 def make_plan(stage: Stage) -> Plan | None:
     """A plan for ``stage``, kept for the next calls; None where its statistics or weights may not be kept."""
     if any(map(fusion.uses_batch_statistics, stage.every_norm)):

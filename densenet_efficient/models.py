@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .argument_checks import (
     check_drop_rate,
     check_layers,
-    check_level,
     check_number,
     check_positive,
     check_spatial_dims,
+    levels_of,
 )
 from .dimensions import BATCH_NORMS, CONVOLUTIONS, MAX_POOLS, BatchNorm, Convolution, global_average
 from .modules import DenseBlock, Features, Transition
 from .weights import PretrainedNetwork
 from .weights.checkpoints import own_name
+
+if TYPE_CHECKING:
+    from .planning import MemoryPlan
 
 
 class EfficientDenseNet(PretrainedNetwork):
@@ -41,7 +45,8 @@ class EfficientDenseNet(PretrainedNetwork):
         bottleneck: whether a layer has its 1x1 convolution (-B and -BC).
         small_inputs: the stem of the CIFAR networks, one 3x3 convolution without pooling.
         norm_eps: epsilon of the batch norms; weights of Keras bring their own.
-        checkpointing: "none" saves the bottleneck outputs for the backward, "bottleneck" recomputes them.
+        checkpointing: "none" saves the bottleneck outputs for the backward, "bottleneck" recomputes them; one level for
+            all blocks, or a sequence of one per block. The stem follows the first block.
         spatial_dims: 1 for signals, 2 for images, 3 for volumes.
 
     Raises:
@@ -63,7 +68,7 @@ class EfficientDenseNet(PretrainedNetwork):
         bottleneck: bool = True,
         small_inputs: bool = False,
         norm_eps: float = 1e-5,
-        checkpointing: str | None = None,
+        checkpointing: str | Sequence[str] | None = None,
         spatial_dims: int = 2,
     ) -> None:
         super().__init__()
@@ -80,16 +85,24 @@ class EfficientDenseNet(PretrainedNetwork):
             "bottleneck": bottleneck,
             "small_inputs": small_inputs,
             "norm_eps": norm_eps,
-            "checkpointing": level,
+            "checkpointing": list(level) if isinstance(level, tuple) else level,
             "spatial_dims": spatial_dims,
         }
         _check_config(self.config)
+        levels = levels_of(level, len(block_config))
         self.features = Features()
         _add_stem(self.features, in_channels, num_init_features, small_inputs, spatial_dims)
         channels = num_init_features
         for index, num_layers in enumerate(block_config, start=1):
             block = DenseBlock(
-                num_layers, channels, bn_size, growth_rate, drop_rate, bottleneck, level, spatial_dims=spatial_dims
+                num_layers,
+                channels,
+                bn_size,
+                growth_rate,
+                drop_rate,
+                bottleneck,
+                levels[index - 1],
+                spatial_dims=spatial_dims,
             )
             self.features.add_module(f"denseblock{index}", block)
             channels += num_layers * growth_rate
@@ -113,17 +126,45 @@ class EfficientDenseNet(PretrainedNetwork):
                 module.eps = self.config["norm_eps"]
 
     @property
-    def checkpointing(self) -> str:
-        """The level of the blocks; assign "none" or "bottleneck" at any time."""
-        return str(self.config["checkpointing"])
+    def checkpointing(self) -> str | list[str]:
+        """The level of all blocks, or the list of each block's; assign either at any time.
+
+        The levels are "none" and "bottleneck"; the stem follows the first block.
+        """
+        value: str | list[str] = self.config["checkpointing"]
+        return value if isinstance(value, str) else list(value)
 
     @checkpointing.setter
-    def checkpointing(self, level: str) -> None:
-        check_level(level)
-        self.config["checkpointing"] = level
-        for module in self.features.children():
-            if isinstance(module, DenseBlock):
-                module.checkpointing = level
+    def checkpointing(self, value: str | Sequence[str]) -> None:
+        levels = levels_of(value, len(self.config["block_config"]))
+        self.config["checkpointing"] = levels[0] if len(set(levels)) == 1 else levels
+        for index, level in enumerate(levels, start=1):
+            block = self.features._modules.get(f"denseblock{index}")
+            if isinstance(block, DenseBlock):
+                block.checkpointing = level
+
+    def set_memory_budget(
+        self,
+        budget: int | str,
+        input_shape: Sequence[int],
+        dtype: torch.dtype | str = torch.float32,
+        *,
+        batch: int | None = None,
+        optimizer: str = "adamw",
+    ) -> MemoryPlan:
+        """Sets the levels of checkpointing that `plan` finds cheapest for a training step within ``budget``.
+
+        The arguments are those of `densenet_efficient.plan`, whose answer is returned.
+
+        Raises:
+            ValueError: no levels fit; the model stays as it was.
+        """
+        from .planning import plan  # which builds models
+
+        found = plan(self, input_shape, dtype, batch=batch, budget=budget, optimizer=optimizer)
+        found.check_fits()
+        self.checkpointing = found.checkpointing
+        return found
 
     @property
     def depth(self) -> int:
@@ -174,7 +215,6 @@ def _check_config(config: dict[str, Any]) -> None:
         raise ValueError(f"compression must be in (0, 1], got {config['compression']}")
     if not config["norm_eps"] > 0:
         raise ValueError(f"norm_eps must be above 0, got {config['norm_eps']}")
-    check_level(config["checkpointing"])
     check_spatial_dims(config["spatial_dims"])
 
 

@@ -350,6 +350,8 @@ def run_stage(
         plan = inference.kept_plan(block, consumer) or _make_plan(block, layers, consumer)
         if plan is not None:
             return _run_plan(plan, x)
+    elif torch.is_grad_enabled():
+        inference.forget_plan(block)
     norms: list[BatchNorm] = [norm for layer in layers for norm in layer.norms]
     stage_exit, exit_norm, exit_conv = _describe_exit(consumer)
     exit_parameters: list[Tensor] = []

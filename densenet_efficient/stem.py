@@ -5,9 +5,12 @@ It keeps its input and, unless it recomputes, the convolution's output; never an
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
@@ -18,6 +21,8 @@ from .synchronisation import Synchronisation
 
 # In the convolution's backward, by type of device and spatial dimensions; else the whole batch.
 IMAGES_AT_A_TIME = {("cpu", 1): 4, ("cpu", 2): 4, ("cpu", 3): 1}
+# Of the convolution's output. Above about 1300x1300, oneDNN has only its reference loops for a weight's gradient.
+PIXELS_AT_A_TIME = 2**20
 
 
 class Stem(NamedTuple):
@@ -93,6 +98,17 @@ def _backward_convolution(stem: Stem, grad: Tensor, x: Tensor, needed: list[bool
     conv_grad = stem.conv.new_zeros(stem.conv.shape, dtype=kernels.accumulation_dtype(x.dtype)) if needed[1] else None
     weight = channels_last(stem.conv.to(x.dtype))
     at_a_time = IMAGES_AT_A_TIME.get((x.device.type, x.dim() - 2), max(x.shape[0], 1))
+    if (
+        x.device.type == "cpu"
+        and input_grad is None
+        and conv_grad is not None
+        and math.prod(grad.shape[2:]) > PIXELS_AT_A_TIME
+    ):
+        for grad_band, x_band, geometry in _bands(stem, grad, x):
+            conv_grad += torch.ops.aten.convolution_backward(
+                grad_band, x_band, weight, None, *geometry, [False, True, False]
+            )[1]
+        return [None, conv_grad]
     for start in range(0, x.shape[0] if any(needed) else 0, at_a_time):
         images = slice(start, start + at_a_time)
         input_part, conv_part, _ = torch.ops.aten.convolution_backward(
@@ -103,6 +119,21 @@ def _backward_convolution(stem: Stem, grad: Tensor, x: Tensor, needed: list[bool
         if conv_grad is not None:
             conv_grad += conv_part
     return [input_grad, conv_grad]
+
+
+def _bands(stem: Stem, grad: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor, tuple]]:
+    """Rows of the convolution's output, image by image, with the rows that they read and the geometry between them."""
+    stride, padding, *others = stem.geometry
+    at_a_time = max(PIXELS_AT_A_TIME // math.prod(grad.shape[3:]), 1)
+    for image in range(x.shape[0]):
+        rows = [0, 0] * (len(padding) - 1) + [padding[0], padding[0]]
+        padded = channels_last(F.pad(x[image : image + 1], rows))
+        for grad_band, start in zip(
+            grad[image : image + 1].split(at_a_time, dim=2), range(0, grad.shape[2], at_a_time), strict=True
+        ):
+            read = (grad_band.shape[2] - 1) * stride[0] + stem.conv.shape[2]
+            x_band = padded.narrow(2, start * stride[0], read)
+            yield grad_band, x_band, (stride, [0, *padding[1:]], *others)
 
 
 def _convolve(stem: Stem, x: Tensor) -> Tensor:

@@ -36,16 +36,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from .dimensions import AXES, AvgPool, Convolution, MaxPool, dims_of
 from .models import create_model
+
+if TYPE_CHECKING:  # the planner, which the package imports, counts here and prints nothing
+    from rich.console import Console
+    from rich.table import Table
 
 COUNTS = {1: "three", 2: "four", 3: "five"}  # of sizes, by spatial dimensions
 TABLE_WIDTH = 120  # columns; in fewer, rich would cut digits and units off
@@ -145,10 +146,12 @@ def print_summary(
     Raises:
         ValueError: the name is unknown, or `input_shape` does not fit the model (see `summarize`).
     """
+    from rich.console import Console
+
     with torch.device("meta"):
         model = create_model(model_name)
     rows = summarize(model, input_shape, dtype)
-    title = f"{model_name}, input {_format_shape(input_shape)}, {str(dtype).removeprefix('torch.')}"
+    title = f"{model_name}, input {format_shape(input_shape)}, {str(dtype).removeprefix('torch.')}"
     console = console or Console()
     console.width = max(console.width, TABLE_WIDTH)
     console.print(_table(title, rows, batch=input_shape[0]))
@@ -158,21 +161,21 @@ def print_summary(
 
 
 def _checked_shape(model: DenseNet, input_shape: Sequence[int]) -> Shape:
-    text = _format_shape(input_shape)
+    text = format_shape(input_shape)
     dims = dims_of(model.features.conv0)
     if len(input_shape) != dims + 2 or min(input_shape) < 1:
         raise ValueError(f"input {text} is not (N, C, {AXES[dims]}), {COUNTS[dims]} positive sizes")
     expected = model.features.conv0.in_channels
     if input_shape[1] != expected:
         raise ValueError(f"input {text} has {input_shape[1]} channels, expected {expected}")
-    minimum = _minimum_size(model)
+    minimum = minimum_size(model)
     if min(input_shape[2:]) < minimum:
-        needed = _format_shape([minimum] * dims)
+        needed = format_shape([minimum] * dims)
         raise ValueError(f"input {text} is too small, this topology needs at least {needed} pixels")
     return tuple(input_shape)
 
 
-def _minimum_size(model: DenseNet) -> int:
+def minimum_size(model: DenseNet) -> int:
     """The smallest length of an axis that leaves one pixel at the head."""
     windows = [m for m in model.features.modules() if isinstance(m, Convolution | MaxPool | AvgPool)]
     size = 1
@@ -299,6 +302,9 @@ def _window(module: Any) -> tuple[int, int, int]:
 
 
 def _table(title: str, rows: Sequence[SummaryRow], batch: int) -> Table:
+    from rich import box
+    from rich.table import Table
+
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("Layer", no_wrap=True)
     for header in ("Input\nchannels", "Bottle-\nneck", "Growth\nrate", "Output\nshape", "Parameters"):
@@ -310,7 +316,7 @@ def _table(title: str, rows: Sequence[SummaryRow], batch: int) -> Table:
         table.add_row(
             f"  {row.name.partition('.')[2]}" if row.is_layer else row.name,
             *map(str, channels),
-            _format_shape(row.output_shape),
+            format_shape(row.output_shape),
             *_format_costs(row.costs),
             style="" if row.is_layer else "bold",
         )
@@ -323,27 +329,27 @@ def _add_totals(table: Table, total: Costs, batch: int) -> None:
     blanks = [""] * 4
     table.add_row("total", *blanks, *_format_costs(total), style="bold")
     saved = (total.saved_naive, total.saved_none, total.saved_bottleneck)
-    per_image = [_format_bytes(value / batch) for value in saved]
-    table.add_row("per image", *blanks, "", _format_count(total.multiply_adds / batch), *per_image)
+    per_image = [format_bytes(value / batch) for value in saved]
+    table.add_row("per image", *blanks, "", format_count(total.multiply_adds / batch), *per_image)
     ratios = [f"{total.saved_naive / value:.1f}x" for value in saved]
     table.add_row("naive / this", *blanks, "", "", *ratios)
 
 
 def _format_costs(costs: Costs) -> list[str]:
     saved = (costs.saved_naive, costs.saved_none, costs.saved_bottleneck)
-    return [f"{costs.parameters:,}", _format_count(costs.multiply_adds), *map(_format_bytes, saved)]
+    return [f"{costs.parameters:,}", format_count(costs.multiply_adds), *map(format_bytes, saved)]
 
 
-def _format_shape(shape: Sequence[int]) -> str:
+def format_shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _format_count(count: float) -> str:
+def format_count(count: float) -> str:
     """1234567 as `1.23 M`."""
     return _format_scaled(count, 1000, ("", "k", "M", "G", "T", "P"), digits=2)
 
 
-def _format_bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
     """1234567 as `1.2 MiB`."""
     return _format_scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"), digits=1)
 

@@ -35,12 +35,12 @@ def draw_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
         percent = [100 * record.get(f"{prefix}_accuracy", np.nan) for record in history]
         losses.plot(epochs, loss, marker="o", markersize=4, **style)
         accuracies.plot(epochs, percent, marker="o", markersize=4, **style)
-    _finish(losses, "Loss", "epoch")
-    _finish(accuracies, "Accuracy (%)", "epoch")
+    finish(losses, "Loss", "epoch")
+    finish(accuracies, "Accuracy (%)", "epoch")
     for axes in (losses, accuracies):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     losses.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_learning_rates(rates: Sequence[float], losses: Sequence[float], suggestion: float, path: Path) -> None:
@@ -50,9 +50,9 @@ def draw_learning_rates(rates: Sequence[float], losses: Sequence[float], suggest
     axes.plot(rates, losses, color=BLUE)
     axes.axvline(suggestion, color=ORANGE, linestyle="--", label=f"suggestion {suggestion:.2g}")
     axes.set_xscale("log")
-    _finish(axes, "Loss (smoothed)", "learning rate")
+    finish(axes, "Loss (smoothed)", "learning rate")
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_confusion(evaluation: Evaluation, path: Path) -> None:
@@ -73,7 +73,7 @@ def draw_confusion(evaluation: Evaluation, path: Path) -> None:
     axes.set_xlabel("predicted")
     axes.set_ylabel("right")
     axes.spines[:].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_roc(evaluation: Evaluation, areas: Mapping[str, float | None], path: Path) -> None:
@@ -87,10 +87,10 @@ def draw_roc(evaluation: Evaluation, areas: Mapping[str, float | None], path: Pa
         false, true = roc_curve(evaluation.probabilities[:, column], evaluation.labels[:, column])
         axes.plot(false, true, linewidth=1.6, label=f"{name}  {area:.3f}", drawstyle="steps-post")
     title = "ROC, each class against the others"
-    _finish(axes, title if len(defined) <= MAX_CURVES else f"{title}: the {MAX_CURVES} hardest", "false positive rate")
+    finish(axes, title if len(defined) <= MAX_CURVES else f"{title}: the {MAX_CURVES} hardest", "false positive rate")
     axes.set_ylabel("true positive rate")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), title="area under the curve", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_calibration(evaluation: Evaluation, path: Path) -> None:
@@ -101,12 +101,12 @@ def draw_calibration(evaluation: Evaluation, path: Path) -> None:
     confidence = [entry["confidence"] for entry in bins]
     axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
     axes.plot(confidence, [entry["right"] for entry in bins], color=BLUE, marker="o", markersize=4)
-    _finish(axes, f"Calibration: how often it is right (expected error {error:.3f})", "")
+    finish(axes, f"Calibration: how often it is right (expected error {error:.3f})", "")
     shares.bar(confidence, [100 * entry["share"] for entry in bins], width=0.03, color=ORANGE)
-    _finish(shares, "Share of predictions (%)", "confidence")
+    finish(shares, "Share of predictions (%)", "confidence")
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlim(0, 1.02)
-    _save(figure, path)
+    save(figure, path)
 
 
 class Mistake(NamedTuple):
@@ -133,7 +133,7 @@ def draw_mistakes(mistakes: Sequence[Mistake], path: Path) -> None:
             if overlay:
                 axes.imshow(mistake.activation, cmap="inferno", alpha=0.5, vmin=0, vmax=1)
         grid[row, 2 * column].set_title(mistake.caption, loc="left", size=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_memory(mib_per_image: Mapping[int, Mapping[str, float]], checkpointing: str, path: Path) -> None:
@@ -148,14 +148,15 @@ def draw_memory(mib_per_image: Mapping[int, Mapping[str, float]], checkpointing:
         text = f"{name}\n{values[-1]:.1f} MiB"
         axes.annotate(text, end, (8, 0), textcoords="offset points", color=color, verticalalignment="center")
     network = f"DenseNet-BC, growth rate 12, 32x32 images, checkpointing {checkpointing}"
-    _finish(axes, "Peak training memory per image (MiB)", f"depth\n{network}")
+    finish(axes, "Peak training memory per image (MiB)", f"depth\n{network}")
     axes.set_xticks(depths)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.15)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _finish(axes: Axes, title: str, x_label: str) -> None:
+def finish(axes: Axes, title: str, x_label: str) -> None:
+    """What all panels of curves have in common."""
     axes.set_title(title, loc="left", size=11)
     axes.set_xlabel(x_label)
     axes.spines[["top", "right"]].set_visible(False)
@@ -163,6 +164,7 @@ def _finish(axes: Axes, title: str, x_label: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)

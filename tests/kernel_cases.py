@@ -1,8 +1,10 @@
 """The cases of the kernels: random arguments of each operation of the contract, laid out as a dense block has them."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from densenet_efficient.kernels import CONTRACT, accumulation_dtype, reference
 
@@ -11,6 +13,16 @@ BOUNDARY = 3.0  # stands around every slot, and must stand there afterwards
 FLOORS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 # The operations on matrices of rows; the other ones compute with vectors of channels only.
 OVER_ROWS = [name for name in CONTRACT if not name.startswith("batch_norm")]
+
+
+# Of images [N, C, P]; the cut ones lie in larger ones, with gaps between images, between pixels and at last everywhere.
+LAYOUTS = {
+    "channels-last": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "channels-last, cut": lambda x: F.pad(x.transpose(1, 2), (1, 2, 2, 1)).transpose(1, 2)[:, 1:-2, 2:-1],
+    "contiguous": torch.Tensor.contiguous,
+    "contiguous, cut": lambda x: F.pad(x, (1, 2, 2, 1))[:, 2:-1, 1:-2],
+    "neither": lambda x: x.repeat_interleave(3, 2).repeat_interleave(2, 1)[:, ::2, ::3],
+}
 
 
 class Case(NamedTuple):
@@ -74,6 +86,13 @@ class Factory:
     def channel_stats(self):
         x = self.normal(self.rows, self.channels) * self.uniform(0.1, 5, self.channels) + self.normal(self.channels)
         return self.case("channel_stats", {"x": x + self.mean, **self.vectors("mean", "variance")})
+
+    def write_with_statistics(self):
+        pixels = math.prod(self.size.values())
+        x = self.normal(self.images, pixels, self.channels) * self.uniform(0.1, 5, self.channels)
+        x = (x + self.normal(self.channels) + self.mean).transpose(1, 2)
+        arguments = {"x": x, "out": self.matrix(self.channels), **self.vectors("mean", "variance")}
+        return self.case("write_with_statistics", arguments)
 
     def bn_relu_conv1x1(self):
         return self.forward("bn_relu_conv1x1", self.weight(1), {})
@@ -263,3 +282,16 @@ def assert_statistics_of_stored(results):
     spread = variance.sqrt() + mean.abs()
     assert ((results["mean"] - mean).abs() <= tolerance * spread).all()
     assert ((results["variance"] - variance).abs() <= 2 * tolerance * variance + 1e-30).all()
+
+
+def write_images(backend, x, layout):
+    """`write_with_statistics` of ``x`` [N, C, P] in this layout into a slot, checked; what it has written, by name."""
+    images = LAYOUTS[layout](x)
+    out = in_slot(torch.full_like(x.transpose(1, 2).flatten(0, 1), torch.nan))
+    mean, variance = torch.full((2, x.shape[1]), torch.nan, dtype=accumulation_dtype(x.dtype), device=x.device)
+    backend.write_with_statistics(images, out, mean, variance)
+    assert_boundary("out", out)
+    assert torch.equal(out, x.transpose(1, 2).flatten(0, 1)), layout
+    results = {"out": out, "mean": mean, "variance": variance}
+    assert_statistics_of_stored(results)
+    return results

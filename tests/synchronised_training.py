@@ -50,16 +50,21 @@ def train_share(rank: int, world_size: int, group: dist.ProcessGroup | None, che
     plain.load_state_dict(start_state)
     model = DistributedDataParallel(plain, process_group=group)
     nn.SyncBatchNorm.convert_sync_batchnorm(plain, group)  # in place, and now: on the CPU DDP refuses such norms
+    take_steps(model, rank, world_size)
+    state: dict[str, Any] = model.module.state_dict()
+    return state
+
+
+def take_steps(model: nn.Module, rank: int, world_size: int) -> None:
+    """Train on the share of a process; gradients are averaged over the processes."""
     start = sum(SHARES[world_size][:rank])
     images, labels = (tensor[start : start + SHARES[world_size][rank]] for tensor in whole_batch())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(STEPS):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images), labels, reduction="sum") / 5
-        (loss * world_size).backward()  # DDP takes the mean over the processes
+        (loss * world_size).backward()
         optimizer.step()
-    state: dict[str, Any] = model.module.state_dict()
-    return state
 
 
 @contextmanager

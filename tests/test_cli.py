@@ -52,7 +52,9 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return err
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in TRAINING_COMMANDS), ["predict"], ["summary"]])
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in TRAINING_COMMANDS), ["predict"], ["summary"], ["plan"], ["doctor"]]
+)
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_status:
         main([*command, "--help"])

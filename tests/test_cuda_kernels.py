@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import needs_gpu, needs_native
 from cuda_shim.build import library_path
-from kernel_cases import FLOORS, OVER_ROWS, Factory, assert_same_finite, cast, in_slot, run
+from kernel_cases import FLOORS, LAYOUTS, OVER_ROWS, Factory, assert_same_finite, cast, in_slot, run, write_images
 
 from densenet_efficient.kernels import CONTRACT, cuda, reference
 
@@ -96,6 +96,19 @@ def test_windows_of_the_average_pooling(operators, window, dtype):
         operators.assert_exact(images.bn_relu_avg_pool(window), dtype, packed_and_aligned)
         for accumulate in (True, False):
             operators.assert_exact(images.bn_relu_avg_pool_backward(window, accumulate), dtype, packed_and_aligned)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_images_of_any_layout(operators, layout, dtype):
+    """Written as they are, with the statistics that a pass of its own over what was written would take."""
+    for geometry in GEOMETRIES:
+        arguments = operators.arguments_of(factory(geometry).write_with_statistics(), dtype)
+        results = write_images(operators, arguments["x"], layout)
+        mean, variance = arguments["mean"], arguments["variance"]
+        operators.channel_stats(results["out"], mean, variance)
+        assert torch.equal(results["mean"], mean)
+        assert torch.equal(results["variance"], variance)
 
 
 def test_strips_of_squares(operators):

@@ -471,7 +471,8 @@ def test_what_a_step_computes(backend, monkeypatch, level):
     layers = 5
     assert calls["bn_relu_conv3x3"] == calls["bn_relu_conv3x3_backward"] == calls["bn_relu_conv1x1_backward"] == layers
     assert calls["bn_relu_conv1x1"] == (layers if level == "none" else 2 * layers)
-    assert calls["channel_stats"] == 3  # of the stem's convolution and of each block's input
+    assert calls["channel_stats"] == 1  # of the stem's convolution
+    assert calls["write_with_statistics"] == 2  # of each block's input
 
 
 def test_gradients_of_frozen_first_layers_keep_no_graph(backend):

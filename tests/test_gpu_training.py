@@ -1,5 +1,6 @@
 """Training on a GPU: CUDA graphs, streams, mixed precision, no waiting for the device, a memory that is full."""
 
+import contextlib
 import functools
 
 import pytest
@@ -180,17 +181,55 @@ def test_a_full_memory_leaves_everything_usable(backend, level, during):
     if during == "backward":
         attempt = attempt().sum().backward
     torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**20) / total)
-    try:
-        with pytest.raises(torch.OutOfMemoryError):
-            attempt()
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+    with room(2**20), pytest.raises(torch.OutOfMemoryError):
+        attempt()
     del attempt
     training.model.load_state_dict(before)  # the forward of a backward that failed has moved the running statistics
     training.step()
     assert_same_bits(training.state(), expected.state())
+
+
+@every_level
+def test_a_memory_that_is_full_at_any_point(backend, level):
+    """From no room at all to enough for a step: each norm is updated once or not at all, and then a small batch trains.
+
+    The room grows by a few MiB at a time, much less than the large tensors, so the step fails in each of its phases.
+    """
+    training, images = Training(level), torch.randn(128, 3, 128, 128, device="cuda")
+    norms = {name: module for name, module in training.model.named_modules() if hasattr(module, "running_mean")}
+    training.step()  # compiles
+    before = training.state()
+    failures = 0
+    for mebibytes in range(0, 2048, 4):
+        training.model.load_state_dict(before)
+        training.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        try:
+            with room(mebibytes * 2**20), torch.autocast("cuda", torch.bfloat16):
+                training.model(images).sum().backward()
+        except torch.OutOfMemoryError:
+            failures += 1
+        else:
+            break
+        for name, norm in norms.items():
+            counted = norm.num_batches_tracked != before[f"{name}.num_batches_tracked"]
+            assert counted == (norm.running_mean != before[f"{name}.running_mean"]).any(), name
+            assert counted == (norm.running_var != before[f"{name}.running_var"]).any(), name
+        assert training.step().isfinite()
+    else:
+        raise AssertionError("the step fitted into no memory")
+    assert failures > 3
+
+
+@contextlib.contextmanager
+def room(size):
+    """Lets this process take ``size`` bytes more of the card than it holds now."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + size) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.large

@@ -13,7 +13,16 @@ import kernel_cases
 import pytest
 import torch
 from cases import needs_native
-from kernel_cases import OVER_ROWS, Factory, assert_same_finite, assert_statistics_of_stored, cast, run
+from kernel_cases import (
+    LAYOUTS,
+    OVER_ROWS,
+    Factory,
+    assert_same_finite,
+    assert_statistics_of_stored,
+    cast,
+    run,
+    write_images,
+)
 
 from densenet_efficient import kernels
 from densenet_efficient.kernels import CONTRACT, cpu, reference
@@ -72,6 +81,20 @@ def test_small_images(operation, height):
         case = getattr(Factory(2, height, width, 12, 5), operation)()
         assert_exact(case, torch.float64)
         assert_exact(case, torch.bfloat16)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_images_of_any_layout(layout, dtype):
+    """Written as they are, with the statistics that a pass of its own over what was written would take."""
+    for geometry in GEOMETRIES:
+        arguments = cast(Factory(*geometry).write_with_statistics(), dtype)
+        results = write_images(cpu, arguments["x"], layout)
+        mean, variance = arguments["mean"], arguments["variance"]
+        cpu.channel_stats(results["out"], mean, variance)
+        assert torch.equal(results["mean"], mean)
+        assert torch.equal(results["variance"], variance)
 
 
 @needs_native
@@ -280,7 +303,7 @@ def test_every_compiled_cpu_capability(capability):
     if "not supported by this CPU" in used.stderr:
         pytest.skip(f"this CPU does not support {capability}")
     assert used.stdout.split() == [capability], used.stderr
-    selection = ["-k", "operation_is_exact or nobody_needs or non_finite", "-p", "no:cacheprovider"]
+    selection = ["-k", "operation_is_exact or nobody_needs or non_finite or any_layout", "-p", "no:cacheprovider"]
     tests = run_python(["-m", "pytest", "-x", __file__, *selection], environment)
     assert tests.returncode == 0, tests.stdout
 

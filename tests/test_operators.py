@@ -10,6 +10,8 @@ import torch
 from cases import LEVELS, MODES, VARIANTS, assert_close, loss_of, make_images, make_pair, needs_native, state_of, step
 from kernel_cases import Factory, cast
 
+from densenet_efficient import EfficientDenseNet
+from densenet_efficient import stem as stem_module
 from densenet_efficient.kernels import CONTRACT
 from densenet_efficient.operators import dense_stage, dense_stage_backward, stem, stem_backward
 
@@ -244,7 +246,8 @@ def test_every_operator_is_checked_above():
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "densenet_efficient" in name}
     ours = {"dense_stage", "dense_stage_backward", "stem", "stem_backward"}
     without_tensors = {"cpu_product_rate", "return_freed_memory"}  # in test_roofline.py, test_measure.py
-    assert registered <= ours | set(CONTRACT) | {*inference_arguments(), "packed_weight"} | without_tensors
+    loops = {"dense_layers", "dense_layers_backward"}  # in test_native_layers.py
+    assert registered <= ours | set(CONTRACT) | {*inference_arguments(), "packed_weight"} | loops | without_tensors
     assert ours <= registered
 
 
@@ -347,3 +350,18 @@ def test_a_second_derivative_of_the_parameters_is_refused(backend):
     gradients = torch.autograd.grad(loss_of(model(make_images(2, 3, 33, 47))), parameters, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         sum(gradient.square().sum() for gradient in gradients).backward()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 201), (2, 3, 71, 45), (2, 3, 37, 33, 35)])
+def test_a_large_image_runs_backward_in_bands(shape, monkeypatch):
+    """With the same result, whatever is left for the last band."""
+    torch.manual_seed(0)
+    model = EfficientDenseNet(4, (1,), 8, num_classes=3, spatial_dims=len(shape) - 2).double()
+    images = torch.randn(shape, dtype=torch.float64)
+    gradients = []
+    for pixels in (stem_module.PIXELS_AT_A_TIME, 100):
+        monkeypatch.setattr(stem_module, "PIXELS_AT_A_TIME", pixels)
+        model.zero_grad()
+        model(images).square().sum().backward()
+        gradients.append(model.features.conv0.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import subprocess
@@ -96,6 +97,35 @@ def test_sigterm_after_the_last_batch_of_an_epoch(
     assert_same_bits(weights(tmp_path), weights(whole))
 
 
+@pytest.mark.parametrize("frozen", [("--model.head_epochs", "1"), ("--model.frozen_batch_norm", "true")])
+def test_what_is_frozen_stays_so_in_an_epoch_that_is_continued(
+    frozen: tuple[str, str], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (*frozen, "--trainer.max_epochs", "2")
+    assert fit(images, tmp_path / "whole", *options) == 0
+    stopping_at(monkeypatch, 2, lambda trainer: signal.raise_signal(signal.SIGTERM))
+    assert fit(images, tmp_path / "stopped", *options) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert fit(images, tmp_path / "stopped", *options, "--ckpt_path", "last") == 0
+    assert_same_bits(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+
+
+def test_the_scale_of_float16_is_continued(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scale that has grown, since it would begin anew if the checkpoint did not hold it."""
+    from torch.amp import GradScaler
+
+    monkeypatch.setattr(GradScaler.__init__, "__defaults__", (*GradScaler.__init__.__defaults__[:4], 3, True))
+    options = ("--trainer.precision", "16-mixed", "--trainer.max_epochs", "2")
+    assert fit(images, tmp_path / "whole", *options) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stopping_at(patch, 7, lambda trainer: signal.raise_signal(signal.SIGTERM))
+        assert fit(images, tmp_path / "stopped", *options) == 128 + signal.SIGTERM
+    scaler = read_checkpoint(tmp_path / "stopped" / "last.ckpt")["MixedPrecision"]
+    assert scaler["scale"] != 2.0**16
+    assert fit(images, tmp_path / "stopped", *options, "--ckpt_path", "last") == 0
+    assert_same_bits(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+
+
 def test_kill_minus_nine(images: Path, whole: Path, tmp_path: Path) -> None:
     """A process of its own, killed by the system once it has a checkpoint."""
     command = [sys.executable, "-m", "densenet_efficient.cli"]
@@ -131,6 +161,20 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(
     assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 5
     assert fit(images, tmp_path, *AVERAGED, "--ckpt_path", "last") == 0
     assert_same_bits(weights(tmp_path), weights(whole))
+
+
+def test_a_name_is_on_the_disk_before_the_write_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file first, then the directory, once it holds the new name."""
+    synced: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        assert (tmp_path / "file").exists() == (synced[-1] == str(tmp_path))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"whole")
+    assert len(synced) == 2 and synced[-1] == str(tmp_path)
 
 
 def test_a_failed_write_leaves_the_earlier_file_alone(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ class Layer:
     """The launches of one layer, of tensors without memory."""
 
     def __init__(self, dtype, images, size, channels, bottleneck, growth_rate):
-        self.dtype, self.rows, self.size = dtype, images * size * size, (size, size)
+        self.dtype, self.images, self.rows, self.size = dtype, images, images * size * size, (size, size)
         self.channels, self.bottleneck, self.growth_rate = channels, bottleneck, growth_rate
 
     def slot(self, channels, rows=None):
@@ -114,6 +114,9 @@ class Layer:
         backend.batch_norm_affine(mean, variance, scale, shift, 1e-5, affine)
         backend.batch_norm_gradients(*sums, scale, scale, self.rows, mean, scale, shift)
         backend.channel_stats(x, mean, variance)
+        images = torch.empty(self.images, self.size[0] * self.size[1], self.channels, dtype=self.dtype, device="meta")
+        backend.write_with_statistics(images.transpose(1, 2), x, mean, variance)  # channels-last
+        backend.write_with_statistics(images.view(self.images, self.channels, -1), x, mean, variance)  # contiguous
         backend.project_gradient(grad, x, mean, scale, shift)
         backend.bn_relu_avg_pool(x, scale, shift, *self.size, 2, 2, pooled)
         backend.bn_relu_avg_pool_backward(pooled, x, mean, scale, shift, *self.size, 2, 2, grad, True, *sums)

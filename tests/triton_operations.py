@@ -11,7 +11,16 @@ import os
 import kernel_cases
 import pytest
 import torch
-from kernel_cases import OVER_ROWS, Factory, assert_same_finite, assert_statistics_of_stored, cast, run
+from kernel_cases import (
+    LAYOUTS,
+    OVER_ROWS,
+    Factory,
+    assert_same_finite,
+    assert_statistics_of_stored,
+    cast,
+    run,
+    write_images,
+)
 
 from densenet_efficient.kernels import CONTRACT, reference
 from densenet_efficient.kernels import triton as backend
@@ -96,6 +105,13 @@ def test_tiles_for_many_rows(operation, dtype, monkeypatch):
 @pytest.mark.parametrize("operation", OVER_ROWS)
 def test_packed_matrices(operation):
     assert_exact(getattr(Factory(2, 3, 5, 24, 16), operation)(), torch.float32, place=torch.Tensor.clone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_images_of_any_layout(layout, dtype):
+    for geometry in GEOMETRIES:
+        write_images(backend, arguments_of(Factory(*geometry).write_with_statistics(), dtype)["x"], layout)
 
 
 @pytest.mark.parametrize("size", SMALL_SIZES, ids=str)

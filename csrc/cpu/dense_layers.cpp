@@ -43,8 +43,10 @@ std::vector<DenseLayer> read_layers(const LayerArguments& arguments, size_t coun
 }
 
 int64_t input_channels(const std::vector<DenseLayer>& layers, int64_t total) {
-  for (const DenseLayer& layer : layers) total -= layer.growth_rate();
-  return total;
+  int64_t added = 0;
+  for (const DenseLayer& layer : layers) added += layer.growth_rate();
+  TORCH_CHECK(added < total, "storage must have more channels than the ", added, " that its layers add, got ", total);
+  return total - added;
 }
 
 namespace {

@@ -39,8 +39,9 @@ inline void check_storage_dtype(const at::Tensor& x) {
 }
 
 // The kernels that look at pixels count them in 32 bits; elements are counted in 64.
-inline void check_pixels(const at::Tensor& x) {
-  TORCH_CHECK(x.size(0) <= std::numeric_limits<int32_t>::max(), "x must have at most 2^31 - 1 rows, got ", x.size(0));
+inline void check_pixels(const at::Tensor& matrix) {
+  TORCH_CHECK(matrix.size(0) <= std::numeric_limits<int32_t>::max(), "x must have at most 2^31 - 1 pixels, got ",
+              matrix.size(0));
 }
 
 }  // namespace densenet_efficient::cuda

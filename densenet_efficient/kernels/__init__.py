@@ -7,6 +7,7 @@ Conventions, the same for every backend:
 
 - ``x``, ``out``, ``grad``: 2-D views [M, C] (M = N*H*W pixels, channels last) with unit column stride and any row
   stride, so that a prefix or a slot of a dense block's storage is passed as it is. float32, float64, bfloat16, float16.
+- Only `write_with_statistics`, by which images enter a storage, takes ``x`` [N, C, P]: P pixels of any strides.
 - ``scale = gamma * rstd`` and ``shift = beta - mean * scale``, statistics and sums: 1-D, of `accumulation_dtype`
   (but `batch_norm_affine` takes statistics and parameters of any floating dtype).
 - ``weight``: the convolution's own tensor [K, C, 1, 1] or [K, C, 3, 3], of any floating dtype (autocast keeps float32
@@ -35,6 +36,7 @@ CONTRACT = (
     "batch_norm_affine",
     "batch_norm_gradients",
     "channel_stats",
+    "write_with_statistics",
     "bn_relu_conv1x1",
     "bn_relu_conv1x1_backward",
     "bn_relu_conv3x3",
@@ -87,7 +89,7 @@ def backend_name(device: torch.device | str) -> str:
         return requested
     reason = None
     for name in DEFAULTS.get(device.type, ()):
-        reason = _why_not(name, device)
+        reason = why_not(name, device)
         if reason is None:
             return name
     if reason is not None:
@@ -106,12 +108,12 @@ def backend_for(device: torch.device) -> ModuleType:
 def _check_requested(requested: str, device: torch.device) -> None:
     if requested not in BACKEND_NAMES:
         raise ValueError(f"{BACKEND_VARIABLE}={requested!r} names no backend; expected one of {sorted(BACKEND_NAMES)}")
-    reason = _why_not(requested, device)
+    reason = why_not(requested, device)
     if reason is not None:
         raise RuntimeError(f"{BACKEND_VARIABLE}={requested} cannot serve a tensor on {device}: {reason}")
 
 
-def _why_not(name: str, device: torch.device) -> str | None:
+def why_not(name: str, device: torch.device) -> str | None:
     """Why a backend cannot serve ``device``, with the remedy; None where it can."""
     if name == "reference":
         return None

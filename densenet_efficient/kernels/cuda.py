@@ -14,6 +14,7 @@ NATIVE = (
     "batch_norm_affine",
     "batch_norm_gradients",
     "channel_stats",
+    "write_with_statistics",
     "project_gradient",
     "bn_relu_avg_pool",
     "bn_relu_avg_pool_backward",

@@ -18,6 +18,12 @@ def channel_stats(x: Tensor, mean: Tensor, variance: Tensor) -> None:
     variance.copy_(batch_variance)
 
 
+def write_with_statistics(x: Tensor, out: Tensor, mean: Tensor, variance: Tensor) -> None:
+    """out [N*P, C] = the pixels of ``x`` [N, C, P], and the statistics of ``out``."""
+    out.unflatten(0, (x.shape[0], x.shape[2])).copy_(x.transpose(1, 2))
+    channel_stats(out, mean, variance)
+
+
 def batch_norm_affine(mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float, affine: Tensor) -> None:
     """affine [4, C]: the mean, ``rstd = 1 / sqrt(variance + eps)``, ``scale = weight * rstd``, ``shift``."""
     mean, variance = mean.to(affine.dtype), variance.to(affine.dtype)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningModule
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
@@ -26,6 +27,7 @@ from densenet_efficient.training.checkpoint import ENTRY, SavedClassifier, check
 from densenet_efficient.training.data import Task
 from densenet_efficient.training.parameter_groups import parameter_groups
 from densenet_efficient.training.schedules import Schedule, rate_factor
+from densenet_efficient.training.sharding import shard
 from densenet_efficient.weights import load_weights
 
 Batch = tuple[Tensor, Tensor]  # images [N, C, H, W]; labels int64 [N], or float [N, classes]
@@ -118,6 +120,11 @@ class Classifier(LightningModule):
         for note in notes:
             print(f"{weights}: {note}")
 
+    def configure_model(self) -> None:
+        """Divide the parameters among the processes, where the strategy does so."""
+        if self.device_mesh is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            shard(self, self.model, self.device_mesh["data_parallel"])
+
     @property
     def saved(self) -> SavedClassifier:
         """What a checkpoint says of this classifier."""
@@ -132,6 +139,10 @@ class Classifier(LightningModule):
     @property
     def trains_head_alone(self) -> bool:
         return self.current_epoch < self.head_epochs
+
+    def on_train_start(self) -> None:
+        """Before an epoch that is continued in its middle, too, whose start Lightning does not tell again."""
+        self._set_modes()
 
     def on_train_epoch_start(self) -> None:
         self._set_modes()

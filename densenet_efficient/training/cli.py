@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import numbers
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,13 +13,16 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse.typing import register_type
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.tuner.tuning import Tuner
 
+from densenet_efficient.models import EfficientDenseNet
 from densenet_efficient.training import datasets  # noqa: F401, so that --data knows them
 from densenet_efficient.training.averaging import AveragedWeights
 from densenet_efficient.training.batch_size import available_memory, largest_batch, measure_training
@@ -34,6 +38,8 @@ from densenet_efficient.training.progress import Progress
 from densenet_efficient.training.recipes import describe_recipes
 from densenet_efficient.training.report import write_text
 from densenet_efficient.training.samples import Splits
+from densenet_efficient.training.sharding import NAME as FSDP
+from densenet_efficient.training.sharding import FullySharded
 from densenet_efficient.training.shorthands import expand_shorthands
 from densenet_efficient.visualize import draw_learning_rates
 
@@ -44,7 +50,11 @@ EXPECTED_WARNINGS = (
     "exists and is not empty",
     "is smaller than the logging interval",
     "LeafSpec",
+    "No positive samples in targets",  # of the few images that are tried before the training
+    "WeightAveraging doesn't support sharding",  # and nothing is sharded then
 )
+# The type of many an augmentation's argument, which config.yaml is to hold as the number it is.
+register_type(numbers.Number, serializer=lambda value: value, deserializer=float, type_check=isinstance)
 COPIES = {"adamw": 2, "adam": 2, "sgd": 1}  # of the parameters, that the optimizers keep
 DTYPES = {"32": "float32", "bf16": "bfloat16", "16": "float16"}  # of --trainer.precision
 DESCRIPTIONS = {
@@ -155,6 +165,10 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Nothing is written before everything else is known to be in order."""
+        if self.config.trainer.strategy == FSDP and self.config.get("ema_decay") is not None:
+            raise ValueError(
+                "--ema_decay keeps all weights in each process, which --trainer.strategy fsdp divides; take ddp"
+            )
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         if self.command != "fit" or self.config.ckpt_path is not None or self.config.overwrite:
@@ -170,6 +184,12 @@ class TrainingCLI(LightningCLI):
         if self.command == "find-batch-size":
             return super().instantiate_trainer(**kwargs, logger=False)
         output = Path(self.config.output)
+        plugins: list[Any] = [AtomicCheckpointIO()]
+        if self.config.trainer.strategy == FSDP:
+            kwargs["strategy"] = FullySharded()
+        elif self._wants_float16_on_the_cpu():  # Lightning would take bfloat16 instead
+            plugins.append(MixedPrecision("16-mixed", "cpu"))
+            kwargs["precision"] = None
         prepare_directory(output)
         self.trainer_defaults["callbacks"] = self._fit_callbacks() if self.command == "fit" else self._progress()
         if self.command != "fit":
@@ -178,8 +198,13 @@ class TrainingCLI(LightningCLI):
             board = TensorBoardLogger(output, "logs")
             kwargs["logger"] = [board, CSVLogger(output, "logs", board.version)]
         return super().instantiate_trainer(
-            **kwargs, default_root_dir=output, plugins=[AtomicCheckpointIO()], use_distributed_sampler=False
+            **kwargs, default_root_dir=output, plugins=plugins, use_distributed_sampler=False
         )
+
+    def _wants_float16_on_the_cpu(self) -> bool:
+        given = self.config.trainer
+        on_cpu = given.accelerator == "cpu" or (given.accelerator == "auto" and not torch.accelerator.is_available())
+        return on_cpu and str(given.precision) in ("16", "16-mixed")
 
     def _progress(self) -> list[Callback]:
         return [] if self.config.trainer.enable_progress_bar is False else [Progress()]
@@ -289,7 +314,9 @@ class TrainingCLI(LightningCLI):
     def _load_weights(self, path: Path) -> None:
         saved = load_classifier(path)
         check_class_names(path, saved.class_names, self.model.task.class_names)
-        self.model.model.load_state_dict(saved.model.state_dict())
+        network = EfficientDenseNet(**self.model.model.config)  # that of the training may be sharded
+        network.load_state_dict(saved.model.state_dict())
+        self.model.model = network
 
 
 class SaveConfig(SaveConfigCallback):

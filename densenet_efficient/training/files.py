@@ -12,7 +12,10 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Yield a binary file that becomes `path` when the block ends, and leaves no trace if it raises."""
+    """Yield a binary file that becomes `path` when the block ends, and leaves no trace if it raises.
+
+    It is on the disk by then, its name too: neither a kill nor a power cut leaves a part of it.
+    """
     # Beside it, since a rename is atomic only within a file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -21,8 +24,18 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(path: Path) -> None:
+    """Wait until the names in the directory `path` are on the disk: a rename is an entry of its directory."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def prepare_directory(path: Path) -> None:

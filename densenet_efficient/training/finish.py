@@ -13,6 +13,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from densenet_efficient.argument_checks import levels_of
 from densenet_efficient.training.classifier import Classifier
 from densenet_efficient.training.comparison import (
     CURVE_INPUT_SHAPE,
@@ -125,7 +126,7 @@ def _compare(classifier: Classifier, data: ImageData, output: Path, console: Con
             classifier.model, data.preprocessing.input_shape, data.val_dataloader(), data.batch_size, device
         )
     memory: dict[int, PerImplementation] = {}
-    level = classifier.model.checkpointing
+    level = levels_of(classifier.model.checkpointing, len(classifier.model.config["block_config"]))[0]
     configs = configs_by_depth(MEMORY_DEPTHS, level)
     for depth, config in track(configs.items(), "Measuring memory against depth", console=console, transient=True):
         memory[depth] = peak_memory(config, CURVE_INPUT_SHAPE, device)

@@ -10,3 +10,4 @@
 #include "cuda/bn_relu_max_pool.cpp"
 #include "cuda/channel_stats.cpp"
 #include "cuda/project_gradient.cpp"
+#include "cuda/write_with_statistics.cpp"

@@ -6,8 +6,7 @@ namespace {
 
 constexpr int kRowsAtOnce = 4;  // loads in flight per thread
 
-// Mean and sum of squared deviations of each column of a tile. A few rows at a time enter by their deviations from the
-// mean so far, which at first is the value of the first row.
+// Mean and sum of squared deviations of each column of a tile.
 template <typename S, bool kAligned>
 __global__ void __launch_bounds__(kThreads) tile_moments(Matrix<const void> x, Tiling tiling, Accumulate<S>* partials) {
   using A = Accumulate<S>;
@@ -24,21 +23,7 @@ __global__ void __launch_bounds__(kThreads) tile_moments(Matrix<const void> x, T
       loaded[i].load(from + (row + i * tiling.lanes_y) * x.stride, place.columns);
       present++;
     }
-    const bool first = moments.count() == 0;
-    moments.count() += static_cast<A>(present);
-    const A inverse_count = A(1) / moments.count();
-#pragma unroll
-    for (int j = 0; j < kColumns; j++) {
-      if (first) moments.mean(j) = loaded[0][j];
-      A deviations = 0, squares = 0;
-#pragma unroll
-      for (int i = 0; i < kRowsAtOnce; i++) {
-        const A deviation = i < present ? loaded[i][j] - moments.mean(j) : A(0);
-        deviations += deviation;
-        squares += deviation * deviation;
-      }
-      add_deviations(moments.mean(j), moments.m2(j), deviations, squares, inverse_count);
-    }
+    add_rows<A>(moments, loaded, present);
   }
   merge_lanes<A>(moments, place.lane_y, tiling.lanes_x, tiling.lanes_y);
   if (place.lane_y == 0) store_part<A, kColumns>(moments.values, partials, place, tiling.columns);

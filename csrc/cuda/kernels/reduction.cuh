@@ -26,6 +26,28 @@ struct Moments {
   }
 };
 
+// The first ``present`` of a few rows enter by their deviations from the mean so far, which at first is the value of
+// the first row.
+template <typename A, int kColumns, typename Row, int kRows>
+__device__ void add_rows(Moments<A, kColumns>& moments, const Row (&rows)[kRows], int present) {
+  if (present == 0) return;
+  const bool first = moments.count() == 0;
+  moments.count() += static_cast<A>(present);
+  const A inverse_count = A(1) / moments.count();
+#pragma unroll
+  for (int j = 0; j < kColumns; j++) {
+    if (first) moments.mean(j) = rows[0][j];
+    A deviations = 0, squares = 0;
+#pragma unroll
+    for (int i = 0; i < kRows; i++) {
+      const A deviation = i < present ? rows[i][j] - moments.mean(j) : A(0);
+      deviations += deviation;
+      squares += deviation * deviation;
+    }
+    add_deviations(moments.mean(j), moments.m2(j), deviations, squares, inverse_count);
+  }
+}
+
 // The two sums of a backward over some columns: of the masked gradient g, and of g * (x - mean).
 template <typename A, int kColumns>
 struct Sums {

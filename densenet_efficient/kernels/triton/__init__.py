@@ -12,6 +12,7 @@ from .bn_relu_max_pool import bn_relu_max_pool
 from .bn_relu_max_pool_backward import bn_relu_max_pool_backward
 from .channel_stats import channel_stats
 from .project_gradient import project_gradient
+from .write_with_statistics import write_with_statistics
 
 __all__ = [
     "batch_norm_affine",
@@ -26,4 +27,5 @@ __all__ = [
     "bn_relu_max_pool_backward",
     "channel_stats",
     "project_gradient",
+    "write_with_statistics",
 ]

@@ -1,0 +1,51 @@
+"""Images written as rows of a slot, with the mean and variance of each channel."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import on_device, pixel_tile
+from .statistics import finish_statistics, store_statistics, tile_statistics
+
+ELEMENTS = 8192
+WARPS = 8
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _kernel(
+    x, image_stride, channel_stride, pixel_stride, pixels, out, out_stride, partials, rows, channels,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows: side by side lie the pixels of a channel in contiguous images, the channels in channels-last."""
+    dtype = partials.dtype.element_ty
+    part = tl.program_id(1)
+    row = part * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    valid = (row < rows)[:, None]
+    inside = valid & (channel < channels)[None, :]
+    pixel = (row // pixels).to(tl.int64) * image_stride + (row % pixels).to(tl.int64) * pixel_stride
+    place = x + pixel[:, None] + (channel.to(tl.int64) * channel_stride)[None, :]
+    values = tl.load(place, mask=inside, other=0.0)
+    tl.store(out + row.to(tl.int64)[:, None] * out_stride + channel[None, :], values, mask=inside)
+    count = tl.minimum(rows - part * ROWS, ROWS).to(dtype)
+    mean, m2 = tile_statistics(values.to(dtype), valid, count)
+    store_statistics(partials, part, tl.num_programs(1), channels, channel, count, mean, m2)
+
+
+def write_with_statistics(
+    x: Tensor,  # [N, C, P]
+    out: Tensor,  # [N*P, C]
+    mean: Tensor,  # [C]
+    variance: Tensor,  # [C]
+) -> None:
+    """out = the pixels of ``x``, and the mean and biased variance of each column."""
+    rows, channels = out.shape
+    tile_rows, columns = pixel_tile(channels, ELEMENTS)
+    grid = triton.cdiv(channels, columns), triton.cdiv(rows, tile_rows)
+    partials = mean.new_empty(3, grid[1], channels)
+    with on_device(x):
+        _kernel[grid](
+            x, *x.stride(), x.shape[2], out, out.stride(0), partials, rows, channels, tile_rows, columns,
+            num_warps=WARPS,
+        )  # fmt: skip
+    finish_statistics(partials, mean, variance)

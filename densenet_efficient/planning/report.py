@@ -1,0 +1,62 @@
+"""The plan as a table."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..summary import TABLE_WIDTH, format_bytes, format_shape
+from .planner import MemoryPlan
+from .timeline import Memory
+
+COLUMNS = ("Weights", "Gradients", "Optimizer\nstate", "Saved\nactivations", "Workspace", "Peak of\nall memory")
+
+
+def print_plan(plan: MemoryPlan, console: Console | None = None) -> None:
+    """Print the memory of each stage and of both peaks, and what fits the budget."""
+    console = console or Console()
+    console.width = max(console.width, TABLE_WIDTH)
+    console.print(plan_table(plan))
+    for line in conclusions(plan):
+        console.print(line, highlight=False)
+
+
+def plan_table(plan: MemoryPlan) -> Table:
+    title = f"{plan.model}, input {format_shape(plan.input_shape)}, {plan.dtype}, {plan.optimizer}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("Check-\npointing", no_wrap=True)
+    for header in COLUMNS:
+        table.add_column(header, justify="right", no_wrap=True)
+    for stage in plan.stages:
+        table.add_row(stage.name, stage.checkpointing or "", *_cells(stage.own), format_bytes(stage.peak))
+    table.add_section()
+    for name, peak in (("training", plan.training), ("inference", plan.inference)):
+        table.add_row(name, peak.moment, *_cells(peak.memory), format_bytes(peak.peak), style="bold")
+    return table
+
+
+def conclusions(plan: MemoryPlan) -> list[str]:
+    """What the figures say, in sentences."""
+    lines = [f"The backward recomputes {plan.recomputed:.1%} of a forward's multiply-adds."]
+    if plan.budget is not None:
+        verb = "fits" if plan.fits else "does not fit"
+        batch, size = plan.largest_batch, plan.largest_size
+        images = format_shape(plan.input_shape[1:])
+        lines += [
+            f"The training step {verb} into {format_bytes(plan.budget)}.",
+            f"The largest batch of {images} images that fits: {batch or 'none'}.",
+            f"The largest images that fit at batch {plan.input_shape[0]}: {f'{size}x{size}' if size else 'none'}.",
+        ]
+    return [*lines, "Counted are tensors; the interpreter, the libraries and a GPU's context come on top."]
+
+
+def _cells(memory: Memory) -> list[str]:
+    return [
+        format_bytes(memory.weights),
+        format_bytes(memory.gradients),
+        format_bytes(memory.optimizer_state),
+        format_bytes(memory.saved_activations),
+        format_bytes(memory.workspace),
+    ]

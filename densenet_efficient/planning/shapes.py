@@ -1,0 +1,192 @@
+"""The buffers of each stage in bytes, from the counts of `densenet_efficient.summary`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..kernels import accumulation_dtype
+from ..modules import StageBlock
+from ..stem import IMAGES_AT_A_TIME
+from ..summary import SummaryRow, summarize
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Bytes of parameters and buffers."""
+
+    weights: int  # with the buffers
+    gradients: int  # of those parameters that require one
+    packed: int  # what an inference on the CPU keeps of the convolutions besides
+    largest: int  # of one parameter
+
+    @classmethod
+    def of(cls, modules: Sequence[nn.Module], weight_bytes: int, packed_bytes: int) -> Parameters:
+        """Of these modules together; ``weight_bytes`` and ``packed_bytes`` per element."""
+        own = [parameter for module in modules for parameter in module.parameters()]
+        buffers = [buffer for module in modules for buffer in module.buffers()]
+        weights = sum(parameter.numel() for parameter in own) * weight_bytes
+        return cls(
+            weights + sum(b.numel() * (weight_bytes if b.is_floating_point() else b.itemsize) for b in buffers),
+            sum(parameter.numel() for parameter in own if parameter.requires_grad) * weight_bytes,
+            sum(parameter.numel() for parameter in own if parameter.dim() > 2) * packed_bytes,
+            max((parameter.numel() for parameter in own), default=0) * weight_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class StemShape:
+    """The bytes of the stem's buffers."""
+
+    parameters: Parameters
+    images: int  # as given
+    cast: int  # of the images in autocast's dtype; 0 without it
+    conv_out: int  # 0 in the stem of small inputs, which has neither norm nor pooling
+    out: int
+    columns: int  # the workspace of the convolution's forward
+    convolution: int  # and of its backward
+    recomputed: int  # multiply-adds of the convolution
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """The bytes of the buffers of a dense block and its exit; M pixels, C channels of the storage."""
+
+    name: str
+    parameters: Parameters  # with those of a transition
+    input: int  # [M, C0]
+    storage: int  # [M, C]
+    bottleneck: int  # [M, K], 0 without
+    bottlenecks: int  # of all layers
+    masks: int  # of the dropout
+    dropped: int  # [M, k], a mask as it is multiplied
+    pooled: int  # [M', C] of the exit
+    out: int  # [M', C'] of the exit
+    recomputed: int  # multiply-adds of its bottlenecks, once
+
+
+@dataclass(frozen=True)
+class NetworkShape:
+    """The buffers of a network in bytes, for one shape of input."""
+
+    stem: StemShape
+    blocks: list[BlockShape]
+    head: Parameters
+
+    @property
+    def every_parameters(self) -> list[Parameters]:
+        return [self.stem.parameters, *(block.parameters for block in self.blocks), self.head]
+
+
+def blocks_of(model: Any) -> list[StageBlock]:
+    """The dense blocks of a network that has torchvision's submodules, and runs as this library's stages.
+
+    Raises a TypeError for any other model.
+    """
+    features = getattr(model, "features", None)
+    names = features._modules if isinstance(features, nn.Sequential) else {}
+    blocks = [module for name, module in names.items() if name.startswith("denseblock")]
+    if "conv0" not in names or not blocks or not all(isinstance(block, StageBlock) for block in blocks):
+        raise TypeError(
+            f"expected an EfficientDenseNet, its name, or a converted torchvision DenseNet, got {type(model).__name__}"
+        )
+    if not isinstance(names["conv0"], nn.Conv2d):
+        raise TypeError("the planner knows networks of two-dimensional images; this one has spatial_dims 1 or 3")
+    return [block for block in blocks if isinstance(block, StageBlock)]
+
+
+def shape_of(model: Any, input_shape: Sequence[int], dtype: torch.dtype, device: str) -> NetworkShape:
+    """The buffers of ``model`` for images [N, C, H, W], computed in ``dtype``."""
+    rows = summarize(model, input_shape, dtype)
+    stored = stored_dtype(model, dtype)
+    element = dtype.itemsize
+    modules = dict(model.features.named_children())
+
+    def parameters(*chosen: nn.Module) -> Parameters:
+        return Parameters.of(chosen, stored.itemsize, element)
+
+    stem_names = [name for name in ("conv0", "norm0", "relu0", "pool0") if name in modules]
+    own = parameters(*(modules[name] for name in stem_names))
+    stem = _stem_shape(rows[0], model.features.conv0, input_shape, dtype, stored, device, own)
+    blocks, stages = [], [row for row in rows[1:-1] if not row.is_layer]
+    for index, row in enumerate(stages):
+        if row.name.startswith("transition"):
+            continue
+        transition = next((r for r in stages[index + 1 : index + 2] if r.name.startswith("transition")), None)
+        parts = [modules[row.name], *([modules[transition.name]] if transition else [])]
+        layers = [layer for layer in rows if layer.is_layer and layer.name.startswith(f"{row.name}.")]
+        blocks.append(_block_shape(row, layers, transition, element, parameters(*parts), _drops(modules[row.name])))
+    return NetworkShape(stem, blocks, parameters(modules["norm5"], model.classifier))
+
+
+def stored_dtype(model: Any, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the parameters: their own under autocast to ``dtype``, else ``dtype`` itself."""
+    own: torch.dtype = model.classifier.weight.dtype
+    return own if dtype in LOW_PRECISION and own == accumulation_dtype(dtype) else dtype
+
+
+def _stem_shape(
+    row: SummaryRow,
+    conv: nn.Conv2d,
+    input_shape: Sequence[int],
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    device: str,
+    parameters: Parameters,
+) -> StemShape:
+    elements = math.prod(input_shape)
+    out = math.prod(row.output_shape) * dtype.itemsize
+    conv_out = row.costs.saved_none - row.costs.saved_bottleneck
+    gradient = conv_out or out
+    images = input_shape[0]
+    unfolds = device == "cpu" and dtype == torch.float64  # oneDNN has no float64: torch unfolds the images (im2col)
+    at_a_time = IMAGES_AT_A_TIME.get((device, 2), images) if conv_out else images
+    return StemShape(
+        parameters,
+        images=elements * stored.itemsize,
+        cast=elements * dtype.itemsize if stored != dtype else 0,
+        conv_out=conv_out,
+        out=out,
+        columns=gradient // conv.out_channels * conv.weight[0].numel() if unfolds else 0,
+        convolution=2 * gradient * min(at_a_time, images) // images,
+        recomputed=row.costs.multiply_adds if conv_out else 0,
+    )
+
+
+def _block_shape(
+    row: SummaryRow,
+    layers: Sequence[SummaryRow],
+    transition: SummaryRow | None,
+    element: int,
+    parameters: Parameters,
+    drops: bool,
+) -> BlockShape:
+    images, channels, *axes = row.output_shape
+    pixels = images * math.prod(axes)
+    width = layers[0].bottleneck_channels or 0
+    out_shape = transition.output_shape if transition else (images, channels)
+    windows = math.prod(out_shape) // out_shape[1]
+    return BlockShape(
+        row.name,
+        parameters,
+        input=pixels * row.in_channels * element,
+        storage=row.costs.saved_bottleneck,
+        bottleneck=pixels * width * element,
+        bottlenecks=row.costs.saved_none - row.costs.saved_bottleneck,
+        masks=pixels * (channels - row.in_channels) if drops else 0,
+        dropped=pixels * (layers[0].growth_rate or 0) * element if drops else 0,
+        pooled=windows * channels * element,
+        out=math.prod(out_shape) * element,
+        recomputed=sum(pixels * layer.in_channels * width for layer in layers),
+    )
+
+
+def _drops(block: nn.Module) -> bool:
+    return any(getattr(layer, "drop_rate", 0) > 0 for layer in block.children())

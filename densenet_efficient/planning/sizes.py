@@ -1,0 +1,26 @@
+"""Numbers of bytes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", re.ASCII)
+
+
+def parse_bytes(value: int | str) -> int:
+    """Bytes from a number or from text such as "8GiB" (2^30) or "8 GB" (10^9).
+
+    Raises:
+        TypeError: it is neither an int nor text.
+        ValueError: the text is no positive number with a known unit.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError(f"budget must be an int (bytes) or a str such as '8GiB', got {value!r}")
+    match = NUMBER.fullmatch(str(value))
+    unit = match and UNITS.get(match[2].upper())
+    count = int(float(match[1]) * unit) if match and unit else 0
+    if count < 1:
+        raise ValueError(f"budget {value!r} is no positive number of bytes; expected one such as '8GiB' or '500MB'")
+    return count

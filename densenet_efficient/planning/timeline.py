@@ -1,0 +1,183 @@
+"""The memory of one step, moment by moment: what lives while each stage runs forward, and backward.
+
+The moments are those where `dense_block.py` and `stem.py` hold the most:
+
+- a stage's forward: its input, its storage, one bottleneck, and the exit's pooled activations and output;
+- a stage's backward: what every stage up to it has saved, the gradient of its output, the gradient buffer of its
+  storage, and besides either the exit's pooled activations, or the bottleneck and its gradient, or the gradient of its
+  input;
+- the stem's backward: the convolution's output and its gradient, then its gradient and torch's workspace (in float64 on
+  the CPU, forward too, the unfolded images);
+- the optimizer's step: no activations, but all gradients.
+
+Of the vectors beside maps (statistics, logits) nothing is counted, nor the kernels' tiles: they do not grow with the
+batch, but for the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .shapes import BlockShape, NetworkShape
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that live at one moment."""
+
+    weights: int
+    gradients: int
+    optimizer_state: int
+    saved_activations: int  # with the images
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer_state + self.saved_activations + self.workspace
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment of a step at which the most memory lives."""
+
+    moment: str  # "denseblock1, backward"
+    memory: Memory
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return self.memory.total
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """What a stage owns in a training step, its largest workspace, and all that lives at that moment."""
+
+    name: str
+    checkpointing: str | None  # None of the head
+    own: Memory
+    peak: int
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What an optimizer keeps, in copies of the parameters, and what its step needs besides."""
+
+    copies: int
+    temporaries: int  # copies of one parameter (CPU), or of all of them (GPU), while it steps
+
+
+OPTIMIZERS = {
+    "sgd": Optimizer(0, 0),
+    "sgd-momentum": Optimizer(1, 0),
+    "rmsprop": Optimizer(1, 1),
+    "adam": Optimizer(2, 2),
+    "adamw": Optimizer(2, 2),
+}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What lives besides weights and optimizer state while ``stage`` does something."""
+
+    stage: str
+    action: str
+    gradients: int
+    saved: int
+    workspace: int
+
+
+class TrainingStep:
+    """The moments of a training step, with one level per block."""
+
+    def __init__(self, shape: NetworkShape, levels: Sequence[str], optimizer: Optimizer, device: str) -> None:
+        self.shape = shape
+        self.levels = list(levels)
+        self.optimizer = optimizer
+        self.device = device
+        stem = shape.stem
+        self.images = stem.images + stem.cast
+        self.stem_saves = stem.conv_out if self.levels[0] == "none" else 0
+        self.weights = sum(parameters.weights for parameters in shape.every_parameters)
+        self.gradients = sum(parameters.gradients for parameters in shape.every_parameters)
+
+    def saves(self, index: int) -> int:
+        """Bytes that a block keeps for its backward."""
+        block = self.shape.blocks[index]
+        return block.storage + block.masks + (block.bottlenecks if self.levels[index] == "none" else 0)
+
+    def moments(self) -> Iterator[Moment]:
+        """In the order of the step."""
+        blocks, stem = self.shape.blocks, self.shape.stem
+        saved = self.images
+        yield Moment("stem", "forward", 0, saved, stem.conv_out + max(stem.columns, stem.out))
+        saved += self.stem_saves
+        for index, block in enumerate(blocks):
+            saved += self.saves(index)
+            scratch = block.bottleneck if self.levels[index] == "bottleneck" else 0
+            yield Moment(block.name, "forward", 0, saved, block.input + scratch + block.pooled + block.out)
+        gradients = self.shape.head.gradients
+        for index, block in reversed(list(enumerate(blocks))):
+            gradients += block.parameters.gradients
+            yield Moment(block.name, "backward", gradients, saved, self._backward_workspace(block, self.levels[index]))
+            saved -= self.saves(index)
+        gradients += stem.parameters.gradients
+        recomputed = stem.conv_out - self.stem_saves
+        unfolding = recomputed + stem.columns if recomputed else 0
+        pooling, convolution = recomputed + stem.conv_out, stem.conv_out + stem.convolution
+        yield Moment("stem", "backward", gradients, saved, stem.out + max(unfolding, pooling, convolution))
+        yield Moment("optimizer", "step", gradients, self.images, self._optimizer_workspace())
+
+    def _backward_workspace(self, block: BlockShape, level: str) -> int:
+        scratch = block.bottleneck * (2 if level == "bottleneck" else 1) + block.dropped
+        return block.out + block.storage + max(block.pooled, scratch, block.input)
+
+    def _optimizer_workspace(self) -> int:
+        if self.device == "cpu":  # torch steps one parameter after the other
+            return self.optimizer.temporaries * max(parameters.largest for parameters in self.shape.every_parameters)
+        return min(self.optimizer.temporaries, 1) * self.gradients
+
+    def memory(self, moment: Moment) -> Memory:
+        state = self.optimizer.copies * self.gradients
+        return Memory(self.weights, moment.gradients, state, moment.saved, moment.workspace)
+
+    def peak(self) -> Peak:
+        moments = [(self.memory(moment), moment) for moment in self.moments()]
+        memory, moment = max(moments, key=lambda pair: pair[0].total)
+        return Peak(f"{moment.stage}, {moment.action}", memory)
+
+    def stages(self) -> list[StageMemory]:
+        """The stem, each block with its transition, and the head."""
+        largest: dict[str, Moment] = {}
+        for moment in self.moments():
+            known = largest.get(moment.stage)
+            if known is None or self.memory(moment).total > self.memory(known).total:
+                largest[moment.stage] = moment
+        names = ["stem", *(block.name for block in self.shape.blocks)]
+        saved = [self.images + self.stem_saves, *map(self.saves, range(len(self.shape.blocks))), 0]
+        levels = [self.levels[0], *self.levels, None]
+        stages = []
+        for name, parameters, kept, level in zip(
+            [*names, "head"], self.shape.every_parameters, saved, levels, strict=True
+        ):
+            moment = largest.get(name, largest[names[-1]])  # the head's norm joins the last block
+            state = self.optimizer.copies * parameters.gradients
+            workspace = moment.workspace if name in largest else 0
+            own = Memory(parameters.weights, parameters.gradients, state, kept, workspace)
+            stages.append(StageMemory(name, level, own, self.memory(moment).total))
+        return stages
+
+
+def inference_peak(shape: NetworkShape, device: str) -> Peak:
+    """The largest moment of a forward in evaluation, without gradients."""
+    packed = sum(parameters.packed for parameters in shape.every_parameters) if device == "cpu" else 0
+    weights = sum(parameters.weights for parameters in shape.every_parameters) + packed
+    stem = shape.stem
+    moments = {"stem": stem.cast + stem.conv_out + max(stem.columns, stem.out)}
+    for block in shape.blocks:
+        exit_buffers = block.pooled + block.out
+        together = max(block.bottleneck, exit_buffers) if device == "cpu" else block.bottleneck + exit_buffers
+        moments[block.name] = block.input + block.storage + together
+    stage = max(moments, key=lambda name: moments[name])
+    return Peak(f"{stage}, forward", Memory(weights, 0, 0, stem.images, moments[stage]))

@@ -1,0 +1,245 @@
+"""The planner against what autograd allocates and what a process takes; the cheapest mix; levels per block."""
+
+import json
+
+import pytest
+import torch
+from cases import LEVELS, SMALL, assert_close, make_images, make_pair, needs_native, step
+from torch.profiler import ProfilerActivity, profile
+
+import densenet_efficient
+from densenet_efficient import EfficientDenseNet, plan
+from densenet_efficient.cli import main
+from densenet_efficient.measure import MIB, make_step, peak_memory_per_image
+from densenet_efficient.models import create_model
+from densenet_efficient.planning.planner import cheapest_levels, mixes, recomputed
+from densenet_efficient.planning.shapes import shape_of
+from densenet_efficient.planning.sizes import parse_bytes
+from densenet_efficient.planning.timeline import OPTIMIZERS, TrainingStep
+
+NETWORK = {"growth_rate": 8, "block_config": (2, 3, 3), "num_init_features": 16, "num_classes": 5}
+SHAPE = (4, 3, 64, 64)
+BATCH = 128  # so many that vectors are nothing beside maps
+IMAGES = BATCH * 3 * 64 * 64 * 4  # bytes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def allocated_peak(run):
+    """The most bytes that torch's allocator gave out at one time during ``run``, beyond what lived before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "levels", ["none", "bottleneck", ["bottleneck", "none", "none"], ["none", "bottleneck", "none"]]
+)
+@pytest.mark.parametrize("arguments", [{}, {"bottleneck": False}, {"drop_rate": 0.2}])
+def test_a_training_step_allocates_what_is_predicted(arguments, levels, dtype):
+    model = EfficientDenseNet(**NETWORK | arguments, checkpointing=levels)
+    run = make_step(model, SHAPE[1:], BATCH, dtype=dtype)
+    run()
+    peak = plan(model, SHAPE[1:], dtype, batch=BATCH, optimizer="sgd").training
+    # Weights and images lived before.
+    assert peak.peak - peak.memory.weights == pytest.approx(allocated_peak(run) + IMAGES, rel=0.02)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_inference_allocates_what_is_predicted(dtype):
+    model = EfficientDenseNet(**NETWORK)
+    run = make_step(model, SHAPE[1:], BATCH, dtype=dtype, task="infer")
+    run()
+    peak = plan(model, SHAPE[1:], dtype, batch=BATCH).inference
+    assert peak.peak - peak.memory.weights == pytest.approx(allocated_peak(run) + IMAGES, rel=0.02)
+
+
+@needs_native
+def test_the_optimizer_keeps_what_is_predicted():
+    """Where activations are next to nothing, the step of AdamW is the peak: gradients, state and its temporaries."""
+    model = EfficientDenseNet(**NETWORK | {"num_classes": 40000})
+    optimizer = torch.optim.AdamW(model.parameters())
+    images = torch.rand(2, 3, 32, 32)
+
+    def run():
+        model(images).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    run()
+    state = sum(value.nbytes for states in optimizer.state.values() for value in states.values() if value.dim())
+    peak = plan(model, images.shape).training
+    assert peak.moment == "optimizer, step"
+    assert peak.memory.optimizer_state == state
+    assert peak.memory.weights == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    assert peak.memory.gradients + peak.memory.workspace == pytest.approx(allocated_peak(run), rel=0.02)
+
+
+@needs_native
+def test_a_process_takes_what_is_predicted():
+    """The slope of the peak resident memory."""
+    name, shape, batches = "densenet-bc-100-12", (3, 32, 32), (128, 448)
+    measured = peak_memory_per_image("densenet_efficient.models:create_model", {"name": name}, shape, batches)
+    smaller, larger = (plan(name, shape, batch=batch, optimizer="sgd").training.peak for batch in batches)
+    assert (larger - smaller) / (batches[1] - batches[0]) / MIB == pytest.approx(measured, rel=0.08)
+
+
+@pytest.mark.parametrize("levels", [["bottleneck", "none"], ["none", "bottleneck"]])
+def test_mixed_levels_are_exact(levels):
+    naive, efficient = make_pair()
+    efficient.checkpointing = levels
+    assert [block.checkpointing for name, block in efficient.features.named_children() if "block" in name] == levels
+    images = make_images(3, 3, 40, 36)
+    assert_close(step(efficient, images), step(naive, images))
+
+
+def test_levels_are_set_and_kept():
+    model = EfficientDenseNet(**SMALL, checkpointing=("bottleneck", "none"))
+    assert model.checkpointing == ["bottleneck", "none"]
+    assert EfficientDenseNet(**json.loads(json.dumps(model.config))).checkpointing == ["bottleneck", "none"]
+    model.checkpointing = ["none", "none"]
+    assert model.checkpointing == "none"
+    for wrong, complaint in (
+        (["none"], "one per block, 2; got 1"),
+        (["none", "all"], "must be one of none, bottleneck, got 'all'"),
+        (3, "must be a level, or a sequence of one per block"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            model.checkpointing = wrong
+    assert model.checkpointing == "none"
+
+
+def test_the_mix_is_the_cheapest_that_fits():
+    """Against every mix; budgets from the peak of the smallest to that of the largest."""
+    model = create_model("densenet121", num_classes=10)
+    shape = shape_of(model, (8, 3, 224, 224), torch.float32, "cpu")
+    optimizer = OPTIMIZERS["adamw"]
+    peaks = {levels: TrainingStep(shape, levels, optimizer, "cpu").peak().peak for levels in mixes(4)}
+    chosen = set()
+    for budget in sorted(peaks.values()):
+        levels = tuple(cheapest_levels(shape, optimizer, "cpu", budget))
+        assert peaks[levels] <= budget
+        costs = {mix: recomputed(shape, mix) for mix, peak in peaks.items() if peak <= budget}
+        assert costs[levels] == min(costs.values())
+        chosen.add(levels)
+    assert len(chosen) == 4
+    assert peaks[("bottleneck",) * 4] == min(peaks.values())
+    assert recomputed(shape, ("none",) * 4) == 0
+
+
+def test_what_fits_is_the_largest():
+    budget = "600MiB"
+    found = plan("densenet121", (8, 3, 224, 224), budget=budget)
+    assert found.fits
+    assert plan("densenet121", (found.largest_batch, 3, 224, 224), budget=budget).fits
+    assert not plan("densenet121", (found.largest_batch + 1, 3, 224, 224), budget=budget).fits
+    assert plan("densenet121", (8, 3, found.largest_size, found.largest_size), budget=budget).fits
+    assert not plan("densenet121", (8, 3, found.largest_size + 1, found.largest_size + 1), budget=budget).fits
+
+
+def test_a_budget_is_applied_or_refused():
+    model = EfficientDenseNet(**NETWORK)
+    roomy = model.set_memory_budget("1GiB", SHAPE)
+    assert model.checkpointing == "none" == roomy.checkpointing[0]
+    tight = plan(model, SHAPE, checkpointing="bottleneck").training.peak
+    applied = model.set_memory_budget(tight, SHAPE[1:], batch=SHAPE[0])
+    assert applied.training.peak <= tight
+    before = model.checkpointing
+    assert applied.checkpointing == ([before] * 3 if isinstance(before, str) else before)
+    with pytest.raises(ValueError, match=r"remedy: a batch of at most [123], or images of at most"):
+        model.set_memory_budget(tight - 1, SHAPE)
+    with pytest.raises(ValueError, match="remedy: a larger budget"):
+        model.set_memory_budget("10KB", SHAPE)
+    assert model.checkpointing == before
+
+
+def test_stages_add_up():
+    found = plan("densenet121", (4, 3, 224, 224), optimizer="sgd-momentum", checkpointing="none")
+    model = create_model("densenet121")
+    assert [stage.name for stage in found.stages] == ["stem", *(f"denseblock{i}" for i in range(1, 5)), "head"]
+    weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    assert sum(stage.own.weights for stage in found.stages) == weights == found.training.memory.weights
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    assert sum(stage.own.gradients for stage in found.stages) == parameters
+    assert sum(stage.own.optimizer_state for stage in found.stages) == parameters
+    rows = densenet_efficient.summary.total_costs(densenet_efficient.summary.summarize(model, (4, 3, 224, 224)))
+    assert sum(stage.own.saved_activations for stage in found.stages) == rows.saved_none
+    assert found.training.peak >= max(stage.peak for stage in found.stages)
+
+
+def test_a_converted_network_has_the_same_plan():
+    torchvision = pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        converted = torchvision.models.densenet121()
+    densenet_efficient.convert(converted)
+    ours, theirs = plan("densenet121", (2, 3, 64, 64)), plan(converted, (2, 3, 64, 64))
+    assert ours.training == theirs.training
+    assert ours.stages == theirs.stages
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("8GiB", 2**33), ("8 GB", 8 * 10**9), ("1.5MiB", 3 * 2**19), ("77", 77), (512, 512), ("1kb", 1000)],
+)
+def test_sizes_are_read(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "8 Gibi", "-1GiB", "0", 0, -5, "8GiB each"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(ValueError, match="expected one such as '8GiB'"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"optimizer": "newton"}, "unknown optimizer 'newton'; expected one of sgd"),
+        ({"dtype": "int8"}, "dtype must be one of float32"),
+        ({"checkpointing": ["none"]}, "one per block, 4; got 1"),
+        ({"input_shape": (3, 224, 224)}, "has no batch"),
+        ({"batch": 2}, r"must be \[C, H, W\]"),
+        ({"input_shape": (1, 3, 8, 8)}, "too small"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        plan("densenet121", **{"input_shape": (1, 3, 224, 224)} | arguments)
+
+
+@pytest.mark.parametrize("model", [torch.nn.Linear(1, 1), EfficientDenseNet(**SMALL, spatial_dims=1)])
+def test_other_models_are_refused(model):
+    with pytest.raises(TypeError, match=r"EfficientDenseNet, its name|two-dimensional"):
+        plan(model, (1, 3, 64, 64))
+
+
+def test_the_command_prints_a_plan(capsys):
+    assert main(["plan", "densenet201", "--input", "32x3x224x224", "--budget", "1GiB"]) == 0
+    out = capsys.readouterr().out
+    assert "denseblock3" in out and "fits into 1.0 GiB" in out and "…" not in out
+    assert main(["plan", "densenet201", "--input", "32x3x224x224", "--checkpointing", *LEVELS, *LEVELS]) == 0
+    assert "fits" not in capsys.readouterr().out
+
+
+def test_the_command_fails_where_nothing_fits(capsys):
+    assert main(["plan", "densenet201", "--input", "64x3x224x224", "--budget", "500MiB"]) == 2
+    captured = capsys.readouterr()
+    assert "does not fit into 500.0 MiB" in captured.out
+    assert captured.err.startswith("error: a training step of densenet201 on 64x3x224x224 needs")
+
+
+@pytest.mark.parametrize("name", ["densenet121", "densenet161", "densenet169", "densenet201", "densenet264"])
+def test_at_the_peak_no_other_storage_lives(name):
+    """Which is why storages are not offloaded to the host."""
+    found = plan(name, (64, 3, 224, 224), checkpointing="bottleneck")
+    assert found.training.moment == "denseblock1, backward"
+    saved = {stage.name: stage.own.saved_activations for stage in found.stages}
+    assert found.training.memory.saved_activations == saved["stem"] + saved["denseblock1"]
