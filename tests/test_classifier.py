@@ -226,6 +226,23 @@ def test_checkpoint_damaged_inside(run: Path, tmp_path: Path) -> None:
         load_classifier(tmp_path / "bad.ckpt")
 
 
+def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(run: Path, tmp_path: Path) -> None:
+    content, whole = (run / "best.ckpt").read_bytes(), read_checkpoint(run / "best.ckpt")["state_dict"]
+    refused = 0
+    for position in range(7, len(content), len(content) // 40):
+        damaged = bytearray(content)
+        damaged[position] ^= 16
+        (tmp_path / "bad.ckpt").write_bytes(damaged)
+        try:
+            found = read_checkpoint(tmp_path / "bad.ckpt")["state_dict"]
+        except RuntimeError as error:
+            assert "damaged" in str(error) or "truncated" in str(error)
+            refused += 1
+        else:  # a byte between the parts of the archive
+            assert all(torch.equal(found[name], value) for name, value in whole.items())
+    assert refused > 30
+
+
 def test_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     class Malicious:
         def __reduce__(self) -> tuple[object, ...]:

@@ -140,6 +140,26 @@ def test_kill_minus_nine(images: Path, whole: Path, tmp_path: Path) -> None:
     assert_same_bits(weights(tmp_path), weights(whole))
 
 
+def test_a_damaged_checkpoint_gives_way_to_the_previous_one(
+    images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def kill(trainer: Any) -> None:
+        raise Killed
+
+    stopping_at(monkeypatch, 13, kill)
+    with pytest.raises(Killed):
+        fit(images, tmp_path, *AVERAGED)
+    monkeypatch.undo()
+    last = tmp_path / "last.ckpt"
+    damaged = bytearray(last.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    last.write_bytes(damaged)
+    assert read_checkpoint(tmp_path / "previous.ckpt")["global_step"] == 5
+    assert fit(images, tmp_path, *AVERAGED, "--ckpt_path", "last") == 0
+    assert f"{last} is damaged: continuing from {tmp_path / 'previous.ckpt'}" in capsys.readouterr().out
+    assert_same_bits(weights(tmp_path), weights(whole))
+
+
 def test_a_full_disk_keeps_the_earlier_checkpoint(
     images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,12 +5,14 @@ A checkpoint is Lightning's, of tensors and plain values only, with one entry mo
 
 from __future__ import annotations
 
+import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
@@ -21,7 +23,10 @@ from densenet_efficient.training.preprocessing import Preprocessing
 
 ENTRY = "densenet_efficient"
 REMEDY = "expected a checkpoint written by densenet-efficient fit"
+# What reading an archive whose bytes are not those written may raise.
+DAMAGED = (RuntimeError, OSError, EOFError, ValueError, KeyError, NotImplementedError, struct.error, zipfile.BadZipFile)
 MODEL_PREFIX = "model."
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
 
 @dataclass(frozen=True)
@@ -75,15 +80,41 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
     with open(path, "rb") as file:
         if not zipfile.is_zipfile(file):  # its index stands at its end, so a truncated file has none
             raise RuntimeError(f"{path}: truncated, or not a checkpoint at all; {REMEDY}")
-        file.seek(0)
         try:
+            if not _has_its_checksums(file):
+                raise RuntimeError("another checksum")
+            file.seek(0)
             return torch.load(file, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError as error:
             raise pickle.UnpicklingError(
                 f"{path}: refused, since it holds more than tensors and plain values; {REMEDY}"
             ) from error
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        except DAMAGED as error:
             raise RuntimeError(f"{path}: damaged; {REMEDY}") from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint's file is there, with the content that was written."""
+    try:
+        with open(path, "rb") as file:
+            return zipfile.is_zipfile(file) and _has_its_checksums(file)
+    except DAMAGED:
+        return False
+
+
+def _has_its_checksums(file: BinaryIO) -> bool:
+    """Whether every part of the archive has the checksum written with it, which torch.load does not ask."""
+    with zipfile.ZipFile(file) as archive:
+        return archive.testzip() is None
+
+
+def last_whole(folder: Path) -> Path:
+    """The last checkpoint of a run; where it is damaged and the one before it is whole, that one, and says so."""
+    last, previous = folder / LAST, folder / PREVIOUS
+    if is_whole(last) or not is_whole(previous):
+        return last
+    print(f"{last} is {'damaged' if last.exists() else 'missing'}: continuing from {previous}")
+    return previous
 
 
 def check_class_names(path: str | Path, theirs: list[str], class_names: list[str]) -> None:
@@ -100,8 +131,21 @@ def check_class_names(path: str | Path, theirs: list[str], class_names: list[str
     )
 
 
+def _keep_as_previous(last: Path) -> None:
+    """A second name for the same file, which the next one will not overwrite but replace."""
+    link = last.with_name(f".{PREVIOUS}.{os.getpid()}")
+    try:
+        os.link(last, link)
+        os.replace(link, last.with_name(PREVIOUS))
+    finally:
+        link.unlink(missing_ok=True)
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary file, waits for the disk, renames: an earlier checkpoint stands until the new is whole."""
+    """Writes to a temporary file, waits for the disk, renames: an earlier checkpoint stands until the new is whole.
+
+    The last but one stands beside the last, for the day on which a disk gives back other bytes than it got.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -109,6 +153,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
                 torch.save(checkpoint, file)
+                if path.name == LAST and is_whole(path):
+                    _keep_as_previous(path)
         except (OSError, RuntimeError) as error:  # torch's own writer turns a full disk into a RuntimeError
             kept = "the earlier one is kept" if path.exists() else "there is no earlier one"
             cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]

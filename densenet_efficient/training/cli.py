@@ -27,7 +27,15 @@ from densenet_efficient.training import datasets  # noqa: F401, so that --data k
 from densenet_efficient.training.averaging import AveragedWeights
 from densenet_efficient.training.batch_size import available_memory, largest_batch, measure_training
 from densenet_efficient.training.check import examine, print_data_report
-from densenet_efficient.training.checkpoint import AtomicCheckpointIO, check_class_names, load_classifier
+from densenet_efficient.training.checkpoint import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    AtomicCheckpointIO,
+    check_class_names,
+    last_whole,
+    load_classifier,
+)
 from densenet_efficient.training.classifier import Classifier
 from densenet_efficient.training.data import ImageData
 from densenet_efficient.training.files import prepare_directory
@@ -43,7 +51,6 @@ from densenet_efficient.training.sharding import FullySharded
 from densenet_efficient.training.shorthands import expand_shorthands
 from densenet_efficient.visualize import draw_learning_rates
 
-LAST, BEST = "last.ckpt", "best.ckpt"
 # Of Lightning, about what is as it should be here.
 EXPECTED_WARNINGS = (
     "does not have many workers",
@@ -236,7 +243,7 @@ class TrainingCLI(LightningCLI):
     def run_fit(self) -> None:
         output, config = Path(self.config.output), self.config
         if config.overwrite and config.ckpt_path is None:
-            for name in (LAST, BEST):
+            for name in (LAST, PREVIOUS, BEST):
                 (output / name).unlink(missing_ok=True)
         checkpoint = self._checkpoint()
         print(self._announcement())
@@ -299,7 +306,8 @@ class TrainingCLI(LightningCLI):
         given = self.config.ckpt_path
         if given not in ("last", "best"):
             return None if given is None else Path(given)
-        path = Path(self.config.output) / f"{given}.ckpt"
+        output = Path(self.config.output)
+        path = last_whole(output) if given == "last" else output / BEST
         if given == "last" and self.command == "fit" and not path.exists():
             print(f"{path} does not exist yet: starting from the beginning")
             return None
