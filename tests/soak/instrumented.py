@@ -24,6 +24,7 @@ class Instrument(NamedTuple):
     environment: dict[str, str] = {}  # noqa: RUF012
 
 
+# Multiplications and additions are contracted by one of the expensive optimisations only.
 INSTRUMENTS = {
     # The code of AVX512 and AVX512_BF16 is part of that of AMX.
     "address": Instrument(
@@ -40,7 +41,7 @@ INSTRUMENTS = {
         {"ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"},
     ),
     "thread": Instrument(
-        ["-O1", "-g1", f"-I{THREADS}", "-fsanitize=thread"],
+        ["-O1", "-fexpensive-optimizations", "-g1", f"-I{THREADS}", "-fsanitize=thread"],
         ["DEFAULT", "AMX"],
         "libtsan.so",
         {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66"},
