@@ -10,7 +10,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip --disable-pip-version-check install --constraint constraints.txt
 NATIVE_SOURCES := $(shell find csrc -type f)
 
-.PHONY: venv demo test lint docs bench evidence gpu readme clean
+.PHONY: venv demo test lint docs bench soak coverage evidence gpu readme clean
 
 venv: .venv/installed
 
@@ -32,6 +32,14 @@ docs: venv
 
 bench: venv
 	$(BIN)/python -m benchmarks.run
+
+# At most 20 minutes on two cores, the compilation with sanitizers included.
+soak: venv
+	$(BIN)/python -m benchmarks.soak
+
+# Of Python by the whole suite, of csrc by the tests of the kernels in an extension that counts its lines.
+coverage: venv
+	$(BIN)/python tests/soak/coverage_run.py
 
 evidence: venv
 	$(BIN)/python -m benchmarks.evidence

@@ -23,6 +23,7 @@ from .results import MEASURED, RESULTS, ROOT, write_atomically
 from .roofline import COLUMNS as ROOFLINE_COLUMNS
 from .roofline import Line, Roofline, table_cells, title, without_small_lines
 from .segmentation import table as segmentation_table
+from .soak import lines as soak_lines
 from .trainer_table import table as trainer_table
 
 DOCUMENTS = [
@@ -205,6 +206,14 @@ def _inference_cells(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def soak_list(results: Results) -> str:
+    """What the last full run of the reliability suite survived."""
+    (figures,) = results["rows"]
+    return "\n".join(
+        [f"{markdown.figures_line(results)} {figures['minutes']:.0f} minutes.", "", *soak_lines(figures), ""]
+    )
+
+
 def segmentation_tables(results: Results) -> str:
     """The memory of FC-DenseNets."""
     return "\n".join([markdown.figures_line(results), "", *segmentation_table(results["rows"]), ""])
@@ -305,6 +314,7 @@ SECTIONS = {
     "largest-image-cpu": ("CPU", "largest-image"),
     "comparison-cpu": ("CPU", "comparison"),
     "planner-cpu": ("CPU", "planner"),
+    "soak-cpu": ("CPU", "soak"),
 }
 SPECIAL = {  # by the end of their files' names
     "roofline": roofline_tables,
@@ -316,6 +326,7 @@ SPECIAL = {  # by the end of their files' names
     "largest-image": sections.largest_image,
     "comparison": sections.comparison,
     "planner": planner_tables,
+    "soak": soak_list,
 }
 
 if __name__ == "__main__":

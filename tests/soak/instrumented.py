@@ -6,6 +6,7 @@ the one of this checkout, with the instrumented extension. Only what has changed
 
 import contextlib
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +45,7 @@ INSTRUMENTS = {
         ["-O1", "-fexpensive-optimizations", "-g1", f"-I{THREADS}", "-fsanitize=thread"],
         ["DEFAULT", "AMX"],
         "libtsan.so",
-        {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66"},
+        {"TSAN_OPTIONS": "halt_on_error=0:exitcode=66"},
     ),
     "coverage": Instrument(
         ["-O0", "-g1", "-fopenmp", "--coverage"], ["DEFAULT", "AVX2", "AVX512", "AVX512_BF16", "AMX"]
@@ -87,6 +88,25 @@ def build(name: str) -> Path:
         script_args=["build_ext", "--build-lib", str(folder)],
     )
     return folder
+
+
+def build_apart(name: str) -> None:
+    """The same in a process of its own."""
+    process = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+
+
+def environment_for(name: str) -> dict[str, str]:
+    """What Python must be started with to load the extension ``name``."""
+    instrument = INSTRUMENTS[name]
+    # The C++ library too: a sanitizer looks for what it intercepts when the process starts.
+    libraries = [library_path(library) for library in (instrument.runtime, "libstdc++.so") if library]
+    return instrument.environment | {"LD_PRELOAD": " ".join(libraries), "OMP_NUM_THREADS": "4"}
+
+
+def library_path(name: str) -> str:
+    compiler = os.environ.get("CXX", "g++").split()
+    return subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

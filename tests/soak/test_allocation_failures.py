@@ -12,23 +12,24 @@ from cases import needs_native
 from torch.utils import cpp_extension
 
 FOLDER = Path(__file__).resolve().parent
-STRIDE = int(os.environ.get("SOAK_ALLOCATION_STRIDE", "41"))  # one in so many allocations fails; `make soak`: each
+SHORT_STRIDE = 41  # one in so many allocations fails
 MOST_LEAKED = 2**16  # bytes, over all failures of one model: less than one of its storages
 
 
 @needs_native
 @pytest.mark.own_process
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a library is preloaded in Linux's way")
-def test_each_allocation_may_fail(tmp_path):
+def test_each_allocation_may_fail(in_full, record, tmp_path):
+    stride = 1 if in_full else SHORT_STRIDE
     library = tmp_path / "failing_allocations.so"
     compiler = shlex.split(cpp_extension.get_cxx_compiler())
     source = str(FOLDER / "failing_allocations.c")
     subprocess.run([*compiler, "-x", "c", "-shared", "-fPIC", "-O1", source, "-o", str(library), "-ldl"], check=True)
-    script = [sys.executable, str(FOLDER / "allocation_failures.py"), str(library), str(STRIDE)]
+    script = [sys.executable, str(FOLDER / "allocation_failures.py"), str(library), str(stride)]
     environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(FOLDER.parents[1])}
     process = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=1200)
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout.splitlines()[-1])
-    print(found)
-    assert found["failures"] >= 1200 // STRIDE
+    assert found["failures"] >= 1200 // stride
     assert found["leaked"] <= MOST_LEAKED
+    record(allocation_failures=found["failures"], leaked_bytes=found["leaked"])

@@ -1,0 +1,58 @@
+"""Kills at any moment and damaged files: a continued run has the bits of one that nothing interrupted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_cases import assert_same_bits, fit, make_images, weights
+
+from densenet_efficient.training.checkpoint import read_checkpoint
+
+pytestmark = pytest.mark.own_process
+SHORT_RUNS, RUNS = 2, 100
+SCRIPT = Path(__file__).with_name("killed_runs.py")
+
+
+def test_killed_at_random_moments(in_full, record, tmp_path):
+    runs = RUNS if in_full else SHORT_RUNS
+    command = [sys.executable, str(SCRIPT), str(tmp_path), str(runs)]
+    process = subprocess.run(command, cwd=SCRIPT.parents[2], capture_output=True, text=True, timeout=1200)
+    assert process.returncode == 0, process.stderr[-2000:]
+    found = json.loads(process.stdout.splitlines()[-1])
+    assert found["killed_runs"] >= runs // 2
+    record(**found)
+
+
+def test_damaged_checkpoints(in_full, record, tmp_path):
+    """Cut at every KiB, and with a flipped bit: refused; a run continues from the one before."""
+    images = make_images(tmp_path / "images")
+    output = tmp_path / "run"
+    options = ("--model.drop_rate", "0", "--trainer.max_epochs", "2")
+    assert fit(images, output, *options) == 0
+    last, whole = output / "last.ckpt", weights(output)
+    content = last.read_bytes()
+    step = 1024 if in_full else 128 * 1024
+    cuts = range(0, len(content), step)
+    flips = range(3, len(content), step)
+    refused = 0
+    for position in cuts:
+        last.write_bytes(content[:position])
+        with pytest.raises(RuntimeError, match=r"truncated|damaged"):
+            read_checkpoint(last)
+    for position in flips:
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        last.write_bytes(damaged)
+        try:
+            found = read_checkpoint(last)["state_dict"]
+        except RuntimeError:
+            refused += 1
+        else:  # between the parts of the archive, where nothing is read
+            assert_same_bits(found, {name: whole[name] for name in found})
+    assert refused >= 0.9 * len(flips)
+    last.write_bytes(content[: len(content) // 2])
+    assert fit(images, output, *options, "--ckpt_path", "last") == 0
+    assert_same_bits(weights(output), whole)
+    record(truncated_checkpoints=len(cuts), flipped_checkpoints=len(flips), flips_refused=refused)

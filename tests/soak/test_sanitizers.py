@@ -1,0 +1,44 @@
+"""The kernel suite in extensions compiled with sanitizers; shortly, in those that an earlier `make soak` has built."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from instrumented import INSTRUMENTS, ROOT, build_apart, environment_for
+
+pytestmark = [
+    pytest.mark.own_process,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the run-time libraries are preloaded"),
+]
+TESTS = ["tests/test_kernels.py", "tests/test_native_layers.py"]
+# The tests of the choice of a capability start processes of their own, with other extensions than this one.
+SHORT, ALL = "small_images or loop_in_python", "not cpu_capability"
+
+
+def passed(name, capability, which):
+    """The number of tests that ran clean in the extension ``name``."""
+    command = [sys.executable, "-m", "pytest", "-o", f"pythonpath=build/{name}", "-p", "no:cacheprovider", "-n", "0"]
+    process = subprocess.run(
+        [*command, "-x", *TESTS, "-k", which],
+        cwd=ROOT,
+        env=os.environ | environment_for(name) | {"DENSENET_EFFICIENT_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+    )
+    report = process.stdout + process.stderr
+    assert process.returncode == 0 and "WARNING: ThreadSanitizer" not in report, report[-6000:]
+    return int(re.search(r"(\d+) passed", process.stdout)[1])
+
+
+@pytest.mark.parametrize("name", ["address", "thread"])
+def test_kernels_run_clean(name, in_full, record):
+    if in_full:
+        build_apart(name)
+    elif not list(Path(ROOT, "build", name, "densenet_efficient").glob("_C*.so")):
+        pytest.skip("`make soak` compiles the extension with sanitizers, which takes minutes")
+    capabilities = INSTRUMENTS[name].capabilities if in_full else ["AMX"]
+    counts = [passed(name, capability.lower(), ALL if in_full else SHORT) for capability in capabilities]
+    record(**{f"{name}_sanitizer_tests": sum(counts)})
