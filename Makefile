@@ -1,6 +1,7 @@
 # make demo   set everything up, then train on handwritten digits: the results are in runs/demo
 # make test   set everything up, then run every test
 # make gpu    build for the GPU that is here, test and measure, with the installed packages: results in runs/gpu
+# make soak   break things on purpose, at most 20 minutes on two cores; make coverage: the lines that the tests run
 # make docs   build the documents' site into build/site, with every link between its pages checked
 # make evidence  measure what docs/evidence.md and docs/comparison.md show (long, 10 GiB); make readme writes it
 # The first two need nothing but Python 3.10 to 3.13 (PYTHON=python3.x names one) and a C++ compiler.

@@ -14,10 +14,10 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
-import torch
-from training_cases import assert_same_bits, fit, make_images, weights
+import torch  # noqa: E402
+from training_cases import assert_same_bits, fit, make_images, weights  # noqa: E402
 
-from densenet_efficient.training import cli  # noqa: F401, so that forks need not import it
+from densenet_efficient.training import cli  # noqa: E402, F401, so that forks need not import it
 
 OPTIONS = ("--save_every_n_steps", "1", "--trainer.max_epochs", "2")
 
