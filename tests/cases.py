@@ -1,5 +1,7 @@
 """What the exactness suite is made of: pairs of models with equal weights, images, training steps, the judgement."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,3 +164,20 @@ def group_errors(results, truth):
 def global_average(features):
     """What stands between the features and the classifier."""
     return F.adaptive_avg_pool2d(F.relu(features), (1, 1)).flatten(1)
+
+
+def count_calls(backend, monkeypatch):
+    """Counts the backend's operations, and the results they are asked for, from now on."""
+    calls = Counter()
+    module = kernels.BACKENDS[backend]
+
+    class Counting:
+        def __getattr__(self, name):
+            def call(*arguments):
+                calls[name] += 1
+                return getattr(module, name)(*arguments)
+
+            return call
+
+    monkeypatch.setitem(kernels.BACKENDS, backend, Counting())
+    return calls

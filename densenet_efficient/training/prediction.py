@@ -20,7 +20,6 @@ from densenet_efficient.training.images import read_image
 from densenet_efficient.training.progress import Progress
 from densenet_efficient.training.samples import list_images, read_rows
 
-VIEWS = ("none", "mirror", "dihedral")
 FIRST_COLUMNS = ("path", "prediction")
 
 
