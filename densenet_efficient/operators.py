@@ -110,8 +110,8 @@ def dense_stage(
     stage_exit: str,
     drop_rate: float,
     save_bottlenecks: bool,
-    counts: Tensor | None = None,
-    group: str = "",
+    counts: Tensor | None,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """A dense block and its exit; the outputs are those of `stage.StageOutput`.
 
@@ -163,8 +163,8 @@ def _(
     stage_exit: str,
     drop_rate: float,
     save_bottlenecks: bool,
-    counts: Tensor | None = None,
-    group: str = "",
+    counts: Tensor | None,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     images, channels, *size = x.shape
     layers = _by_layer(parameters, bottleneck)
@@ -204,8 +204,8 @@ def dense_stage_backward(
     stage_exit: str,
     drop_rate: float,
     needed: list[bool],
-    counts: Tensor | None = None,
-    group: str = "",
+    counts: Tensor | None,
+    group: str,
 ) -> list[Tensor]:
     """The gradients of (x, *parameters, *exit_parameters) for which ``needed`` is true, in this order."""
     stage = _unflatten(
@@ -274,8 +274,8 @@ def _(
     stage_exit: str,
     drop_rate: float,
     needed: list[bool],
-    counts: Tensor | None = None,
-    group: str = "",
+    counts: Tensor | None,
+    group: str,
 ) -> list[Tensor]:
     images, _, *size = features.shape
     channels = _input_channels(features, parameters, bottleneck)
@@ -338,8 +338,8 @@ def stem(
     padding: list[int],
     epsilon: float,
     save_conv: bool,
-    counts: Tensor | None = None,
-    group: str = "",
+    counts: Tensor | None,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Convolution, BN, ReLU and 3x3 maximum pooling; the outputs are those of `stem.StemOutput`.
 
@@ -384,8 +384,8 @@ def _(
     padding: list[int],
     epsilon: float,
     save_conv: bool,
-    counts: Tensor | None = None,
-    group: str = "",
+    counts: Tensor | None,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     images, channels = x.shape[0], conv.shape[0]
     axes = zip(x.shape[2:], conv.shape[2:], stride, padding, strict=True)
@@ -410,8 +410,8 @@ def stem_backward(
     padding: list[int],
     epsilon: float,
     needed: list[bool],
-    counts: Tensor | None = None,
-    group: str = "",
+    counts: Tensor | None,
+    group: str,
 ) -> list[Tensor]:
     """The gradients of (x, conv, weight, bias) for which ``needed`` is true, in this order."""
     description = _describe_stem(conv, weight, bias, running, stride, padding, epsilon, counts, group)
@@ -440,8 +440,8 @@ def _(
     padding: list[int],
     epsilon: float,
     needed: list[bool],
-    counts: Tensor | None = None,
-    group: str = "",
+    counts: Tensor | None,
+    group: str,
 ) -> list[Tensor]:
     gradients = [empty_images(x, *x.shape)]
     gradients += [parameter.new_empty(parameter.shape) for parameter in (conv, weight, bias)]

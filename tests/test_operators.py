@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 IMAGES, CHANNELS, GROWTH_RATE, WIDTH, LAYERS = 2, 3, 2, 4, 2
 EXITS = ["transition", "transition down", "head", "none"]
+ALONE = (None, "")  # counts and group of a process by itself
 
 
 class StageArguments:
@@ -83,7 +84,7 @@ class StageArguments:
         """The operator's arguments, with these as its differentiable ones."""
         count = len(self.parameters)
         groups = [list(tensors[:count]), list(tensors[count:]), self.running, self.masks]
-        return (x, *groups, *self.values, self.save)
+        return (x, *groups, *self.values, self.save, *ALONE)
 
     def requiring_grad(self):
         return [tensor.clone().requires_grad_() for tensor in self.differentiable]
@@ -126,7 +127,7 @@ def stem_arguments(frozen=False, save=False, size=(11, 14)):
     shapes = [(2, 3, *size), (4, 3, *[7] * dims), (4,), (4,)]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     running = [tensors[2] * 0.1, tensors[3].square() + 0.5] if frozen else []
-    return tensors, (running, [2] * dims, [3] * dims, 1e-5, save)
+    return tensors, (running, [2] * dims, [3] * dims, 1e-5, save, *ALONE)
 
 
 every_stem = pytest.mark.parametrize(
@@ -164,7 +165,9 @@ def test_opcheck_of_the_backward_of_a_stage(backend, arguments, needed):
     out_grad = None if arguments.exit == "none" else torch.ones_like(out)
     features_grad = torch.ones_like(saved[0]) if out_grad is None or needed == "some" else None
     groups = arguments.with_tensors(*tensors)[1:5]
-    torch.library.opcheck(dense_stage_backward, (out_grad, features_grad, *saved, *groups, *arguments.values, wanted))
+    torch.library.opcheck(
+        dense_stage_backward, (out_grad, features_grad, *saved, *groups, *arguments.values, wanted, *ALONE)
+    )
 
 
 @every_stem
@@ -174,7 +177,8 @@ def test_opcheck_of_the_stem(backend, frozen, save, size):
     out, *saved = stem(*tensors, *values)
     x, *parameters = tensors
     needed = [save, True, frozen, True]
-    torch.library.opcheck(stem_backward, (torch.ones_like(out), x, *saved, *parameters, *values[:-1], needed))
+    geometry = values[:4]
+    torch.library.opcheck(stem_backward, (torch.ones_like(out), x, *saved, *parameters, *geometry, needed, *ALONE))
 
 
 @needs_native

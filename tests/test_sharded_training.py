@@ -47,10 +47,11 @@ def test_an_evaluation_between_steps_sees_the_new_weights(results: Path) -> None
 
 
 def test_fit_by_fsdp_is_fit_by_ddp(results: Path) -> None:
-    """The head alone, then everything; up to the order in which two gradients are added."""
+    """The head alone, then everything; in float32, up to the order of sums and the ReLUs that it turns over."""
     ddp = weights(results / "ddp")
     for name, value in weights(results / "fsdp").items():
-        torch.testing.assert_close(value, ddp[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        expected = ddp[name].double()
+        assert (value - expected).norm() <= 1e-3 * expected.norm() + 1e-5, name
     assert (results / "fsdp" / "report.html").exists()
 
 
