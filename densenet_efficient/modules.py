@@ -7,33 +7,18 @@ parametrization, another module class) runs through its modules instead, with th
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
-from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import fusion, inference, operators
+from . import fusion
 from .argument_checks import check_drop_rate, check_kernel_size, check_level, check_positive, check_spatial_dims
-from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, BatchNorm, Convolution, dims_of, global_average, is_for
+from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, BatchNorm, Convolution, global_average, is_for
 from .fusion import LayerParts
-from .input_checks import (
-    as_compute_dtype,
-    check_count,
-    check_images,
-    check_input,
-    check_poolable,
-    convolved_pixels,
-    pixels,
-)
-from .kernels import spatial
-from .layout import as_rows
-from .running_statistics import update_running_statistics
-from .stage import HEAD, NO_EXIT, TRANSITION, TRANSITION_DOWN
-from .synchronisation import exchange_counts, group_of_all
+from .operator_calls import StageBlock, describe_exit, run_stage, run_stem
 
 
 class DenseLayer(nn.Module):
@@ -102,27 +87,6 @@ class DenseLayer(nn.Module):
         if self.bottleneck:
             out = self.conv2(self.relu2(self.norm2(out)))
         return F.dropout(out, self.drop_rate, self.training) if self.drop_rate > 0 else out
-
-
-class StageBlock(nn.Module):
-    """A dense block that runs as one operator; through its modules, and saying so once, where that is impossible."""
-
-    checkpointing: str
-
-    def read(self) -> list[LayerParts] | str:
-        """The layers as the operator takes them, or what is in the way."""
-        raise NotImplementedError
-
-    def forward_by_layers(self, x: Tensor) -> Tensor:
-        """The same through the modules' own ``forward``: hooks run, nothing is fused."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        layers = fusion.tracer(x, self.training) or self.read()
-        if not isinstance(layers, str):
-            return run_stage(self, layers, None, x)[1]
-        _announce(self, layers)
-        return self.forward_by_layers(x)
 
 
 class DenseBlock(StageBlock, nn.ModuleDict):
@@ -325,7 +289,7 @@ def take_stage(children: list[nn.Module], with_head: bool) -> tuple[StageBlock, 
     down = fusion.transition_down_parts(consumer)
     if not is_head and down is None and fusion.transition_parts(consumer) is None:
         return None
-    layers, norm = block.read(), _describe_exit(consumer)[1]
+    layers, norm = block.read(), describe_exit(consumer)[1]
     if isinstance(layers, str) or norm is None or not is_for(norm, layers[0].spatial_dims):
         return None
     if down is not None and down[2] != layers[0].dropout:
@@ -338,164 +302,7 @@ def is_last_norm(module: nn.Module) -> bool:
     return fusion.is_plain_norm(module) or fusion.holds_norm_and_relu(module)
 
 
-def run_stage(
-    block: StageBlock, layers: list[LayerParts], consumer: nn.Module | None, x: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Runs a dense block, whose layers were read, and the transition or last norm that consumes it.
-
-    Returns the consumer's output (empty without one) and the block's features [N, C, H, W], and updates the running
-    statistics of every norm, once.
-    """
-    if inference.applies(x):
-        plan = inference.kept_plan(block, consumer) or _make_plan(block, layers, consumer)
-        if plan is not None:
-            return _run_plan(plan, x)
-    elif torch.is_grad_enabled():
-        inference.forget_plan(block)
-    norms: list[BatchNorm] = [norm for layer in layers for norm in layer.norms]
-    stage_exit, exit_norm, exit_conv = _describe_exit(consumer)
-    exit_parameters: list[Tensor] = []
-    if exit_norm is not None:
-        norms.append(exit_norm)
-        exit_parameters += [exit_norm.weight, exit_norm.bias]
-    if exit_conv is not None:
-        exit_parameters.append(exit_conv.weight)
-    check_input(layers[0].norm1, layers[0].spatial_dims, x)
-    if stage_exit in (TRANSITION, TRANSITION_DOWN):
-        check_poolable(exit_norm, x)
-    group = group_of_all(norms)
-    count = pixels(x)
-    counts = exchange_counts(count, group, x)
-    if counts is None:
-        check_count(norms, x)
-    x = as_compute_dtype(x, _convolution_weights(layers, exit_parameters))
-    drop_rate, masks = _draw_masks(layers, exit_conv if stage_exit == TRANSITION_DOWN else None, x)
-    out, features, statistics, bottleneck_statistics, _ = operators.dense_stage(
-        x,
-        [parameter for layer in layers for parameter in _parameters(layer)],
-        exit_parameters,
-        [statistic for norm in norms if not fusion.uses_batch_statistics(norm) for statistic in _running(norm)],
-        masks,
-        [norm.eps for norm in norms],
-        [not fusion.uses_batch_statistics(norm) for norm in norms],
-        layers[0].bottleneck,
-        [layer.dilation for layer in layers],
-        stage_exit,
-        drop_rate,
-        block.checkpointing == "none" and torch.is_grad_enabled(),
-        counts,
-        group,
-    )
-    total = count if counts is None else counts.sum()
-    _update_stage_statistics(layers, exit_norm, statistics, bottleneck_statistics, total)
-    return out, features
-
-
-def _make_plan(block: StageBlock, layers: list[LayerParts], consumer: nn.Module | None) -> inference.Plan | None:
-    """What an inference prepares; None where it may not, or where no kernel serves the layers."""
-    if not all(spatial.has_kernel(layer.convolutions[-1].weight, layer.dilation) for layer in layers):
-        return None
-    convolutions = [conv for layer in layers for conv in layer.convolutions]
-    norms = [norm for layer in layers for norm in layer.norms]
-    stage_exit, exit_norm, exit_conv = _describe_exit(consumer)
-    return inference.make_plan(inference.Stage(block, consumer, norms, convolutions, stage_exit, exit_norm, exit_conv))
-
-
-def _run_plan(plan: inference.Plan, x: Tensor) -> tuple[Tensor, Tensor]:
-    check_input(plan.norms[0], dims_of(plan.convolutions[0]), x)
-    if plan.exit in (TRANSITION, TRANSITION_DOWN):
-        check_poolable(plan.exit_norm, x)
-    return plan.run(as_compute_dtype(x, [plan.weight]))
-
-
-def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool) -> Tensor:
-    """Runs (conv, norm, relu, max pool) as one operator and updates the norm's running statistics."""
-    check_images(conv, x)
-    x = as_compute_dtype(x, [conv.weight])
-    batch = fusion.uses_batch_statistics(norm)
-    group = group_of_all([norm])
-    count = x.shape[0] * convolved_pixels(conv, x)
-    counts = exchange_counts(count, group, x)
-    if batch and count == 1 and counts is None:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
-    running = [] if batch else _running(norm)
-    out, statistics, _ = operators.stem(
-        x, conv.weight, norm.weight, norm.bias, running, list(conv.stride), list(conv.padding), norm.eps,
-        save_conv and torch.is_grad_enabled(), counts, group,
-    )  # fmt: skip
-    update_running_statistics([norm], [statistics], count if counts is None else counts.sum())
-    return out
-
-
-_announced: WeakSet[nn.Module] = WeakSet()
-
-
-def _announce(block: nn.Module, reason: str) -> None:
-    if not torch.compiler.is_compiling() and block not in _announced:  # in this order: a compiler must not see the set
-        _announced.add(block)
-        warnings.warn(f"a dense block runs layer by layer, with more memory and time: {reason}", stacklevel=3)
-
-
 def saves_conv(children: list[nn.Module]) -> bool:
     """The stem follows the level of the first block."""
     block = next((child for child in children if isinstance(child, StageBlock)), None)
     return block is not None and block.checkpointing == "none"
-
-
-def _describe_exit(consumer: nn.Module | None) -> tuple[str, BatchNorm | None, Convolution | None]:
-    if consumer is None:
-        return NO_EXIT, None, None
-    if isinstance(consumer, BatchNorm):
-        return HEAD, consumer, None
-    down = fusion.transition_down_parts(consumer)
-    if down is not None:
-        return TRANSITION_DOWN, *down[:2]
-    parts = fusion.transition_parts(consumer)
-    assert parts is not None
-    return TRANSITION, *parts
-
-
-def _parameters(layer: LayerParts) -> list[Tensor]:
-    parts = zip(layer.norms, layer.convolutions, strict=True)
-    return [tensor for norm, conv in parts for tensor in (norm.weight, norm.bias, conv.weight)]
-
-
-def _running(norm: BatchNorm) -> list[Tensor]:
-    assert norm.running_mean is not None and norm.running_var is not None
-    return [norm.running_mean, norm.running_var]
-
-
-def _convolution_weights(layers: list[LayerParts], exit_parameters: list[Tensor]) -> list[Tensor]:
-    return [*(conv.weight for layer in layers for conv in layer.convolutions), *exit_parameters[2:]]
-
-
-def _draw_masks(layers: list[LayerParts], exit_conv: Convolution | None, x: Tensor) -> tuple[float, list[Tensor]]:
-    """The dropout's masks, [M, k] per layer and [M, C'] of a transition down with ``exit_conv``.
-
-    Drawn in the order in which F.dropout draws them for contiguous features.
-    """
-    rate, training, drops_channels = layers[0].dropout
-    if rate == 0 or not training:
-        return 0.0, []
-    masks = []
-    for channels in [layer.channels[-1] for layer in layers] + ([exit_conv.out_channels] if exit_conv else []):
-        shape = (x.shape[0], channels, *x.shape[2:])
-        drawn = (*shape[:2], *[1] * (x.dim() - 2)) if drops_channels else shape
-        masks.append(as_rows(x.new_empty(drawn, dtype=torch.bool).bernoulli_(1 - rate).expand(shape)))
-    return rate, masks
-
-
-def _update_stage_statistics(
-    layers: list[LayerParts],
-    exit_norm: BatchNorm | None,
-    statistics: Tensor,
-    bottleneck_statistics: Tensor,
-    count: int | Tensor,
-) -> None:
-    """Shared statistics, one running copy per consumer."""
-    norms = [layer.norm1 for layer in layers] + ([exit_norm] if exit_norm is not None else [])
-    shares = [statistics[:, : norm.num_features] for norm in norms]
-    if layers[0].bottleneck:
-        norms += [layer.norms[1] for layer in layers]
-        shares += list(bottleneck_statistics.unbind(0))
-    update_running_statistics(norms, shares, count)

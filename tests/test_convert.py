@@ -56,10 +56,6 @@ def seeded(model, seed=5):
     return model
 
 
-def first_block(model):
-    return next(name for name, module in model.named_modules() if name.endswith("denseblock1"))
-
-
 @every_model
 @pytest.mark.parametrize("level", LEVELS)
 def test_trains_like_the_original(backend, name, level):

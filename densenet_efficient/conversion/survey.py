@@ -9,7 +9,8 @@ from torch import nn
 from .. import fusion
 from ..dimensions import Convolution
 from ..fusion import LayerParts
-from ..modules import StageBlock, is_last_norm
+from ..modules import is_last_norm
+from ..operator_calls import StageBlock
 from .clones import is_clone, read_clone
 from .libraries import LIBRARIES, base_class, library_of_block
 from .modules import (
