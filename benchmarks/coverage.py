@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from densenet_efficient import _C
+
 from . import results as results_file
 from .results import ROOT
 
@@ -21,7 +23,6 @@ FOLDER = ROOT / "build" / "coverage"
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 TRACED = [sys.executable, "-m", "coverage", "run", *PYTEST[1:]]
 NATIVE_TESTS = ("kernels", "native_layers", "inference", "operators", "roofline")
-CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -65,13 +66,15 @@ def python_figures(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def native() -> dict[str, Any]:
-    """Of csrc/cpu, by the tests of the kernels, once for each of the CPU's capabilities."""
+    """Of csrc/cpu, by the tests of the kernels, once for each capability of this CPU."""
+    compiled = _C.build_info()["cpu_capabilities"]
+    supported = compiled[: compiled.index(_C.cpu_capability()) + 1]
     _run(sys.executable, "tests/soak/instrumented.py", "coverage")
     for counts in FOLDER.rglob("*.gcda"):
         counts.unlink()
     tests = [f"tests/test_{name}.py" for name in NATIVE_TESTS]
     selection = ["-k", "not cpu_capability", "-n", "0", "-o", "pythonpath=build/coverage"]
-    for capability in CAPABILITIES:
+    for capability in supported:
         _run(*PYTEST, *selection, *tests, DENSENET_EFFICIENT_CPU_CAPABILITY=capability, OMP_NUM_THREADS="4")
     report = FOLDER / "native.json"
     reports = ["--txt", "-", "--json", str(report)]
