@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from . import fusion, kernels
 from .dimensions import BatchNorm, Convolution
-from .layout import as_images, as_rows, empty_images
-from .stage import NO_EXIT, TRANSITION, TRANSITION_DOWN, pooling_window
+from .layout import as_rows, empty_images
+from .stage import HEAD, NO_EXIT, TRANSITION_DOWN, pooling_window
 
 
 class Source(NamedTuple):
@@ -79,7 +79,11 @@ class Plan:
         has_bottleneck = self.convolutions[0].kernel_size == (1, 1)
         self.bottleneck_channels = self.convolutions[0].out_channels if has_bottleneck else 0
         layers = len(self.convolutions) // (2 if has_bottleneck else 1)
-        self.total = self.norms[0].num_features + layers * self.convolutions[-1].out_channels
+        self.growth_rate = self.convolutions[-1].out_channels
+        self.total = self.norms[0].num_features + layers * self.growth_rate
+        self.out_channels = 0 if self.exit_norm is None else self.total
+        if self.exit_conv is not None:
+            self.out_channels = self.exit_conv.out_channels
         parents = [*stage.block.modules(), *(stage.consumer.modules() if stage.consumer else [])]
         self.children = [
             (parent._modules, name, child) for parent in parents for name, child in parent._modules.items()
@@ -101,40 +105,29 @@ class Plan:
             and all(source.is_unchanged() for source in self.sources)
         )
 
-    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The exit's output (empty without one) and the block's features, for ``x`` [N, C0, H, W] of any layout."""
+    def run(self, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor]:
+        """The exit's output (empty without one) and the block's features (empty unless kept).
+
+        ``x`` is [N, C0, H, W] of any layout.
+        """
         prepared = self.prepared.get(x.dtype)
         if prepared is None:
             prepared = self.prepared[x.dtype] = self._prepare(x)
-        images, channels, height, width = x.shape
-        storage = x.new_empty(images * height * width, self.total)
-        as_images(storage[:, :channels], height, width).copy_(x)
-        torch.ops.densenet_efficient.dense_block_inference(
-            storage, channels, height, width, self.bottleneck_channels, prepared.affines, prepared.weights
-        )
-        return self._run_exit(prepared, storage, height, width), as_images(storage, height, width)
-
-    def _run_exit(self, prepared: Prepared, storage: Tensor, height: int, width: int) -> Tensor:
-        if self.exit == NO_EXIT or prepared.exit_affine is None:
-            return storage.new_empty(0)
-        _, _, scale, shift = prepared.exit_affine.unbind()
-        if self.exit == TRANSITION_DOWN and self.exit_conv is not None and prepared.exit_weight is not None:
-            rows = storage.new_empty(storage.shape[0], self.exit_conv.out_channels)
-            torch.ops.densenet_efficient.bn_relu_conv1x1_packed(storage, scale, shift, prepared.exit_weight, rows)
-            return F.max_pool2d(as_images(rows, height, width), 2)
-        window = pooling_window(self.exit, (height, width))
-        pooled_size = height // window[0], width // window[1]
-        images = storage.shape[0] // (height * width)
-        pooled = storage.new_empty(images * pooled_size[0] * pooled_size[1], self.total)
-        kernels.cpu.bn_relu_avg_pool(storage, scale, shift, height, width, *window, pooled)
-        if self.exit != TRANSITION or self.exit_conv is None or prepared.exit_weight is None:
-            return pooled
-        out = empty_images(storage, images, self.exit_conv.out_channels, *pooled_size)
-        # What is pooled is not negative, so that a ReLU in front of the convolution changes nothing.
-        torch.ops.densenet_efficient.bn_relu_conv1x1_packed(
-            pooled, torch.ones_like(scale), torch.zeros_like(scale), prepared.exit_weight, as_rows(out)
-        )
-        return out
+        images, _, height, width = x.shape
+        pools = self.exit not in (NO_EXIT, TRANSITION_DOWN)
+        window = pooling_window(self.exit, (height, width)) if pools else (1, 1)
+        features = empty_images(x, images, self.total, height, width) if keep_features else None
+        out = empty_images(x, images, self.out_channels, height // window[0], width // window[1])
+        torch.ops.densenet_efficient.dense_stage_inference(
+            as_rows(x), height, width, self.bottleneck_channels, self.growth_rate,
+            prepared.affines, prepared.weights, prepared.exit_affine, prepared.exit_weight, window,
+            None if features is None else as_rows(features), as_rows(out) if self.out_channels else None,
+        )  # fmt: skip
+        if self.exit == TRANSITION_DOWN:
+            out = F.max_pool2d(out, 2)
+        elif self.exit == HEAD:
+            out = out.flatten(1)
+        return out, x.new_empty(0) if features is None else features
 
     def _prepare(self, x: Tensor) -> Prepared:
         dtype = kernels.accumulation_dtype(x.dtype)

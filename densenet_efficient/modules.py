@@ -261,7 +261,7 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
             x, children = run_stem(conv, norm, x, saves_conv(children)), rest
         elif stage is not None:
             block, layers, consumer = stage
-            x, children = run_stage(block, layers, consumer, x)[0], children[2:]
+            x, children = run_stage(block, layers, consumer, x, keep_features=False)[0], children[2:]
             if isinstance(consumer, BatchNorm):
                 return x, True
         else:

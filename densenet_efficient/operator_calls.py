@@ -52,17 +52,17 @@ class StageBlock(nn.Module):
 
 
 def run_stage(
-    block: StageBlock, layers: list[LayerParts], consumer: nn.Module | None, x: Tensor
+    block: StageBlock, layers: list[LayerParts], consumer: nn.Module | None, x: Tensor, keep_features: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Runs a dense block, whose layers were read, and the transition or last norm that consumes it.
 
-    Returns the consumer's output (empty without one) and the block's features [N, C, H, W], and updates the running
-    statistics of every norm, once.
+    Returns the consumer's output (empty without one) and the block's features [N, C, H, W], which an inference leaves
+    empty where they need not be kept, and updates the running statistics of every norm, once.
     """
     if inference.applies(x):
         plan = inference.kept_plan(block, consumer) or _make_plan(block, layers, consumer)
         if plan is not None:
-            return _run_plan(plan, x)
+            return _run_plan(plan, x, keep_features)
     elif torch.is_grad_enabled():
         inference.forget_plan(block)
     norms: list[BatchNorm] = [norm for layer in layers for norm in layer.norms]
@@ -114,11 +114,11 @@ def _make_plan(block: StageBlock, layers: list[LayerParts], consumer: nn.Module 
     return inference.make_plan(inference.Stage(block, consumer, norms, convolutions, stage_exit, exit_norm, exit_conv))
 
 
-def _run_plan(plan: inference.Plan, x: Tensor) -> tuple[Tensor, Tensor]:
+def _run_plan(plan: inference.Plan, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor]:
     check_input(plan.norms[0], dims_of(plan.convolutions[0]), x)
     if plan.exit in (TRANSITION, TRANSITION_DOWN):
         check_poolable(plan.exit_norm, x)
-    return plan.run(as_compute_dtype(x, [plan.weight]))
+    return plan.run(as_compute_dtype(x, [plan.weight]), keep_features)
 
 
 def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool) -> Tensor:
