@@ -13,10 +13,12 @@ pytestmark = [
     pytest.mark.own_process,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the run-time libraries are preloaded"),
 ]
-TESTS = ["tests/test_kernels.py", "tests/test_native_layers.py"]
+TESTS = ["tests/test_kernels.py", "tests/test_native_layers.py", "tests/test_inference.py"]
+SHORT = "small_images or loop_in_python or share_a_model"
 # A bound of precision that only capabilities with fused multiplication and addition keep, which "default" has not.
-# The tests of the choice of a capability start processes of their own, with other extensions than this one.
-SHORT, ALL = "small_images or loop_in_python", "not cpu_capability and not means_far_from_zero"
+# The tests of the choice of a capability start processes of their own, with other extensions than this one; and a
+# process that forks must not have ThreadSanitizer's threads.
+ALL = "not cpu_capability and not means_far_from_zero and not forked"
 
 
 def passed(name, capability, which):
