@@ -290,6 +290,12 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
     Returns the output, and whether it is [N, C], pooled already.
     """
     while children:
+        plan = _kept_plan(children, with_head, x)
+        if plan is not None:
+            x, children = _run_plan(plan, x, keep_features=False)[0], children[2:]
+            if plan.exit == HEAD:
+                return x, True
+            continue
         traced = fusion.tracer(x, children[0].training)
         stem, stage = (None, None) if traced else (fusion.take_stem(children), take_stage(children, with_head))
         if stem is not None:
@@ -391,9 +397,20 @@ def run_stage(
     return out, features
 
 
+def _kept_plan(children: list[nn.Module], with_head: bool, x: Tensor) -> inference.Plan | None:
+    """What an inference has prepared for the block that comes first and its consumer, where nothing has changed."""
+    if len(children) < 2 or not isinstance(children[0], StageBlock) or not inference.applies(x):
+        return None
+    plan = inference.kept_plan(*children[:2])
+    is_head = plan is not None and plan.exit == HEAD
+    return plan if not is_head or (with_head and len(children) == 2) else None
+
+
 def _make_plan(block: StageBlock, layers: list[LayerParts], consumer: nn.Module | None) -> inference.Plan | None:
     """What an inference prepares; None where it may not, or where no kernel serves the layers."""
     if not all(spatial.has_kernel(layer.convolutions[-1].weight, layer.dilation) for layer in layers):
+        return None
+    if layers[0].training and layers[0].drop_rate > 0:
         return None
     convolutions = [conv for layer in layers for conv in layer.convolutions]
     norms = [norm for layer in layers for norm in layer.norms]
