@@ -220,7 +220,8 @@ def test_opcheck_of_the_inference(dtype):
     [
         ("x", torch.rand(47, 6), "x must have one row per pixel"),
         ("x", torch.rand(48, 12)[:, ::2], "x must have unit column stride"),
-        ("x", torch.rand(48, 6, dtype=torch.float64), "affines must be contiguous"),
+        ("x", torch.rand(48, 6, dtype=torch.float64), "packed must be what packed_weight gives"),
+        ("affines", [torch.rand(4, 6), *[torch.rand(4, 8)] * 3], "affines must be contiguous"),
         ("bottleneck_channels", 7, "packed must be what packed_weight gives"),
         ("bottleneck_channels", 0, "packed must be what packed_weight gives"),
         ("growth_rate", 0, "Expected channels"),
