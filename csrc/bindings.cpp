@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/capability.h"
+#include "module_snapshot.h"
 
 namespace py = pybind11;
 
@@ -95,4 +96,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Native operators of densenet_efficient, registered as torch.ops.densenet_efficient.";
   module.def("build_info", &densenet_efficient::build_info);
   module.def("cpu_capability", &densenet_efficient::cpu_capability_name);
+  py::class_<densenet_efficient::ModuleSnapshot>(module, "ModuleSnapshot")
+      .def(py::init<const py::list&>())
+      .def("matches", &densenet_efficient::ModuleSnapshot::matches);
 }

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import fusion
+from . import fusion, inference
 from .argument_checks import check_drop_rate, check_kernel_size, check_level, check_positive, check_spatial_dims
 from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, BatchNorm, Convolution, global_average, is_for
 from .fusion import LayerParts
-from .operator_calls import StageBlock, describe_exit, run_stage, run_stem
+from .operator_calls import StageBlock, describe_exit, run_plan, run_stage, run_stem
+from .stage import HEAD
 
 
 class DenseLayer(nn.Module):
@@ -254,6 +255,12 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
     Returns the output, and whether it is [N, C], pooled already.
     """
     while children:
+        plan = _kept_plan(children, with_head, x)
+        if plan is not None:
+            x, children = run_plan(plan, x, keep_features=False)[0], children[2:]
+            if plan.exit == HEAD:
+                return x, True
+            continue
         traced = fusion.tracer(x, children[0].training)
         stem, stage = (None, None) if traced else (fusion.take_stem(children), take_stage(children, with_head))
         if stem is not None:
@@ -267,6 +274,15 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
         else:
             x, children = children[0](x), children[1:]
     return x, False
+
+
+def _kept_plan(children: list[nn.Module], with_head: bool, x: Tensor) -> inference.Plan | None:
+    """What an inference has prepared for the block that comes first and its consumer, where nothing has changed."""
+    if len(children) < 2 or not isinstance(children[0], StageBlock) or not inference.applies(x):
+        return None
+    plan = inference.kept_plan(*children[:2])
+    is_head = plan is not None and plan.exit == HEAD
+    return plan if not is_head or (with_head and len(children) == 2) else None
 
 
 def run_block(block: StageBlock, consumer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ def run_stage(
     if inference.applies(x):
         plan = inference.kept_plan(block, consumer) or _make_plan(block, layers, consumer)
         if plan is not None:
-            return _run_plan(plan, x, keep_features)
+            return run_plan(plan, x, keep_features)
     elif torch.is_grad_enabled():
         inference.forget_plan(block)
     norms: list[BatchNorm] = [norm for layer in layers for norm in layer.norms]
@@ -108,13 +108,16 @@ def _make_plan(block: StageBlock, layers: list[LayerParts], consumer: nn.Module 
     """What an inference prepares; None where it may not, or where no kernel serves the layers."""
     if not all(spatial.has_kernel(layer.convolutions[-1].weight, layer.dilation) for layer in layers):
         return None
+    if layers[0].training and layers[0].drop_rate > 0:
+        return None
     convolutions = [conv for layer in layers for conv in layer.convolutions]
     norms = [norm for layer in layers for norm in layer.norms]
     stage_exit, exit_norm, exit_conv = describe_exit(consumer)
     return inference.make_plan(inference.Stage(block, consumer, norms, convolutions, stage_exit, exit_norm, exit_conv))
 
 
-def _run_plan(plan: inference.Plan, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor]:
+def run_plan(plan: inference.Plan, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor]:
+    """The outputs of `run_stage` for a stage that an inference has prepared."""
     check_input(plan.norms[0], dims_of(plan.convolutions[0]), x)
     if plan.exit in (TRANSITION, TRANSITION_DOWN):
         check_poolable(plan.exit_norm, x)
