@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training_cases import assert_same_bits, fit, fit_arguments, make_images, stopping_at, weights
 
-from densenet_efficient.training.checkpoint import read_checkpoint
+from densenet_efficient.training.checkpoint import is_whole, read_checkpoint
 from densenet_efficient.training.files import atomic_write
 
 pytestmark = pytest.mark.own_process
@@ -158,6 +160,28 @@ def test_a_damaged_checkpoint_gives_way_to_the_previous_one(
     assert fit(images, tmp_path, *AVERAGED, "--ckpt_path", "last") == 0
     assert f"{last} is damaged: continuing from {tmp_path / 'previous.ckpt'}" in capsys.readouterr().out
     assert_same_bits(weights(tmp_path), weights(whole))
+
+
+def test_whole_is_what_can_be_read(tmp_path: Path) -> None:
+    """After any flip in the headers of the archive, which are checked otherwise by Python than by torch."""
+    path = tmp_path / "some.ckpt"
+    torch.save({"weight": torch.arange(4.0), "step": 3}, path)
+    content, refused = path.read_bytes(), 0
+    with zipfile.ZipFile(path) as archive:
+        places = {*range(archive.start_dir, len(content))}
+        places |= {part.header_offset + byte for part in archive.infolist() for byte in range(60)}
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            read_checkpoint(path)
+        except RuntimeError:
+            refused += 1
+            assert not is_whole(path), place
+        else:
+            assert is_whole(path), place
+    assert 0.1 * len(places) < refused < len(places)
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(

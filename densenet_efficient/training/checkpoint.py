@@ -5,10 +5,12 @@ A checkpoint is Lightning's, of tensors and plain values only, with one entry mo
 
 from __future__ import annotations
 
+import lzma
 import os
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,10 @@ from densenet_efficient.training.preprocessing import Preprocessing
 ENTRY = "densenet_efficient"
 REMEDY = "expected a checkpoint written by densenet-efficient fit"
 # What reading an archive whose bytes are not those written may raise.
-DAMAGED = (RuntimeError, OSError, EOFError, ValueError, KeyError, NotImplementedError, struct.error, zipfile.BadZipFile)
+DAMAGED = (
+    *(RuntimeError, OSError, EOFError, ValueError, KeyError, NotImplementedError, struct.error, zipfile.BadZipFile),
+    *(zlib.error, lzma.LZMAError),  # where a flipped bit says that a part is compressed
+)
 MODEL_PREFIX = "model."
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
@@ -78,7 +83,7 @@ def load_classifier(path: str | Path) -> SavedClassifier:
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
     """The content of a checkpoint; raises as `load_classifier`."""
     with open(path, "rb") as file:
-        if not zipfile.is_zipfile(file):  # its index stands at its end, so a truncated file has none
+        if not _is_archive(file):  # its index stands at its end, so a truncated file has none
             raise RuntimeError(f"{path}: truncated, or not a checkpoint at all; {REMEDY}")
         try:
             if not _has_its_checksums(file):
@@ -97,8 +102,20 @@ def is_whole(path: Path) -> bool:
     """Whether a checkpoint's file is there, with the content that was written."""
     try:
         with open(path, "rb") as file:
-            return zipfile.is_zipfile(file) and _has_its_checksums(file)
+            if not _is_archive(file) or not _has_its_checksums(file):
+                return False
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # whose reader asks more of an archive
+    except pickle.UnpicklingError:
+        return True  # with content that is not ours, which its reader names
     except DAMAGED:
+        return False
+    return True
+
+
+def _is_archive(file: BinaryIO) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # an index that says that the archive has other volumes
         return False
 
 
