@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,17 +63,37 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: densenet-efficient" in capsys.readouterr().out
 
 
-def test_every_option_of_fit_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["fit", "--help"], ["fit", "--data.help=CSVData"]):
+KINDS_OF_DATA = ("FolderData", "CSVData", "DigitsData", "CIFARData", "SVHNData", "MedMNISTData")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([command, "--help"] for command in (*TRAINING_COMMANDS, "predict")),
+        *(["fit", f"--data.help={kind}"] for kind in KINDS_OF_DATA),
+    ],
+    ids=" ".join,
+)
+def test_every_option_is_explained(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    paragraphs = re.split(r"\n  (?=-)", capsys.readouterr().out.partition("\nLinked arguments")[0])[1:]
+    names = {paragraph.split()[0] for paragraph in paragraphs}
+    assert "--data.batch_size" in names if "--data.help" in arguments[1] else names & {"--data", "--checkpoint"}
+    for paragraph in paragraphs:
+        first, *others = paragraph.splitlines()
+        described = first.partition("  ")[2] + " ".join(line for line in others if line.startswith(" " * 20))
+        assert len(re.split(r"\((required, )?type:", described)[0].split()) > 1, paragraph
+
+
+def test_help_names_the_recipes_and_what_may_augment(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["fit", "--help"], ["fit", "--data.help=FolderData"]):
         with pytest.raises(SystemExit):
             main(arguments)
-        help_text = capsys.readouterr().out
-        for paragraph in help_text.split("\n  --")[1:]:
-            name = paragraph.split()[0]
-            if name.startswith(("model.", "data.", "output", "monitor")):
-                described = paragraph.partition("(type:")[0].partition(name)[2].split()
-                assert len(described) > 2, name
-    assert "group_column" in help_text and "batch_size" in help_text
+    out = capsys.readouterr().out
+    for name in recipe_names():
+        assert f"\n  {name} " in out
+    assert "torchvision.transforms.v2.RandomRotation" in out and "torch.nn.Linear" not in out
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:

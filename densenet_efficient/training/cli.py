@@ -6,13 +6,14 @@ import logging
 import numbers
 import sys
 import warnings
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import register_type
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -112,6 +113,10 @@ def check_data(arguments: list[str]) -> int:
     return print_data_report(examine(data.splits, data.read_source), in_memory=data.in_memory)
 
 
+class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the lines of the recipes apart."""
+
+
 class TrainingCLI(LightningCLI):
     """Parses the options of one command, and runs it."""
 
@@ -130,6 +135,7 @@ class TrainingCLI(LightningCLI):
                 "usage": f"densenet-efficient {command} [--config FILE_OR_RECIPE] [options]",
                 "exit_on_error": False,
                 "epilog": f"recipes, for --config:\n{describe_recipes()}",
+                "formatter_class": HelpFormatter,
             },
             args=arguments,
             run=False,
