@@ -229,6 +229,16 @@ def test_dicom(elements: dict[str, Any], value_range: Any, expected: np.ndarray,
     np.testing.assert_allclose(image[1].numpy(), expected, atol=1e-6)
 
 
+def test_a_dicom_file_needs_no_name_of_its_kind(tmp_path: Path) -> None:
+    for name in ("normal", "opaque"):
+        (tmp_path / name).mkdir()
+        for index in range(5):
+            write_dicom(tmp_path / name / f"1.2.840.{index}", PIXELS)
+    data = FolderData(tmp_path, **SMALL)
+    data.setup("fit")
+    assert sum(map(len, data.splits.parts().values())) == 10
+
+
 def test_sixteen_bits_and_single_channels(tmp_path: Path) -> None:
     deep = np.array([[0, 4095], [32768, 65535]], dtype=np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
@@ -243,28 +253,30 @@ def test_sixteen_bits_and_single_channels(tmp_path: Path) -> None:
 
 
 def damage(folder: Path) -> list[str]:
-    """An empty, a truncated and a foreign file among the images of a folder."""
+    """An empty, a truncated and foreign files among the images of a folder; what the system left there is none."""
     whole = (folder / "dark" / "0.png").read_bytes()
     bad = {
         "empty.png": b"",
         "cut.png": whole[: len(whole) // 2],
         "text.png": b"no image",
         "cut.dcm": b"\0" * 128 + b"DICM",
+        "notes.txt": b"text",
     }
-    for name, content in bad.items():
+    for name, content in (bad | {"Thumbs.db": b"", ".hidden": b""}).items():
         (folder / "dark" / name).write_bytes(content)
     return list(bad)
 
 
 def test_bad_files_are_named_and_refused_or_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = damage(make_images(tmp_path, per_class=10))
-    with pytest.raises(ValueError, match=r"4 of 24 image files cannot be read: .* --data.bad_files skip") as error:
+    with pytest.raises(ValueError, match=r"5 of 25 files cannot be read .* --data.bad_files skip") as error:
         FolderData(tmp_path, **SMALL).setup("fit")
-    assert all(f"dark/{name}: expected an undamaged image" in str(error.value) for name in names)
+    assert all(f"dark/{name}: expected an undamaged image" in str(error.value) for name in names[:-1])
+    assert "dark/notes.txt: of another type, by its name" in str(error.value)
     data = FolderData(tmp_path, bad_files="skip", **SMALL)
     data.setup("fit")
     assert sum(map(len, data.splits.parts().values())) == 20
-    assert "Skipping 4 of 24 image files" in capsys.readouterr().out
+    assert "Skipping 5 of 25 files" in capsys.readouterr().out
 
 
 def test_check_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,7 +285,8 @@ def test_check_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(tmp_path / "train")
     assert main(["check-data", "--data", str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert "4 files cannot be read, 12 are in more than one split, 0 are repeated" in out
+    assert "5 files cannot be read, 12 are in more than one split, 0 are repeated" in out
+    assert f"Unreadable: {tmp_path}/train/dark/notes.txt" in out
     assert f"Unreadable: {tmp_path}/train/dark/empty.png" in out
     assert main(["check-data", "--data", "digits"]) == 0
 

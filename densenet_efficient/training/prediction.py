@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier
 from densenet_efficient.training.images import read_image
 from densenet_efficient.training.progress import Progress
-from densenet_efficient.training.samples import list_images, read_rows
+from densenet_efficient.training.samples import list_files, read_rows
 
 FIRST_COLUMNS = ("path", "prediction")
 
@@ -132,7 +132,7 @@ def predict(
 def expand(given: Path, path_column: str) -> list[str]:
     """The image files that a folder holds or a CSV table lists, relative to the table; anything else is an image."""
     if given.is_dir():
-        return [str(path) for path in list_images(given)]
+        return [str(path) for path in list_files(given)[0]]
     if given.suffix.lower() == ".csv":
         return [str(given.parent / row[path_column]) for row in read_rows(given, [path_column])]
     return [str(given)]
