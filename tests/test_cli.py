@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from training_cases import fit, fit_arguments, make_images
 
-from densenet_efficient.cli import TRAINING_COMMANDS, main
-from densenet_efficient.training import finish
+from densenet_efficient.cli import CONFIGURED_COMMANDS, main
+from densenet_efficient.models import create_model
+from densenet_efficient.training import batch_size, finish
+from densenet_efficient.training.batch_size import largest_batch, measure_training
 from densenet_efficient.training.checkpoint import load_classifier, read_checkpoint
 from densenet_efficient.training.recipes import FOLDER, recipe_names
 
@@ -53,9 +56,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return err
 
 
-@pytest.mark.parametrize(
-    "command", [[], *([name] for name in TRAINING_COMMANDS), ["predict"], ["summary"], ["plan"], ["doctor"]]
-)
+@pytest.mark.parametrize("command", [[], *([name] for name in CONFIGURED_COMMANDS), ["summary"], ["plan"], ["doctor"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_status:
         main([*command, "--help"])
@@ -69,7 +70,7 @@ KINDS_OF_DATA = ("FolderData", "CSVData", "DigitsData", "CIFARData", "SVHNData",
 @pytest.mark.parametrize(
     "arguments",
     [
-        *([command, "--help"] for command in (*TRAINING_COMMANDS, "predict")),
+        *([command, "--help"] for command in CONFIGURED_COMMANDS),
         *(["fit", f"--data.help={kind}"] for kind in KINDS_OF_DATA),
     ],
     ids=" ".join,
@@ -155,6 +156,18 @@ def test_a_run_is_tested_from_its_own_configuration(images: Path, tmp_path: Path
     assert main(["validate", *config]) == 0
     logs = {path.name.partition(".")[0] for path in (tmp_path / "run" / "logs").rglob("*") if path.is_file()}
     assert {"metrics", "events"} <= logs
+
+
+def test_what_one_sees_of_a_run(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bar with images per second, memory and the time left, and a line per epoch."""
+    shown = ("--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "true")
+    assert fit(images, tmp_path / "run", *shown) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Training densenet-bc-40-12 on 10 images of 2 classes, with 2 to validate by" in out
+    for epoch in (1, 2):
+        assert re.search(rf"Epoch {epoch}/2: train_loss [\d.]+, .*val_auroc [\d.]+, [\d.]+ images/s", out)
+    bar = re.search(r"images/s: ([\d.]+) MiB: (\d+) ETA: 0:00:00", out)
+    assert bar is not None and float(bar[1]) > 0 and int(bar[2]) > 100
 
 
 def test_an_earlier_run_is_not_replaced_by_accident(
@@ -265,6 +278,35 @@ def test_recipes_are_valid(name: str, capsys: pytest.CaptureFixture[str]) -> Non
             assert {key: printed[section][key] for key in values} == values
 
 
+SMALL_AND_SHORT = {
+    "--model.network": "densenet-bc-40-12",
+    "--model.weights": "null",
+    "--data.image_size": "8",
+    "--data.batch_size": "4",
+    "--data.num_workers": "0",
+    "--trainer.max_epochs": "4",
+    "--trainer.accelerator": "cpu",
+    "--trainer.enable_progress_bar": "false",
+}
+
+
+@pytest.mark.parametrize("name", ["finetune", "lung-disease", "imagenet", "mnist"])
+def test_recipes_of_folders_train(name: str, tmp_path: Path) -> None:
+    """All that a recipe says but its size: its stages, schedule, augmentation, averages, and what is best."""
+    diseases = ("covid", "lung-opacity", "normal", "tuberculosis", "viral-pneumonia")
+    names = diseases if name == "lung-disease" else ("bright", "dark")
+    for part in ("train", "val") if name == "imagenet" else (".",):
+        make_images(tmp_path / "images" / part, 8, names)
+    options = [option for pair in SMALL_AND_SHORT.items() for option in pair]
+    given = ["--config", name, "--data", str(tmp_path / "images"), "--output", str(tmp_path / "run"), *options]
+    assert main(["fit", *given]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert list(metrics["evaluation"]["classes"]) == list(names)
+    assert metrics["evaluation"]["split"] == ("test" if name == "lung-disease" else "validation")
+    assert len(metrics["history"]) == 4
+    assert load_classifier(tmp_path / "run" / "best.ckpt").class_names == list(names)
+
+
 def test_the_learning_rate_finder(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = fit_arguments(images, tmp_path)
     assert main(["find-learning-rate", *arguments[1:]]) == 0
@@ -272,10 +314,28 @@ def test_the_learning_rate_finder(images: Path, tmp_path: Path, capsys: pytest.C
     assert [path.name for path in tmp_path.iterdir()] == ["learning-rate.png"]
 
 
-def test_the_batch_size_finder(monkeypatch: pytest.MonkeyPatch) -> None:
-    from densenet_efficient.models import create_model
-    from densenet_efficient.training.batch_size import largest_batch, measure_training
+def test_the_batch_size_finder(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command, on what a step of 10 MiB and 1 MiB per image would take besides 3 copies of the parameters."""
+    asked: list[tuple[Any, ...]] = []
 
+    def peak_memory(factory: str, config: Any, shape: Any, batch: int, **options: Any) -> int:
+        asked.append((shape, batch, options))
+        return (10 + batch) * 2**20
+
+    monkeypatch.setattr(batch_size, "peak_memory", peak_memory)
+    arguments = fit_arguments(images, tmp_path / "run", "--ema_decay", "0.9", "--trainer.precision", "bf16-mixed")
+    assert main(["find-batch-size", *arguments[1:], "--memory", str(100 / 1024)]) == 0
+    network = create_model("densenet-bc-40-12", num_classes=2)
+    copies = 3 * 4 * sum(parameter.numel() for parameter in network.parameters())
+    batch = int(90 - copies / 2**20)
+    assert f"--data.batch_size {batch}: a step takes 0.10 of 0.10 GiB on cpu" in capsys.readouterr().out
+    assert {(shape, options["dtype"]) for shape, _, options in asked} == {((3, 8, 8), "bfloat16")}
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_largest_batch_is_found_from_smaller_ones() -> None:
     assert largest_batch(lambda batch: 100 + 7 * batch, 1000) == (128, 996)
     steps = largest_batch(lambda batch: 100 + 7 * batch + (30 if batch > 100 else 0), 1000)
     assert steps[0] in (123, 124) and steps[1] <= 1000

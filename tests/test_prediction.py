@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from training_cases import fit, make_images
 
 from densenet_efficient.cli import main
-from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier
+from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier, read_checkpoint
 from densenet_efficient.training.images import read_image
 from densenet_efficient.training.prediction import Predictor, views_of
 
@@ -67,16 +68,50 @@ def test_a_table_of_paths(folder: Path, checkpoint: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.own_process
+@pytest.mark.parametrize("views", ["none", "dihedral"])
 def test_an_interrupted_table_is_continued(
+    views: str, folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.csv"
+    assert predict(checkpoint, folder / "images", "--output", output, "--views", views) == 0
+    whole = output.read_bytes()
+    output.write_bytes(whole[: len(whole) * 2 // 3])  # in the middle of a row
+    again = ("--output", output, "--views", views, "--num-workers", 1)
+    assert predict(checkpoint, folder / "images", *again) == 0
+    assert output.read_bytes() == whole
+    assert "7 predictions are in" in capsys.readouterr().out
+
+
+def test_a_table_is_of_one_model_alone(
     folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out.csv"
     assert predict(checkpoint, folder / "images", "--output", output) == 0
     whole = output.read_bytes()
-    output.write_bytes(whole[: len(whole) * 2 // 3])  # in the middle of a row
-    assert predict(checkpoint, folder / "images", "--output", output, "--num-workers", 1) == 0
+    content = read_checkpoint(checkpoint)
+    content["state_dict"]["model.classifier.bias"] += 1
+    torch.save(content, tmp_path / "other.ckpt")
+    for given in ((checkpoint, "--views", "mirror"), (tmp_path / "other.ckpt",)):
+        assert predict(given[0], folder / "images", "--output", output, *given[1:]) == 2
+        assert "holds predictions of other weights or --views (out.csv.json" in capsys.readouterr().err
     assert output.read_bytes() == whole
-    assert "7 predictions are in" in capsys.readouterr().out
+
+
+def test_options_in_a_file(folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"checkpoint": str(checkpoint), "views": "mirror", "batch_size": 5, "output": str(tmp_path / "out.csv")}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["predict", "--config", str(tmp_path / "mine.yaml"), str(folder / "images")]
+    assert main([*arguments, "--accelerator", "cpu"]) == 0
+    assert len(rows_of(tmp_path / "out.csv")) == 12
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config | {"vews": "mirror"}))
+    assert main(arguments) == 2
+    assert "vews" in (error := capsys.readouterr().err) and "mine.yaml" in error and error.count("\n") == 1
+
+
+def test_what_other_classes_have_predicted_is_left_alone(
+    folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.csv"
     output.write_text("path,prediction,cat,dog\n")
     assert predict(checkpoint, folder / "images", "--output", output) == 2
     assert "something else than predictions of these classes" in capsys.readouterr().err

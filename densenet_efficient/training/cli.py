@@ -8,7 +8,6 @@ import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from densenet_efficient.training.checkpoint import (
     load_classifier,
 )
 from densenet_efficient.training.classifier import Classifier
+from densenet_efficient.training.command_errors import say_what_is_wrong
 from densenet_efficient.training.data import ImageData
 from densenet_efficient.training.files import prepare_directory
 from densenet_efficient.training.finish import report_run
@@ -86,11 +86,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
             return check_data(given)
         TrainingCLI(command, given)
     except ArgumentError as error:
-        reason = " ".join(str(error).split())
-        configs = [value for flag, value in pairwise(given) if flag == "--config"]
-        where = f" (in {', '.join(configs)}, or on the command line)" if configs else ""
-        print(f"error: {reason}{where}; densenet-efficient {command} --help lists the options", file=sys.stderr)
-        return 2
+        return say_what_is_wrong(command, given, error)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except ValueError as error:
@@ -252,7 +248,8 @@ class TrainingCLI(LightningCLI):
             for name in (LAST, PREVIOUS, BEST):
                 (output / name).unlink(missing_ok=True)
         checkpoint = self._checkpoint()
-        print(self._announcement())
+        if self.trainer.is_global_zero:
+            print(self._announcement())
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=checkpoint)
         if config.report and not config.trainer.fast_dev_run:
             if (output / BEST).exists():
@@ -296,7 +293,7 @@ class TrainingCLI(LightningCLI):
             self.datamodule.preprocessing.input_shape,
             device,
             DTYPES[precision],
-            COPIES[self.model.optimizer],
+            COPIES[self.model.optimizer] + (self.config.ema_decay is not None),
         )
         batch, peak = largest_batch(measure, budget)
         print(f"--data.batch_size {batch}: a step takes {peak / 2**30:.2f} of {budget / 2**30:.2f} GiB on {device}")

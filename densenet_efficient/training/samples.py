@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Splits:
     train: Samples
     validation: Samples
     test: Samples | None = None
-    foreign: Sequence[str] = ()  # files of another type among the images
+    foreign: Sequence[str] = field(default=(), kw_only=True)  # files of another type among the images
 
     def map(self, function: Callable[[Samples], Samples]) -> Splits:
         test = None if self.test is None else function(self.test)
@@ -281,6 +281,6 @@ def _as_told(table: Path, names: list[str], samples: Samples, parts: list[str]) 
     }
     if "validation" not in chosen:
         raise ValueError(f"{table}: no row of the validation split; name some val, or leave the split column out")
-    splits = Splits(names, **chosen)
+    splits = Splits(names, chosen["train"], chosen["validation"], chosen.get("test"))
     require_every_class(splits, f"rows in {table}")
     return splits
