@@ -17,10 +17,10 @@ import torch
 import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
-from training_cases import fit, fit_arguments, make_images
+from training_cases import fit, fit_arguments, make_cifar, make_images
 
 from densenet_efficient.cli import CONFIGURED_COMMANDS, main
-from densenet_efficient.models import create_model
+from densenet_efficient.models import create_model, model_names
 from densenet_efficient.training import batch_size, finish
 from densenet_efficient.training.batch_size import largest_batch, measure_training
 from densenet_efficient.training.checkpoint import load_classifier, read_checkpoint
@@ -158,6 +158,15 @@ def test_a_run_is_tested_from_its_own_configuration(images: Path, tmp_path: Path
     assert {"metrics", "events"} <= logs
 
 
+def test_the_weights_to_start_from_are_not_needed_again(images: Path, tmp_path: Path) -> None:
+    run, start = tmp_path / "run", tmp_path / "start.pth"
+    torch.save(create_model("densenet-bc-40-12", num_classes=2).state_dict(), start)
+    assert fit(images, run, "--model.weights", str(start), "--trainer.max_epochs", "1") == 0
+    start.unlink()
+    assert main(["test", "--config", str(run / "config.yaml"), "--ckpt_path", "best"]) == 0
+    assert str(start) in (run / "test" / "report.html").read_text()
+
+
 def test_what_one_sees_of_a_run(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A bar with images per second, memory and the time left, and a line per epoch."""
     shown = ("--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "true")
@@ -276,6 +285,7 @@ def test_recipes_are_valid(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     for section, values in yaml.safe_load((FOLDER / f"{name}.yaml").read_text()).items():
         if isinstance(values, dict) and section != "data":
             assert {key: printed[section][key] for key in values} == values
+    assert printed["model"]["network"] in model_names()
 
 
 SMALL_AND_SHORT = {
@@ -284,27 +294,38 @@ SMALL_AND_SHORT = {
     "--data.image_size": "8",
     "--data.batch_size": "4",
     "--data.num_workers": "0",
-    "--trainer.max_epochs": "4",
     "--trainer.accelerator": "cpu",
     "--trainer.enable_progress_bar": "false",
 }
 
 
-@pytest.mark.parametrize("name", ["finetune", "lung-disease", "imagenet", "mnist"])
-def test_recipes_of_folders_train(name: str, tmp_path: Path) -> None:
-    """All that a recipe says but its size: its stages, schedule, augmentation, averages, and what is best."""
+@pytest.fixture(params=["finetune", "lung-disease", "imagenet", "mnist", "cifar10"])
+def recipe_with_data(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, list[str]]:
+    """A recipe's name, and options that give it data to train on."""
+    name: str = request.param
+    if name == "cifar10":
+        make_cifar(tmp_path, monkeypatch)
+        return name, ["--data.root", str(tmp_path), "--data.download", "false"]
     diseases = ("covid", "lung-opacity", "normal", "tuberculosis", "viral-pneumonia")
-    names = diseases if name == "lung-disease" else ("bright", "dark")
     for part in ("train", "val") if name == "imagenet" else (".",):
-        make_images(tmp_path / "images" / part, 8, names)
-    options = [option for pair in SMALL_AND_SHORT.items() for option in pair]
-    given = ["--config", name, "--data", str(tmp_path / "images"), "--output", str(tmp_path / "run"), *options]
-    assert main(["fit", *given]) == 0
+        make_images(tmp_path / "images" / part, 8, diseases if name == "lung-disease" else ("bright", "dark"))
+    return name, ["--data", str(tmp_path / "images")]
+
+
+def test_recipes_train(recipe_with_data: tuple[str, list[str]], tmp_path: Path) -> None:
+    """All that a recipe says but its size: its stages, schedule, augmentation, averages, and what is best."""
+    name, data = recipe_with_data
+    epochs = 4 if name in ("finetune", "lung-disease") else 1  # the head alone, then everything
+    options = [option for pair in SMALL_AND_SHORT.items() for option in pair] + ["--trainer.max_epochs", str(epochs)]
+    assert main(["fit", "--config", name, *data, *options, "--output", str(tmp_path / "run")]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert list(metrics["evaluation"]["classes"]) == list(names)
-    assert metrics["evaluation"]["split"] == ("test" if name == "lung-disease" else "validation")
-    assert len(metrics["history"]) == 4
-    assert load_classifier(tmp_path / "run" / "best.ckpt").class_names == list(names)
+    assert metrics["evaluation"]["split"] == ("test" if name in ("lung-disease", "cifar10") else "validation")
+    assert len(metrics["history"]) == epochs
+    classes = load_classifier(tmp_path / "run" / "best.ckpt").class_names
+    assert classes == list(metrics["evaluation"]["classes"])
+    assert len(classes) == {"lung-disease": 5, "cifar10": 10}.get(name, 2)
 
 
 def test_the_learning_rate_finder(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
-from training_cases import make_images
+from training_cases import make_cifar, make_images
 
 from densenet_efficient.cli import main
 from densenet_efficient.training.data import CSVData, FolderData, ImageData
@@ -353,22 +352,19 @@ def test_digits() -> None:
 
 
 def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchvision.datasets import CIFAR10
-
-    folder = tmp_path / CIFAR10.base_folder
-    folder.mkdir()
-    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
-    for name in [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]:
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [*range(10), *range(10)]}))
-    names = {"label_names": [f"class {number}" for number in range(10)]}
-    (folder / "batches.meta").write_bytes(pickle.dumps(names))
-    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": None})
+    make_cifar(tmp_path, monkeypatch)
     data = CIFARData(root=tmp_path, download=False, batch_size=4)
     assert [len(samples) for samples in data.splits.parts().values()] == [90, 10, 20]
     assert next(iter(data.train_dataloader()))[0].shape == (4, 3, 32, 32)
     whole = CIFARData(root=tmp_path, download=False, validation_fraction=0, batch_size=4)
     assert [len(samples) for samples in whole.splits.parts().values()] == [100, 20, 20]
+
+
+def test_cifar_of_100_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cifar(tmp_path, monkeypatch, classes=100)
+    data = CIFARData(classes=100, root=tmp_path, download=False, batch_size=4)
+    assert len(data.task.class_names) == 100
+    assert [len(samples) for samples in data.splits.parts().values()] == [200, 100, 300]
 
 
 def test_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,6 +189,14 @@ class TrainingCLI(LightningCLI):
                 "or choose another --output"
             )
 
+    def instantiate_classes(self) -> None:
+        """What is evaluated has the weights of its checkpoint; those of --model.weights need not be there any more."""
+        given = self.config.model.weights
+        if self.command in ("validate", "test"):
+            self.config.model.weights = None
+        super().instantiate_classes()
+        self.config.model.weights = given
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if self.command == "find-batch-size":
             return super().instantiate_trainer(**kwargs, logger=False)
@@ -325,7 +333,8 @@ class TrainingCLI(LightningCLI):
     def _load_weights(self, path: Path) -> None:
         saved = load_classifier(path)
         check_class_names(path, saved.class_names, self.model.task.class_names)
-        network = EfficientDenseNet(**self.model.model.config)  # that of the training may be sharded
+        epsilon = {"norm_eps": saved.model.config["norm_eps"]}  # which weights of Keras bring
+        network = EfficientDenseNet(**self.model.model.config | epsilon)  # that of the training may be sharded
         network.load_state_dict(saved.model.state_dict())
         self.model.model = network
 
