@@ -326,6 +326,7 @@ def test_recipes_train(recipe_with_data: tuple[str, list[str]], tmp_path: Path) 
     classes = load_classifier(tmp_path / "run" / "best.ckpt").class_names
     assert classes == list(metrics["evaluation"]["classes"])
     assert len(classes) == {"lung-disease": 5, "cifar10": 10}.get(name, 2)
+    assert main(["validate", "--config", str(tmp_path / "run" / "config.yaml"), "--ckpt_path", "best"]) == 0
 
 
 def test_the_learning_rate_finder(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
+from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.tuner.tuning import Tuner
 
 from densenet_efficient.models import EfficientDenseNet
@@ -166,7 +167,12 @@ class TrainingCLI(LightningCLI):
         best = "of fit: what the best checkpoint is best in: val_loss, val_accuracy, val_auroc, ..."
         add("monitor", str, "val_loss", best)
         add("patience", int | None, None, "of fit: stop after so many epochs without a better --monitor")
-        add("ema_decay", float | None, None, "of fit: validate and save an exponential moving average of the weights")
+        add(
+            "ema_decay",
+            float | None,
+            None,
+            "of fit: validate and save an exponential moving average of the weights (not with fsdp)",
+        )
         add("save_every_n_steps", int | None, None, "of fit: write the last checkpoint within an epoch too")
         add("compare", bool, False, "of fit: finally measure the naive implementation beside the efficient one")
 
@@ -214,9 +220,12 @@ class TrainingCLI(LightningCLI):
         elif self.config.trainer.logger is None:
             board = TensorBoardLogger(output, "logs")
             kwargs["logger"] = [board, CSVLogger(output, "logs", board.version)]
-        return super().instantiate_trainer(
+        trainer = super().instantiate_trainer(
             **kwargs, default_root_dir=output, plugins=plugins, use_distributed_sampler=False
         )
+        if isinstance(trainer.strategy, DDPStrategy) and self.config.model.head_epochs > 0:
+            trainer.strategy._ddp_kwargs["find_unused_parameters"] = True  # those of all but the head, at first
+        return trainer
 
     def _wants_float16_on_the_cpu(self) -> bool:
         given = self.config.trainer
