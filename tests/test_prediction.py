@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
-from training_cases import fit, make_images
+from training_cases import fit, make_images, write_dicom
 
 from densenet_efficient.cli import main
 from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier, read_checkpoint
@@ -41,7 +42,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def own_probabilities(classifier: SavedClassifier, path: str) -> torch.Tensor:
     preprocessing = classifier.preprocessing
-    image = preprocessing.transform()(read_image(path, preprocessing.channels))
+    image = preprocessing.transform()(read_image(path, preprocessing.channels, preprocessing.value_range))
     with torch.inference_mode():
         return classifier.model.eval()(image[None]).softmax(1)[0]
 
@@ -57,6 +58,27 @@ def test_a_folder_becomes_a_table_of_the_models_own_probabilities(
         given = torch.tensor([float(row["bright"]), float(row["dark"])])
         torch.testing.assert_close(given, own_probabilities(classifier, row["path"]), atol=2e-6, rtol=0)
         assert row["prediction"] == ("bright" if given[0] > given[1] else "dark")
+
+
+def test_slices_in_hounsfield_units_are_seen_as_in_training(tmp_path: Path) -> None:
+    """Channels and the range of values are the checkpoint's; the files' own window is not used."""
+    generator = np.random.default_rng(0)
+    window = {"RescaleSlope": 1, "RescaleIntercept": -1000, "WindowCenter": 3000, "WindowWidth": 10}
+    for name, level in (("bright", 1200), ("dark", 300)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(6):
+            pixels = level + generator.integers(0, 200, (9, 8))
+            write_dicom(tmp_path / "images" / name / f"slice{index}", pixels, **window)
+    seen = ("--data.channels", "1", "--data.value_range", "[-1000, 400]", "--trainer.max_epochs", "1")
+    assert fit(tmp_path / "images", tmp_path / "run", *seen) == 0
+    checkpoint = tmp_path / "run" / "best.ckpt"
+    assert predict(checkpoint, tmp_path / "images", "--output", tmp_path / "out.csv") == 0
+    rows, classifier = rows_of(tmp_path / "out.csv"), load_classifier(checkpoint)
+    assert len(rows) == 12 and classifier.preprocessing.value_range == (-1000, 400)
+    assert read_image(rows[0]["path"], 1, (-1000, 400)).min() > 0.5  # by the window all are black
+    for row in rows:
+        given = torch.tensor([float(row["bright"]), float(row["dark"])])
+        torch.testing.assert_close(given, own_probabilities(classifier, row["path"]), atol=2e-6, rtol=0)
 
 
 def test_a_table_of_paths(folder: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from pytorch_lightning import Trainer
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -26,6 +29,24 @@ def make_images(folder: Path, per_class: int = 6, names: tuple[str, ...] = ("bri
             brightness = 220 - 190 * label // max(len(names) - 1, 1) + index
             Image.new("RGB", (12, 10), (brightness,) * 3).save(folder / name / f"{index}.png")
     return folder
+
+
+def write_dicom(path: Path, pixels: NDArray[Any], **elements: Any) -> Path:
+    """A slice of 16 bits [H, W], with these further elements."""
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
+    dataset.Rows, dataset.Columns = pixels.shape
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.BitsAllocated = dataset.BitsStored = 16
+    dataset.HighBit, dataset.PixelRepresentation = 15, 0
+    dataset.PixelData = pixels.astype("<u2").tobytes()
+    for name, value in elements.items():
+        setattr(dataset, name, value)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
 
 
 def make_cifar(root: Path, monkeypatch: Any, classes: int = 10) -> None:
