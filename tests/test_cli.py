@@ -231,6 +231,10 @@ def test_an_image_that_disappears_in_the_middle_of_an_epoch(
         (["--data.batch_size", "5000"], "one batch of 5000 images"),
         (["--data.batch_size", "1"], "expected at least 2, so that a batch has a variance"),
         (["--model.learning_rate", "-1"], "expected a number above 0"),
+        (
+            ["--monitor", "val_auc"],
+            "expected one of val_loss, val_accuracy, val_auroc",
+        ),
         (["--model.checkpointing", "everything"], "'none', 'bottleneck'"),
         (["--model.netwerk", "densenet121"], "netwerk"),
         (["--config", "nothing"], "nothing: no such file, and no such recipe; the recipes are cifar10, demo"),

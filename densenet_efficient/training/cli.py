@@ -206,6 +206,8 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if self.command == "find-batch-size":
             return super().instantiate_trainer(**kwargs, logger=False)
+        if self.command == "fit":
+            self._check_monitor()
         output = Path(self.config.output)
         plugins: list[Any] = [AtomicCheckpointIO()]
         if self.config.trainer.strategy == FSDP:
@@ -226,6 +228,12 @@ class TrainingCLI(LightningCLI):
         if isinstance(trainer.strategy, DDPStrategy) and self.config.model.head_epochs > 0:
             trainer.strategy._ddp_kwargs["find_unused_parameters"] = True  # those of all but the head, at first
         return trainer
+
+    def _check_monitor(self) -> None:
+        """Before the first epoch, at whose end Lightning would find out, and save nothing."""
+        known = ["val_loss", *self.model.val_metrics, "train_loss", *self.model.train_metrics]
+        if self.config.monitor not in known:
+            raise ValueError(f"--monitor {self.config.monitor}: expected one of {', '.join(known)}")
 
     def _wants_float16_on_the_cpu(self) -> bool:
         given = self.config.trainer
