@@ -2,8 +2,8 @@
 
 Prepared are the affine maps of its norms (they use their running statistics) and its weights, packed as the kernels
 read them. All of it is kept beside the block for as long as every module, parameter and buffer is what it was; nothing
-needs to be converted, and nothing of it is saved or copied with the model. No batch norm is folded into the weights: the
-kernels apply its map while they load, one multiply-add per element.
+needs to be converted, and nothing of it is saved or copied with the model. No batch norm is folded into the weights:
+the kernels apply its map while they load, one multiply-add per element.
 """
 
 from __future__ import annotations
@@ -82,12 +82,15 @@ class Plan:
         if prepared is None:
             prepared = self.prepared[x.dtype] = self._prepare(x)
         images, _, height, width = x.shape
+        rows = as_rows(x)
+        if rows.stride(1) != 1:  # of one image alone, whose channels come first: flattening its pixels copies nothing
+            rows = rows.contiguous()
         pools = self.exit not in (NO_EXIT, TRANSITION_DOWN)
         window = pooling_window(self.exit, (height, width)) if pools else (1, 1)
         features = empty_images(x, images, self.total, height, width) if keep_features else None
         out = empty_images(x, images, self.out_channels, height // window[0], width // window[1])
         torch.ops.densenet_efficient.dense_stage_inference(
-            as_rows(x), height, width, self.bottleneck_channels, self.growth_rate,
+            rows, height, width, self.bottleneck_channels, self.growth_rate,
             prepared.affines, prepared.weights, prepared.exit_affine, prepared.exit_weight, window,
             None if features is None else as_rows(features), as_rows(out) if self.out_channels else None,
         )  # fmt: skip
@@ -109,7 +112,7 @@ class Plan:
 
 
 def applies(x: Tensor) -> bool:
-    """Whether a forward of ``x`` is wanted for its values alone, on the native CPU backend: no gradient, trace or hook."""
+    """Whether a forward of ``x`` is wanted for its values alone on the native CPU backend: no gradient, trace or hook."""
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()

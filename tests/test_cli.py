@@ -22,7 +22,12 @@ from training_cases import fit, fit_arguments, make_cifar, make_images
 from densenet_efficient.cli import CONFIGURED_COMMANDS, main
 from densenet_efficient.models import create_model, model_names
 from densenet_efficient.training import batch_size, finish
-from densenet_efficient.training.batch_size import largest_batch, measure_training
+from densenet_efficient.training.batch_size import (
+    available_memory,
+    largest_batch,
+    left_in_control_groups,
+    measure_training,
+)
 from densenet_efficient.training.checkpoint import load_classifier, read_checkpoint
 from densenet_efficient.training.recipes import FOLDER, recipe_names
 
@@ -359,6 +364,21 @@ def test_the_batch_size_finder(
     assert f"--data.batch_size {batch}: a step takes 0.10 of 0.10 GiB on cpu" in capsys.readouterr().out
     assert {(shape, options["dtype"]) for shape, _, options in asked} == {((3, 8, 8), "bfloat16")}
     assert not (tmp_path / "run").exists()
+
+
+def test_memory_of_a_container(tmp_path: Path) -> None:
+    """A job within a node's slice: the slice has a limit, the job a smaller one, of which files take a part."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("1:cpu:/\n0::/slice/job\n")
+    job = tmp_path / "sys/fs/cgroup/slice/job"
+    job.mkdir(parents=True)
+    for folder, limit, current in ((job, "1000", "700"), (job.parent, "5000", "800"), (job.parent.parent, "max", "9")):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{current}\n")
+        (folder / "memory.stat").write_text("anon 300\ninactive_file 400\n")
+    assert list(left_in_control_groups(tmp_path)) == [700, 4600]
+    assert list(left_in_control_groups(tmp_path / "elsewhere")) == []
+    assert available_memory("cpu") > 2**26
 
 
 def test_the_largest_batch_is_found_from_smaller_ones() -> None:
