@@ -112,7 +112,7 @@ class Plan:
 
 
 def applies(x: Tensor) -> bool:
-    """Whether a forward of ``x`` is wanted for its values alone on the native CPU backend: no gradient, trace or hook."""
+    """Whether a forward wants the values of ``x`` alone, on the native CPU backend: no gradient, trace or hook."""
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
