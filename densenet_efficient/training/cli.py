@@ -167,12 +167,8 @@ class TrainingCLI(LightningCLI):
         best = "of fit: what the best checkpoint is best in: val_loss, val_accuracy, val_auroc, ..."
         add("monitor", str, "val_loss", best)
         add("patience", int | None, None, "of fit: stop after so many epochs without a better --monitor")
-        add(
-            "ema_decay",
-            float | None,
-            None,
-            "of fit: validate and save an exponential moving average of the weights (not with fsdp)",
-        )
+        average = "of fit: validate and save an exponential moving average of the weights (not with fsdp)"
+        add("ema_decay", float | None, None, average)
         add("save_every_n_steps", int | None, None, "of fit: write the last checkpoint within an epoch too")
         add("compare", bool, False, "of fit: finally measure the naive implementation beside the efficient one")
 
