@@ -49,6 +49,14 @@ def test_float64(no_operator, variant, shape):
         torch.testing.assert_close(logits_of(efficient, x), logits_of(naive, x), rtol=FLOAT64_TOLERANCE, atol=1e-9)
 
 
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_first_convolution_without_pooling(no_operator, images):
+    """Its output is not channels-last; the pixels of a single image are rows without being copied."""
+    naive, efficient = make_pair(mode="eval", small_inputs=True)
+    x = make_images(images, 3, 8, 9)
+    torch.testing.assert_close(logits_of(efficient, x), logits_of(naive, x), rtol=FLOAT64_TOLERANCE, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_low_precision(no_operator, variant, dtype):

@@ -5,6 +5,7 @@ A checkpoint is Lightning's, of tensors and plain values only, with one entry mo
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import struct
@@ -25,6 +26,8 @@ ENTRY = "densenet_efficient"
 REMEDY = "expected a checkpoint written by densenet-efficient fit"
 # What reading an archive whose bytes are not those written may raise.
 DAMAGED = (RuntimeError, OSError, EOFError, ValueError, KeyError, NotImplementedError, struct.error, zipfile.BadZipFile)
+# What a file system without hard links says, such as that of many an external drive.
+WITHOUT_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 MODEL_PREFIX = "model."
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
@@ -137,6 +140,10 @@ def _keep_as_previous(last: Path) -> None:
     try:
         os.link(last, link)
         os.replace(link, last.with_name(PREVIOUS))
+    except OSError as error:
+        if error.errno not in WITHOUT_HARD_LINKS:
+            raise
+        os.replace(last, last.with_name(PREVIOUS))  # for a moment it is the only one, which `last_whole` knows
     finally:
         link.unlink(missing_ok=True)
 
