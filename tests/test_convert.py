@@ -1,8 +1,6 @@
-"""DenseNets of torchvision, timm, MONAI and torchxrayvision, converted in place: the same results, names and objects.
+"""DenseNets of torchvision, timm, MONAI and torchxrayvision, converted in place: the same results, names, objects."""
 
-torchxrayvision itself is not installed for the tests: `xray_densenet` has its modules, names and forwards.
-"""
-
+import contextlib
 import copy
 import importlib
 import io
@@ -14,7 +12,18 @@ import pytest
 import timm
 import torch
 import torchvision
-from cases import LEVELS, MODES, assert_close, loss_of, make_images, needs_native, step, trained
+from cases import (
+    LEVELS,
+    MODES,
+    assert_close,
+    group_errors,
+    loss_of,
+    make_images,
+    needs_native,
+    state_of,
+    step,
+    trained,
+)
 from conversion_cases import (
     MODELS,
     SOURCES,
@@ -26,6 +35,8 @@ from conversion_cases import (
     timm_densenet,
     torchvision_densenet,
 )
+from pytorch_lightning import Trainer
+from test_exactness import assert_errors_at_most_twice, low_precision_step
 from timm.layers import BlurPool2d
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -40,6 +51,7 @@ LIBRARIES = ["torchvision", "timm", "MONAI", "torchxrayvision"]
 PLAIN = [name for name in MODELS if "dropout" not in name]
 every_model = pytest.mark.parametrize("name", MODELS)
 every_library = pytest.mark.parametrize("name", LIBRARIES)
+every_level = pytest.mark.parametrize("level", LEVELS)
 
 
 def classes_of(model):
@@ -61,7 +73,7 @@ def first_block(model):
 
 
 @every_model
-@pytest.mark.parametrize("level", LEVELS)
+@every_level
 def test_trains_like_the_original(backend, name, level):
     """Changes of the parameters, and buffers with num_batches_tracked, after three steps of SGD."""
     original, converted = map(seeded, make_models(name))
@@ -77,6 +89,24 @@ def test_outputs_and_gradients(backend, name, mode):
     convert(converted)
     images = make_images(*IMAGES)
     assert_close(step(converted, images, seed=3), step(original, images, seed=3))
+
+
+@every_library
+@every_level
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+def test_low_precision(backend, name, level, autocast):
+    """At most twice the original's own error; bfloat16 by autocast."""
+    errors = []
+    for seed in range(5):
+        original, converted = (model.float() for model in make_models(name, seed=seed))
+        convert(converted, checkpointing=level)
+        images = make_images(*IMAGES, seed=seed, dtype=torch.float32)
+        truth = step(copy.deepcopy(original).double(), images.double())
+        pair = (original, converted)
+        errors.append(
+            [group_errors(low_precision_step(model, images, torch.float32, autocast), truth) for model in pair]
+        )
+    assert_errors_at_most_twice(errors, 2e-2 if autocast else 1e-5)
 
 
 @needs_native
@@ -139,11 +169,8 @@ def test_revert_restores_everything(backend, name):
     assert_close(step(converted, images, seed=3), step(original, images, seed=3), 0)
 
 
-DUPLICATES = [(name, copy.deepcopy) for name in LIBRARIES]
-DUPLICATES += [(name, lambda model: pickle.loads(pickle.dumps(model))) for name in LIBRARIES[:3]]  # the stand-in cannot
-
-
-@pytest.mark.parametrize(("name", "duplicate"), DUPLICATES)
+@every_library
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_and_pickles(backend, name, duplicate):
     original, converted = make_models(name)
     convert(converted, checkpointing="none")
@@ -193,10 +220,11 @@ def test_hooks_around_what_is_fused(backend, name, path, before):
 
 
 @every_library
+@every_level
 @pytest.mark.parametrize("path", ["features.denseblock1", "features.transition1", "features.norm5"])
-def test_backward_hooks(backend, name, path):
+def test_backward_hooks(backend, name, path, level):
     models = make_models(name)
-    convert(models[1])
+    convert(models[1], checkpointing=level)
     seen = []
     for model in models:
         for module in model.modules():
@@ -248,6 +276,32 @@ def test_a_module_replaced_after_the_conversion(backend, name):
     assert_close(result, step(models[0], images))
 
 
+def test_torchxrayvision_resizes_images(backend):
+    """As with its pretrained weights."""
+    models = make_models("torchxrayvision", "eval")
+    for model in models:
+        model.input_resolution, model.apply_sigmoid = 40, True
+    convert(models[1])
+    images = make_images(3, 3, 33, 33)
+    features = [model.features2(images) for model in models]
+    assert_close({"": features[1]}, {"": features[0]})
+    assert_close({"": models[1](images)}, {"": models[0](images)})
+
+
+def test_a_lightning_module_trains(backend, tmp_path):
+    """Converted after its optimizer is made, as a callback would."""
+    models = make_models("Lightning module")
+    options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    loader = torch.utils.data.DataLoader(make_images(*IMAGES), batch_size=3)
+    for model in models:
+        if model is models[1]:
+            model.on_train_start = lambda model=model: convert(model) and None
+        trainer = Trainer(accelerator="cpu", max_epochs=3, logger=False, default_root_dir=tmp_path, **options)
+        trainer.fit(model, loader)
+    assert len(blocks_of(models[1])) == 2
+    assert_close(models[1].state_dict(), models[0].state_dict())
+
+
 def test_timm_switches_the_level(backend):
     original, converted = make_models("timm")
     convert(converted, checkpointing="none")
@@ -287,14 +341,20 @@ NODES = {"features.denseblock1": "block", "features.transition1": "transition", 
 
 
 @pytest.mark.parametrize("name", ["torchvision", "MONAI", "torchxrayvision"])
-def test_fx_extracts_features(backend, name):
-    """torch.fx sees the modules: the same features, at the original's cost."""
+@every_level
+def test_fx_extracts_features(backend, name, level):
+    """torch.fx sees the modules: the same features, which train alike, at the original's cost."""
     original, converted = make_models(name)
-    convert(converted)
-    with pytest.warns(UserWarning, match="torch.fx traces"):
-        extractor = create_feature_extractor(converted, NODES)
-    images = make_images(*IMAGES)
-    assert_close(extractor(images), create_feature_extractor(original, NODES)(images))
+    convert(converted, checkpointing=level)
+    results = []
+    for model in (original, converted):
+        said = pytest.warns(UserWarning, match="torch.fx traces") if model is converted else contextlib.nullcontext()
+        with said:
+            extractor = create_feature_extractor(model, NODES)
+        features = extractor(make_images(*IMAGES))
+        sum(map(loss_of, features.values())).backward()
+        results.append(features | state_of(extractor))
+    assert_close(results[1], results[0])
 
 
 def saved_bytes(model, images):
@@ -490,5 +550,6 @@ def test_sources_are_converted_at_all():
     for name in MODELS:
         model = make_model(name)
         report = convert(model)
-        assert len(blocks_of(model)) == 2, report
+        blocks = [name for name, _ in model.named_modules() if re.search(r"denseblock\d$", name)]
+        assert len(blocks_of(model)) == len(blocks) >= 2, report
     assert set(LIBRARIES) < set(SOURCES)

@@ -21,6 +21,7 @@ from .modules import (
     ConvertedSequential,
     ConvertedTimm,
     ConvertedTorchvision,
+    ConvertedXray,
 )
 from .report import Entry, Report
 
@@ -31,6 +32,7 @@ NETWORKS: Roles = {
     ("torchvision.models.densenet", "DenseNet", ("forward",)): ConvertedTorchvision,
     ("timm.models.densenet", "DenseNet", TIMM_METHODS): ConvertedTimm,
     ("monai.networks.nets.densenet", "DenseNet", ("forward",)): ConvertedMonai,
+    ("torchxrayvision.models", "DenseNet", ("forward", "features2")): ConvertedXray,
 }
 SEQUENCES: Roles = {
     ("torch.nn.modules.container", "Sequential", ("forward",)): ConvertedSequential,

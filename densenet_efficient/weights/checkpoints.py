@@ -17,7 +17,10 @@ from .keras_files import KERAS_SUFFIXES, read_keras
 CONTAINERS = ("state_dict", "model_state_dict", "model")  # under which checkpoints keep a model's state
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", *KERAS_SUFFIXES)
 _PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")
-_OTHER_NAMES = {"class_layers.out.": "classifier.", "features.norm_final.": "features.norm5."}  # MONAI's, Pleiss et al.'s
+_OTHER_NAMES = {
+    "class_layers.out.": "classifier.",  # MONAI's
+    "features.norm_final.": "features.norm5.",  # Pleiss et al.'s
+}
 _OLD_KEY = re.compile(r"(denselayer\d+\.)(?:layers\.)?(norm|relu|conv)\.?([12]\.)")
 
 
