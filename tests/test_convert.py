@@ -468,6 +468,21 @@ def test_the_report_is_a_table():
     assert "replaced  encoder.denseblock1  _DenseBlock  3 layers over one storage" in lines
 
 
+@pytest.mark.parametrize(
+    ("name", "path", "condition"),
+    [
+        ("torchvision", "features", ""),
+        ("sequence", "1.features", ""),
+        ("pyramid", "backbone.body", ""),
+        ("segmentation encoder", "encoder.features", ", where DenseNetEncoder's own forward calls it as a whole"),
+        ("U-Net", "encoder", ", where UNet's own forward calls it as a whole"),
+    ],
+)
+def test_the_report_says_where_a_sequence_may_not_be_called(name, path, condition):
+    notes = {entry.path: entry.note for entry in convert(make_model(name)).replaced}
+    assert notes[path].endswith(f"as one operator each{condition}")
+
+
 # Bad input
 
 
