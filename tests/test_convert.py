@@ -494,6 +494,17 @@ def test_nothing_is_a_densenet(model):
     assert classes_of(model) == classes
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda model: torch.jit.trace(model, make_images(*IMAGES))])
+def test_torchscript_is_left_as_it_is(compiled):
+    script = compiled(make_model("torchvision", "eval"))
+    for model in (script, nn.Sequential(script, nn.Linear(5, 2))):
+        with pytest.raises(ValueError, match=r"TorchScript has compiled or traced.*convert the model before"):
+            convert(model)
+    beside = nn.ModuleList([script, make_model("torchvision")])
+    assert {entry.path[:2] for entry in convert(beside).replaced} == {"1."}
+
+
 def test_an_efficient_densenet_needs_no_conversion():
     with pytest.raises(ValueError, match=r"features.denseblock1 is a block of this package"):
         convert(EfficientDenseNet(4, (2, 2), 6))

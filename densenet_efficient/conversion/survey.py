@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from torch import nn
+from torch.jit import ScriptModule
 
 from .. import fusion
 from ..dimensions import Convolution
@@ -57,7 +58,7 @@ class Survey:
         self.roles: dict[nn.Module, type[Converted]] = {}
         self.converted: list[str] = []
         self.own_blocks: list[str] = []
-        self.paths = {module: path for path, module in model.named_modules()}
+        self.paths = {module: path for path, module in model.named_modules() if not isinstance(module, ScriptModule)}
         for module in self.paths:
             self._look_at_block(module)
         for module in self.paths:
