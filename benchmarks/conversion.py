@@ -52,6 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     for source in options.sources:
         if source not in [row["source"] for row in results["rows"]]:
             results["rows"].append(measure(source))
+            results["rows"].sort(key=lambda row: list(SOURCES).index(row["source"]))
             results_file.save(path, results)
     print(f"wrote {path}", flush=True)
 
