@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import fusion, kernels
 from .dimensions import BatchNorm, Convolution
-from .layout import as_rows, empty_images
+from .layout import as_rows, channels_last, empty_images
 from .stage import HEAD, NO_EXIT, TRANSITION_DOWN, pooling_window
 
 
@@ -87,7 +87,7 @@ class Plan:
         features = empty_images(x, images, self.total, height, width) if keep_features else None
         out = empty_images(x, images, self.out_channels, height // window[0], width // window[1])
         torch.ops.densenet_efficient.dense_stage_inference(
-            as_rows(x), height, width, self.bottleneck_channels, self.growth_rate,
+            as_rows(channels_last(x)), height, width, self.bottleneck_channels, self.growth_rate,
             prepared.affines, prepared.weights, prepared.exit_affine, prepared.exit_weight, window,
             None if features is None else as_rows(features), as_rows(out) if self.out_channels else None,
         )  # fmt: skip

@@ -49,6 +49,14 @@ def test_float64(no_operator, variant, shape):
         torch.testing.assert_close(logits_of(efficient, x), logits_of(naive, x), rtol=FLOAT64_TOLERANCE, atol=1e-9)
 
 
+@pytest.mark.parametrize("images", [1, 2])
+def test_contiguous_features(no_operator, images):
+    """Without a stem before it, a stage gets them as the first convolution gives them; one image's rows are a view."""
+    naive, efficient = make_pair(mode="eval", small_inputs=True)
+    x = make_images(images, 3, 9, 12)
+    torch.testing.assert_close(logits_of(efficient, x), logits_of(naive, x), rtol=FLOAT64_TOLERANCE, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_low_precision(no_operator, variant, dtype):
