@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import fusion, kernels
 from .dimensions import BatchNorm, Convolution
-from .layout import as_rows, empty_images
+from .layout import as_rows, channels_last, empty_images
 from .stage import HEAD, NO_EXIT, TRANSITION_DOWN, pooling_window
 
 
@@ -82,15 +82,12 @@ class Plan:
         if prepared is None:
             prepared = self.prepared[x.dtype] = self._prepare(x)
         images, _, height, width = x.shape
-        rows = as_rows(x)
-        if rows.stride(1) != 1:  # of one image alone, whose channels come first: flattening its pixels copies nothing
-            rows = rows.contiguous()
         pools = self.exit not in (NO_EXIT, TRANSITION_DOWN)
         window = pooling_window(self.exit, (height, width)) if pools else (1, 1)
         features = empty_images(x, images, self.total, height, width) if keep_features else None
         out = empty_images(x, images, self.out_channels, height // window[0], width // window[1])
         torch.ops.densenet_efficient.dense_stage_inference(
-            rows, height, width, self.bottleneck_channels, self.growth_rate,
+            as_rows(channels_last(x)), height, width, self.bottleneck_channels, self.growth_rate,
             prepared.affines, prepared.weights, prepared.exit_affine, prepared.exit_weight, window,
             None if features is None else as_rows(features), as_rows(out) if self.out_channels else None,
         )  # fmt: skip

@@ -50,10 +50,10 @@ def test_float64(no_operator, variant, shape):
 
 
 @pytest.mark.parametrize("images", [1, 2])
-def test_a_first_convolution_without_pooling(no_operator, images):
-    """Its output is not channels-last; the pixels of a single image are rows without being copied."""
+def test_contiguous_features(no_operator, images):
+    """Without a stem before it, a stage gets them as the first convolution gives them; one image's rows are a view."""
     naive, efficient = make_pair(mode="eval", small_inputs=True)
-    x = make_images(images, 3, 8, 9)
+    x = make_images(images, 3, 9, 12)
     torch.testing.assert_close(logits_of(efficient, x), logits_of(naive, x), rtol=FLOAT64_TOLERANCE, atol=1e-9)
 
 
