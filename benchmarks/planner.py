@@ -2,8 +2,9 @@
 
 Writes benchmarks/results/<machine>-planner.json after every workload, and goes on where it was interrupted. What is
 compared is the memory of each further image: the slope of the peak between two batches, each in a fresh process. The
-batches are n and 4n, where n images take about 300 MiB as predicted: then the tens of MiB that the C library keeps of
-what was freed, now more and now less, are small beside what is measured.
+batches are n and 3n, where n images take about 450 MiB as predicted: then the tens of MiB that the C library keeps of
+what was freed, more at the smaller batch, whose buffers are below the size that it returns at once, are small beside
+what is measured.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from densenet_efficient.measure import MIB, peak_memory_per_image
 from . import results as results_file
 
 COLUMNS = ("step", "model", "images", "dtype", "checkpointing", "batches", "predicted", "measured", "error")
-SMALLER_MIB = 300  # of activations at the smaller batch
-TIMES = 4  # as many images has the larger one
+SMALLER_MIB = 450  # of activations at the smaller batch
+TIMES = 3  # as many images has the larger one
 MIXED = ("bottleneck", "bottleneck", "bottleneck", "none")
 
 

@@ -70,7 +70,7 @@ def draw_timeline(results: Results, path: Path) -> None:
     first = rows[0]
     workload = f"{first['model']}, batch {first['batch']}, {first['size']}x{first['size']}, {first['dtype']}"
     all_axes[-1].set_xlabel(f"milliseconds of one training step ({workload})")
-    all_axes[-1].set_ylim(bottom=0)
+    all_axes[-1].set_ylim(0, 1.15 * max(row["peak_mib"] for row in rows))
     all_axes[-1].set_xlim(left=0)
     save(figure, path)
 
