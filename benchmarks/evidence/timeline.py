@@ -61,7 +61,7 @@ def trace(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def live_memory(profiled: profile) -> tuple[list[Moment], dict[str, float]]:
     """What lives after every allocation and release beyond what lived before the step, and when each phase ends."""
-    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events: list[Any] = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
     phases = {event.name(): event for event in events if event.name() in PHASES}
     start = phases[PHASES[0]].start_ns()
     moments: list[Moment] = []
