@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/capability.h"
+#include "module_snapshot.h"
 
 namespace py = pybind11;
 
@@ -70,12 +71,12 @@ TORCH_LIBRARY(densenet_efficient, library) {
   library.def(
       "bn_relu_max_pool_backward(Tensor out_grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, int height, "
       "int width, Tensor(a!) grad, Tensor(b!) sum_grad, Tensor(c!) sum_grad_x) -> ()");
-  // At inference: weights packed once for many calls, and the loop over a block's layers.
+  // At inference: weights packed once for many calls, and a stage on a few images at a time.
   library.def("packed_weight(Tensor weight, ScalarType dtype) -> Tensor");
-  library.def("bn_relu_conv1x1_packed(Tensor x, Tensor scale, Tensor shift, Tensor packed, Tensor(a!) out) -> ()");
   library.def(
-      "dense_block_inference(Tensor(a!) storage, int channels, int height, int width, int bottleneck_channels, "
-      "Tensor[] affines, Tensor[] packed) -> ()");
+      "dense_stage_inference(Tensor x, int height, int width, int bottleneck_channels, int growth_rate, "
+      "Tensor[] affines, Tensor[] packed, Tensor? exit_affine, Tensor? exit_packed, int[2] window, "
+      "Tensor(a!)? features, Tensor(b!)? out) -> ()");
   // In training: the loop over a block's layers (densenet_efficient/dense_layers.py), with the lists of their norms, in
   // order, of each norm's running mean and variance (None where it uses the batch's), and of their convolutions.
   library.def(
@@ -95,4 +96,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Native operators of densenet_efficient, registered as torch.ops.densenet_efficient.";
   module.def("build_info", &densenet_efficient::build_info);
   module.def("cpu_capability", &densenet_efficient::cpu_capability_name);
+  py::class_<densenet_efficient::ModuleSnapshot>(module, "ModuleSnapshot")
+      .def(py::init<const py::list&>())
+      .def("matches", &densenet_efficient::ModuleSnapshot::matches);
 }

@@ -1,6 +1,9 @@
 """The native module: importing it registers `torch.ops.densenet_efficient`."""
 
+from collections.abc import Sequence
 from typing import TypedDict
+
+from torch import nn
 
 class BuildInfo(TypedDict):
     version: str  # of densenet_efficient
@@ -18,3 +21,10 @@ def cpu_capability() -> str:
         ValueError: the environment variable names a capability that this build does not have.
         RuntimeError: it names one that this CPU does not support.
     """
+
+class ModuleSnapshot:
+    """What modules are made of, all the way down: classes, attributes, parameters, buffers, hooks."""
+
+    def __init__(self, modules: Sequence[nn.Module | None]) -> None: ...
+    def matches(self, modules: Sequence[nn.Module | None]) -> bool:
+        """Whether all of it is still the same, no tensor changed in place included."""

@@ -1,14 +1,14 @@
 """Inference: what a stage does not change from call to call is prepared once, and its layers run in one native call.
 
 Prepared are the affine maps of its norms (they use their running statistics) and its weights, packed as the kernels
-read them. All of it is kept beside the block for as long as every parameter and buffer is what it was; nothing needs
-to be converted, and nothing of it is saved or copied with the model. No batch norm is folded into the weights: the
+read them. All of it is kept beside the block for as long as every module, parameter and buffer is what it was; nothing
+needs to be converted, and nothing of it is saved or copied with the model. No batch norm is folded into the weights: the
 kernels apply its map while they load, one multiply-add per element.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,26 +17,8 @@ from torch import Tensor, nn
 
 from . import fusion, kernels
 from .dimensions import BatchNorm, Convolution
-from .layout import as_images, as_rows, empty_images
-from .stage import NO_EXIT, TRANSITION, TRANSITION_DOWN, pooling_window
-
-
-class Source(NamedTuple):
-    """A parameter or buffer that a plan was made of."""
-
-    owner: dict[str, Any]  # the module's parameters or buffers by name
-    name: str
-    tensor: Tensor
-    version: int
-    address: int
-
-    def is_unchanged(self) -> bool:
-        """Whether it is still this tensor with the same values; in-place changes raise its version."""
-        return (
-            self.owner.get(self.name) is self.tensor
-            and self.tensor._version == self.version
-            and self.tensor.data_ptr() == self.address
-        )
+from .layout import as_rows, empty_images
+from .stage import HEAD, NO_EXIT, TRANSITION_DOWN, pooling_window
 
 
 class Prepared(NamedTuple):
@@ -64,77 +46,56 @@ class Stage(NamedTuple):
         return self.norms if self.exit_norm is None else [*self.norms, self.exit_norm]
 
     @property
-    def every_convolution(self) -> list[Convolution]:
-        return self.convolutions if self.exit_conv is None else [*self.convolutions, self.exit_conv]
+    def every_tensor(self) -> list[Tensor]:
+        """The parameters and buffers that an inference reads."""
+        last = [] if self.exit_conv is None else [self.exit_conv]
+        modules: list[nn.Module] = [*self.every_norm, *self.convolutions, *last]
+        return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
 class Plan:
     """A stage whose norms all use their running statistics, and what was prepared for it."""
 
     def __init__(self, stage: Stage) -> None:
+        from ._C import ModuleSnapshot  # there, because the native backend is
+
         self.norms, self.convolutions = stage.norms, stage.convolutions
         self.exit, self.exit_norm, self.exit_conv = stage.exit, stage.exit_norm, stage.exit_conv
-        self.consumer, self.every_norm = stage.consumer, stage.every_norm
+        self.snapshot = ModuleSnapshot([stage.block, stage.consumer])
         self.weight = stage.convolutions[0].weight
         has_bottleneck = self.convolutions[0].kernel_size == (1, 1)
         self.bottleneck_channels = self.convolutions[0].out_channels if has_bottleneck else 0
         layers = len(self.convolutions) // (2 if has_bottleneck else 1)
-        self.total = self.norms[0].num_features + layers * self.convolutions[-1].out_channels
-        parents = [*stage.block.modules(), *(stage.consumer.modules() if stage.consumer else [])]
-        self.children = [
-            (parent._modules, name, child) for parent in parents for name, child in parent._modules.items()
-        ]
-        self.sources = [
-            Source(owner, name, tensor, tensor._version, tensor.data_ptr())
-            for owner, name, tensor in _tensors_of(stage)
-        ]
-        self.epsilons = [norm.eps for norm in self.every_norm]
+        self.growth_rate = self.convolutions[-1].out_channels
+        self.total = self.norms[0].num_features + layers * self.growth_rate
+        self.out_channels = 0 if self.exit_norm is None else self.total
+        if self.exit_conv is not None:
+            self.out_channels = self.exit_conv.out_channels
         self.prepared: dict[torch.dtype, Prepared] = {}
 
-    def is_valid(self, consumer: nn.Module | None) -> bool:
-        """Whether the stage, with this consumer, is still what the plan was made of."""
-        return (
-            consumer is self.consumer
-            and not any(norm.training for norm in self.every_norm)
-            and [norm.eps for norm in self.every_norm] == self.epsilons
-            and all(owner.get(name) is child for owner, name, child in self.children)
-            and all(source.is_unchanged() for source in self.sources)
-        )
+    def run(self, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor]:
+        """The exit's output (empty without one) and the block's features (empty unless kept).
 
-    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The exit's output (empty without one) and the block's features, for ``x`` [N, C0, H, W] of any layout."""
+        ``x`` is [N, C0, H, W] of any layout.
+        """
         prepared = self.prepared.get(x.dtype)
         if prepared is None:
             prepared = self.prepared[x.dtype] = self._prepare(x)
-        images, channels, height, width = x.shape
-        storage = x.new_empty(images * height * width, self.total)
-        as_images(storage[:, :channels], height, width).copy_(x)
-        torch.ops.densenet_efficient.dense_block_inference(
-            storage, channels, height, width, self.bottleneck_channels, prepared.affines, prepared.weights
-        )
-        return self._run_exit(prepared, storage, height, width), as_images(storage, height, width)
-
-    def _run_exit(self, prepared: Prepared, storage: Tensor, height: int, width: int) -> Tensor:
-        if self.exit == NO_EXIT or prepared.exit_affine is None:
-            return storage.new_empty(0)
-        _, _, scale, shift = prepared.exit_affine.unbind()
-        if self.exit == TRANSITION_DOWN and self.exit_conv is not None and prepared.exit_weight is not None:
-            rows = storage.new_empty(storage.shape[0], self.exit_conv.out_channels)
-            torch.ops.densenet_efficient.bn_relu_conv1x1_packed(storage, scale, shift, prepared.exit_weight, rows)
-            return F.max_pool2d(as_images(rows, height, width), 2)
-        window = pooling_window(self.exit, (height, width))
-        pooled_size = height // window[0], width // window[1]
-        images = storage.shape[0] // (height * width)
-        pooled = storage.new_empty(images * pooled_size[0] * pooled_size[1], self.total)
-        kernels.cpu.bn_relu_avg_pool(storage, scale, shift, height, width, *window, pooled)
-        if self.exit != TRANSITION or self.exit_conv is None or prepared.exit_weight is None:
-            return pooled
-        out = empty_images(storage, images, self.exit_conv.out_channels, *pooled_size)
-        # What is pooled is not negative, so that a ReLU in front of the convolution changes nothing.
-        torch.ops.densenet_efficient.bn_relu_conv1x1_packed(
-            pooled, torch.ones_like(scale), torch.zeros_like(scale), prepared.exit_weight, as_rows(out)
-        )
-        return out
+        images, _, height, width = x.shape
+        pools = self.exit not in (NO_EXIT, TRANSITION_DOWN)
+        window = pooling_window(self.exit, (height, width)) if pools else (1, 1)
+        features = empty_images(x, images, self.total, height, width) if keep_features else None
+        out = empty_images(x, images, self.out_channels, height // window[0], width // window[1])
+        torch.ops.densenet_efficient.dense_stage_inference(
+            as_rows(x), height, width, self.bottleneck_channels, self.growth_rate,
+            prepared.affines, prepared.weights, prepared.exit_affine, prepared.exit_weight, window,
+            None if features is None else as_rows(features), as_rows(out) if self.out_channels else None,
+        )  # fmt: skip
+        if self.exit == TRANSITION_DOWN:
+            out = F.max_pool2d(out, 2)
+        elif self.exit == HEAD:
+            out = out.flatten(1)
+        return out, x.new_empty(0) if features is None else features
 
     def _prepare(self, x: Tensor) -> Prepared:
         dtype = kernels.accumulation_dtype(x.dtype)
@@ -148,7 +109,7 @@ class Plan:
 
 
 def applies(x: Tensor) -> bool:
-    """Whether a forward of ``x`` is wanted for its values alone (no gradient, no trace), on the native CPU backend."""
+    """Whether a forward of ``x`` is wanted for its values alone, on the native CPU backend: no gradient, trace or hook."""
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -158,6 +119,7 @@ def applies(x: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and kernels.backend_name(x.device) == "cpu"
+        and not fusion.any_global_hook()
     )
 
 
@@ -167,7 +129,7 @@ _plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
 def kept_plan(block: nn.Module, consumer: nn.Module | None) -> Plan | None:
     """The plan kept for ``block`` with this consumer, where it is still valid."""
     plan = _plans.get(block)
-    return plan if plan is not None and plan.is_valid(consumer) else None
+    return plan if plan is not None and plan.snapshot.matches([block, consumer]) else None
 
 
 def forget_plan(block: nn.Module) -> None:
@@ -183,21 +145,10 @@ def make_plan(stage: Stage) -> Plan | None:
     """A plan for ``stage``, kept for the next calls; None where its statistics or weights may not be kept."""
     if any(map(fusion.uses_batch_statistics, stage.every_norm)):
         return None
-    if any(tensor.is_inference() for _, _, tensor in _tensors_of(stage)):
+    if any(tensor.is_inference() for tensor in stage.every_tensor):
         return None  # made under torch.inference_mode: nothing tells when they change
     plan = _plans[stage.block] = Plan(stage)
     return plan
-
-
-def _tensors_of(stage: Stage) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """The parameters and buffers that an inference reads, with the dictionaries that hold them."""
-    return [
-        (owner, name, tensor)
-        for module in (*stage.every_norm, *stage.every_convolution)
-        for owner in (module._parameters, module._buffers)
-        for name, tensor in owner.items()
-        if tensor is not None and name != "num_batches_tracked"
-    ]
 
 
 def _affine(norm: BatchNorm, dtype: torch.dtype) -> Tensor:

@@ -290,6 +290,12 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
     Returns the output, and whether it is [N, C], pooled already.
     """
     while children:
+        plan = _kept_plan(children, with_head, x)
+        if plan is not None:
+            x, children = _run_plan(plan, x, keep_features=False)[0], children[2:]
+            if plan.exit == HEAD:
+                return x, True
+            continue
         traced = fusion.tracer(x, children[0].training)
         stem, stage = (None, None) if traced else (fusion.take_stem(children), take_stage(children, with_head))
         if stem is not None:
@@ -297,7 +303,7 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
             x, children = run_stem(conv, norm, x, saves_conv(children)), rest
         elif stage is not None:
             block, layers, consumer = stage
-            x, children = run_stage(block, layers, consumer, x)[0], children[2:]
+            x, children = run_stage(block, layers, consumer, x, keep_features=False)[0], children[2:]
             if isinstance(consumer, BatchNorm):
                 return x, True
         else:
@@ -339,17 +345,17 @@ def is_last_norm(module: nn.Module) -> bool:
 
 
 def run_stage(
-    block: StageBlock, layers: list[LayerParts], consumer: nn.Module | None, x: Tensor
+    block: StageBlock, layers: list[LayerParts], consumer: nn.Module | None, x: Tensor, keep_features: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Runs a dense block, whose layers were read, and the transition or last norm that consumes it.
 
-    Returns the consumer's output (empty without one) and the block's features [N, C, H, W], and updates the running
-    statistics of every norm, once.
+    Returns the consumer's output (empty without one) and the block's features [N, C, H, W], which an inference leaves
+    empty where they need not be kept, and updates the running statistics of every norm, once.
     """
     if inference.applies(x):
         plan = inference.kept_plan(block, consumer) or _make_plan(block, layers, consumer)
         if plan is not None:
-            return _run_plan(plan, x)
+            return _run_plan(plan, x, keep_features)
     elif torch.is_grad_enabled():
         inference.forget_plan(block)
     norms: list[BatchNorm] = [norm for layer in layers for norm in layer.norms]
@@ -391,9 +397,20 @@ def run_stage(
     return out, features
 
 
+def _kept_plan(children: list[nn.Module], with_head: bool, x: Tensor) -> inference.Plan | None:
+    """What an inference has prepared for the block that comes first and its consumer, where nothing has changed."""
+    if len(children) < 2 or not isinstance(children[0], StageBlock) or not inference.applies(x):
+        return None
+    plan = inference.kept_plan(*children[:2])
+    is_head = plan is not None and plan.exit == HEAD
+    return plan if not is_head or (with_head and len(children) == 2) else None
+
+
 def _make_plan(block: StageBlock, layers: list[LayerParts], consumer: nn.Module | None) -> inference.Plan | None:
     """What an inference prepares; None where it may not, or where no kernel serves the layers."""
     if not all(spatial.has_kernel(layer.convolutions[-1].weight, layer.dilation) for layer in layers):
+        return None
+    if layers[0].training and layers[0].drop_rate > 0:
         return None
     convolutions = [conv for layer in layers for conv in layer.convolutions]
     norms = [norm for layer in layers for norm in layer.norms]
@@ -401,11 +418,11 @@ def _make_plan(block: StageBlock, layers: list[LayerParts], consumer: nn.Module 
     return inference.make_plan(inference.Stage(block, consumer, norms, convolutions, stage_exit, exit_norm, exit_conv))
 
 
-def _run_plan(plan: inference.Plan, x: Tensor) -> tuple[Tensor, Tensor]:
+def _run_plan(plan: inference.Plan, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor]:
     check_input(plan.norms[0], dims_of(plan.convolutions[0]), x)
     if plan.exit in (TRANSITION, TRANSITION_DOWN):
         check_poolable(plan.exit_norm, x)
-    return plan.run(as_compute_dtype(x, [plan.weight]))
+    return plan.run(as_compute_dtype(x, [plan.weight]), keep_features)
 
 
 def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool) -> Tensor:

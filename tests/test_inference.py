@@ -142,6 +142,19 @@ def change_epsilon(model):
     model.features.norm5.eps = 0.5
 
 
+def add_a_hook(model):
+    model.features.denseblock2.denselayer1.conv2.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+class DoublingConvolution(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def change_the_class(model):
+    model.features.denseblock1.denselayer2.conv1.__class__ = DoublingConvolution
+
+
 def update_in_inference_mode(model):
     with torch.inference_mode():
         model.features.denseblock2.denselayer2.norm2.weight.mul_(3)
@@ -163,11 +176,14 @@ CHANGES = [
     load_another_state_by_assignment,
     train_the_statistics,
     change_epsilon,
+    add_a_hook,
+    change_the_class,
     update_in_inference_mode,
     move_to_another_dtype_and_back,
 ]
 
 
+@pytest.mark.filterwarnings("ignore:a dense block runs layer by layer")
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_of_the_model_shows(change):
     _, model = make_pair(mode="eval")
@@ -184,6 +200,32 @@ def test_batch_statistics_are_not_prepared():
     for _ in range(2):
         torch.testing.assert_close(logits_of(efficient, images), logits_of(naive, images), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(efficient.state_dict(), naive.state_dict(), rtol=1e-9, atol=1e-9)
+
+
+def test_dropout_of_layers_in_training():
+    """Their norms are frozen: the outputs are drawn, as many ask for to see how sure a network is."""
+    naive, efficient = make_pair(mode="frozen", drop_rate=0.5)
+    images = make_images(2, 3, 64, 64)
+    found = []
+    for model in (naive, efficient):
+        torch.manual_seed(0)
+        found.append(logits_of(model, images))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+    assert not torch.equal(logits_of(efficient, images), found[1])
+
+
+@pytest.mark.filterwarnings("ignore:a dense block runs layer by layer")
+def test_a_hook_for_all_modules():
+    """It sees every module, also after something was prepared."""
+    _, model = make_pair(mode="eval")
+    images = make_images(2, 3, 64, 64)
+    expected, seen = logits_of(model, images), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        torch.testing.assert_close(logits_of(model, images), expected, rtol=1e-9, atol=1e-9)
+    finally:
+        handle.remove()
+    assert set(norms_of(model)) <= set(seen)
 
 
 def test_parameters_made_in_inference_mode():

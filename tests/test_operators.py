@@ -193,50 +193,50 @@ def test_opcheck_of_a_native_operation(operation, dtype):
 
 
 def inference_arguments(dtype=torch.float32):
-    """Of a block of two layers, 6 + 2 * 4 channels on 2 images of 5x3, and of a 1x1 convolution."""
-    norms = [torch.rand(4, channels) for channels in (6, 8, 10, 8)]
-    weights = [torch.randn(shape) for shape in [(8, 6, 1, 1), (4, 8, 3, 3), (8, 10, 1, 1), (4, 8, 3, 3)]]
-    packed = [torch.ops.densenet_efficient.packed_weight(weight, dtype) for weight in weights]
-    block = (torch.rand(30, 14, dtype=dtype), 6, 5, 3, 8, norms, packed)
-    pointwise = (
-        torch.rand(30, 6, dtype=dtype),
-        torch.rand(6),
-        torch.rand(6),
-        packed[0],
-        torch.rand(30, 8, dtype=dtype),
-    )
-    return {"dense_block_inference": block, "bn_relu_conv1x1_packed": pointwise}
+    """Of a stage of two layers, 6 + 2 * 4 channels on 2 images of 4x6, and its transition to 7 channels."""
+    vector = torch.float64 if dtype == torch.float64 else torch.float32
+    norms = [torch.rand(4, channels, dtype=vector) for channels in (6, 8, 10, 8, 14)]
+    shapes = [(8, 6, 1, 1), (4, 8, 3, 3), (8, 10, 1, 1), (4, 8, 3, 3), (7, 14, 1, 1)]
+    packed = [torch.ops.densenet_efficient.packed_weight(torch.randn(shape), dtype) for shape in shapes]
+    x, features, out = (torch.rand(shape, dtype=dtype) for shape in [(48, 6), (48, 14), (12, 7)])
+    return {
+        "x": x, "height": 4, "width": 6, "bottleneck_channels": 8, "growth_rate": 4, "affines": norms[:4],
+        "packed": packed[:4], "exit_affine": norms[4], "exit_packed": packed[4], "window": [2, 2],
+        "features": features, "out": out,
+    }  # fmt: skip
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("operation", ["dense_block_inference", "bn_relu_conv1x1_packed"])
-def test_opcheck_of_the_inference(operation, dtype):
-    """They run outside autograd and every trace, so the schema is all there is."""
-    operator = getattr(torch.ops.densenet_efficient, operation).default
-    torch.library.opcheck(operator, inference_arguments(dtype)[operation], test_utils="test_schema")
+def test_opcheck_of_the_inference(dtype):
+    """It runs outside autograd and every trace, so the schema is all there is."""
+    operator = torch.ops.densenet_efficient.dense_stage_inference.default
+    torch.library.opcheck(operator, tuple(inference_arguments(dtype).values()), test_utils="test_schema")
 
 
 @needs_native
 @pytest.mark.parametrize(
-    ("operation", "index", "value", "message"),
+    ("name", "value", "message"),
     [
-        ("dense_block_inference", 0, torch.rand(30, 15), "storage must have 6 channels and as many more"),
-        ("dense_block_inference", 0, torch.rand(31, 14), "storage must have one row per pixel"),
-        ("dense_block_inference", 0, torch.rand(30, 14, dtype=torch.float64), "affines must be contiguous"),
-        ("dense_block_inference", 4, 7, "packed must be what packed_weight gives"),
-        ("dense_block_inference", 4, 0, "packed must be what packed_weight gives"),
-        ("dense_block_inference", 5, [torch.rand(4, 6)], "one entry per convolution"),
-        ("bn_relu_conv1x1_packed", 0, torch.rand(30, 7), "scale must be contiguous of shape"),
-        ("bn_relu_conv1x1_packed", 3, torch.zeros(3, dtype=torch.uint8), "packed must be what packed_weight gives"),
-        ("bn_relu_conv1x1_packed", 4, torch.rand(29, 8), "out must have shape"),
+        ("x", torch.rand(47, 6), "x must have one row per pixel"),
+        ("x", torch.rand(48, 12)[:, ::2], "x must have unit column stride"),
+        ("x", torch.rand(48, 6, dtype=torch.float64), "packed must be what packed_weight gives"),
+        ("affines", [torch.rand(4, 6), *[torch.rand(4, 8)] * 3], "affines must be contiguous"),
+        ("bottleneck_channels", 7, "packed must be what packed_weight gives"),
+        ("bottleneck_channels", 0, "packed must be what packed_weight gives"),
+        ("growth_rate", 0, "Expected channels"),
+        ("affines", [torch.rand(4, 6)], "one entry per convolution"),
+        ("exit_affine", torch.rand(4, 13), "affines must be contiguous"),
+        ("exit_affine", None, "Expected exit_affine with out"),
+        ("exit_packed", torch.zeros(3, dtype=torch.uint8), "packed must be what packed_weight gives"),
+        ("window", [5, 1], "Expected a window that fits"),
+        ("features", torch.rand(48, 15), "features must have shape"),
+        ("out", torch.rand(11, 7), "out must have shape"),
     ],
 )
-def test_impossible_arguments_of_the_inference(operation, index, value, message):
-    arguments = list(inference_arguments()[operation])
-    arguments[index] = value
+def test_impossible_arguments_of_the_inference(name, value, message):
     with pytest.raises(RuntimeError, match=message):
-        getattr(torch.ops.densenet_efficient, operation)(*arguments)
+        torch.ops.densenet_efficient.dense_stage_inference(**inference_arguments() | {name: value})
 
 
 @needs_native
@@ -251,7 +251,7 @@ def test_every_operator_is_checked_above():
     ours = {"dense_stage", "dense_stage_backward", "stem", "stem_backward"}
     without_tensors = {"cpu_product_rate", "return_freed_memory"}  # in test_roofline.py, test_measure.py
     loops = {"dense_layers", "dense_layers_backward"}  # in test_native_layers.py
-    assert registered <= ours | set(CONTRACT) | {*inference_arguments(), "packed_weight"} | loops | without_tensors
+    assert registered <= ours | set(CONTRACT) | {"dense_stage_inference", "packed_weight"} | loops | without_tensors
     assert ours <= registered
 
 

@@ -1,0 +1,304 @@
+#include <ATen/Parallel.h>
+#include <ATen/core/List.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/kernels/bn_relu_avg_pool.h"
+#include "cpu/kernels/bn_relu_conv1x1.h"
+#include "cpu/kernels/bn_relu_conv3x3.h"
+
+namespace densenet_efficient {
+namespace {
+
+using at::Tensor;
+
+// Of one visit's features and bottleneck: half of the second-level cache of a current server, and more than the L1 of
+// any; measured between 256 KiB and 3 MiB.
+constexpr int64_t kBytesOfAVisit = 1 << 20;
+
+// The bytes of a packed weight for activations of ``dtype``.
+int64_t packed_bytes(at::ScalarType dtype, int64_t kernel, int64_t channels, int64_t outputs) {
+  return kernel == 1 ? DISPATCH_CAPABILITY(conv1x1_packed_bytes)(dtype, channels, outputs)
+                     : DISPATCH_CAPABILITY(conv3x3_packed_bytes)(dtype, channels, outputs);
+}
+
+Tensor pack(const Tensor& weight, at::ScalarType dtype) {
+  TORCH_CHECK(weight.dim() == 4 && weight.size(2) == weight.size(3) && (weight.size(2) == 1 || weight.size(2) == 3),
+              "weight must have shape [K, C, 1, 1] or [K, C, 3, 3], got ", weight.sizes());
+  const int64_t outputs = weight.size(0), channels = weight.size(1), kernel = weight.size(2);
+  const Tensor dense = weight.to(dtype == at::kDouble ? at::kDouble : at::kFloat).contiguous();
+  Tensor packed = at::empty({packed_bytes(dtype, kernel, channels, outputs)}, at::kByte);
+  const auto run = kernel == 1 ? DISPATCH_CAPABILITY(pack_conv1x1) : DISPATCH_CAPABILITY(pack_conv3x3);
+  run(dtype, dense.const_data_ptr(), channels, outputs, packed.data_ptr());
+  return packed;
+}
+
+// Columns of a matrix in memory.
+struct Columns {
+  char* data;
+  int64_t stride, columns;
+};
+
+Columns columns_of(const Tensor& matrix) {
+  return {static_cast<char*>(const_cast<void*>(matrix.const_data_ptr())), matrix.stride(0), matrix.size(1)};
+}
+
+// One image after the other at this size.
+struct Images {
+  int64_t number, height, width;
+
+  int64_t pixels() const { return height * width; }
+  int64_t rows() const { return number * pixels(); }
+};
+
+// BN-ReLU and the convolution behind it.
+struct Convolution {
+  const void *scale, *shift, *packed;
+  int64_t channels, outputs;
+};
+
+// What a stage makes of its input: two convolutions per layer, or one without a bottleneck, and its exit.
+struct Stage {
+  at::ScalarType dtype;
+  int64_t element;                                     // bytes
+  int64_t channels, total, growth_rate, bottleneck_channels;  // of the input, of all features, of a layer
+  std::vector<Convolution> convolutions;
+  std::array<int64_t, 2> window;  // of the exit's average pooling, 1x1 where it is none
+  const void *exit_scale, *exit_shift;
+  std::optional<Convolution> exit_conv;  // behind the pooling, or in its place
+
+  // Whether the exit's norm is followed by the pooling, not by the convolution.
+  bool pools() const { return !exit_conv || window[0] * window[1] > 1; }
+  Images pooled(const Images& images) const {
+    return {images.number, images.height / window[0], images.width / window[1]};
+  }
+  int64_t bytes_of_an_image(const Images& images) const {
+    return images.pixels() * (total + bottleneck_channels) * element;
+  }
+};
+
+// A thread's own memory.
+struct Scratch {
+  Columns features, bottleneck, pooled;
+};
+
+template <typename Forward>
+Forward forward_of(at::ScalarType dtype, const Columns& x, const Convolution& convolution, const Columns& out) {
+  Forward arguments{};
+  arguments.dtype = dtype;
+  arguments.x = x.data;
+  arguments.x_stride = x.stride;
+  arguments.channels = convolution.channels;
+  arguments.outputs = convolution.outputs;
+  arguments.scale = convolution.scale;
+  arguments.shift = convolution.shift;
+  arguments.packed = convolution.packed;
+  arguments.out = out.data;
+  arguments.out_stride = out.stride;
+  return arguments;
+}
+
+void conv1x1(at::ScalarType dtype, int64_t rows, const Columns& x, const Convolution& convolution,
+             const Columns& out) {
+  auto arguments = forward_of<Conv1x1Forward>(dtype, x, convolution, out);
+  arguments.rows = rows;
+  DISPATCH_CAPABILITY(bn_relu_conv1x1)(arguments);
+}
+
+void conv3x3(at::ScalarType dtype, const Images& images, const Columns& x, const Convolution& convolution,
+             const Columns& out) {
+  auto arguments = forward_of<Conv3x3Forward>(dtype, x, convolution, out);
+  arguments.images = images.number;
+  arguments.height = images.height;
+  arguments.width = images.width;
+  DISPATCH_CAPABILITY(bn_relu_conv3x3)(arguments);
+}
+
+void avg_pool(const Stage& stage, const Images& images, const Columns& x, const Columns& out) {
+  AvgPoolForward arguments{};
+  arguments.dtype = stage.dtype;
+  arguments.x = x.data;
+  arguments.x_stride = x.stride;
+  arguments.images = images.number;
+  arguments.height = images.height;
+  arguments.width = images.width;
+  arguments.channels = stage.total;
+  arguments.window_height = stage.window[0];
+  arguments.window_width = stage.window[1];
+  arguments.scale = stage.exit_scale;
+  arguments.shift = stage.exit_shift;
+  arguments.out = out.data;
+  arguments.out_stride = out.stride;
+  DISPATCH_CAPABILITY(bn_relu_avg_pool)(arguments);
+}
+
+void copy_input(const Stage& stage, int64_t rows, const Columns& x, const Columns& features) {
+  at::parallel_for(0, rows, 512, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      std::memcpy(features.data + row * features.stride * stage.element, x.data + row * x.stride * stage.element,
+                  static_cast<size_t>(stage.channels * stage.element));
+    }
+  });
+}
+
+void run_layers(const Stage& stage, const Images& images, const Columns& features, const Columns& bottleneck) {
+  char* slot = features.data + stage.channels * stage.element;
+  for (size_t index = 0; index < stage.convolutions.size(); slot += stage.growth_rate * stage.element) {
+    const Columns* x = &features;
+    if (stage.bottleneck_channels > 0) {
+      conv1x1(stage.dtype, images.rows(), features, stage.convolutions[index++], bottleneck);
+      x = &bottleneck;
+    }
+    conv3x3(stage.dtype, images, *x, stage.convolutions[index++], {slot, features.stride, stage.growth_rate});
+  }
+}
+
+// The stage on a few images; ``features`` and ``out`` begin with theirs, or have no data.
+void run_images(const Stage& stage, const Images& images, const Columns& x, Columns features, const Columns& out,
+                const Scratch& scratch) {
+  if (features.data == nullptr) features = scratch.features;
+  copy_input(stage, images.rows(), x, features);
+  run_layers(stage, images, features, scratch.bottleneck);
+  if (out.data == nullptr) return;
+  if (!stage.exit_conv) return avg_pool(stage, images, features, out);
+  if (!stage.pools()) return conv1x1(stage.dtype, images.rows(), features, *stage.exit_conv, out);
+  avg_pool(stage, images, features, scratch.pooled);
+  conv1x1(stage.dtype, stage.pooled(images).rows(), scratch.pooled, *stage.exit_conv, out);
+}
+
+// The part of a matrix that begins with an image of so many rows.
+Columns from_image(const Columns& matrix, int64_t image, int64_t rows, int64_t element) {
+  if (matrix.data == nullptr) return matrix;
+  return {matrix.data + image * rows * matrix.stride * element, matrix.stride, matrix.columns};
+}
+
+// Every thread takes a few images through the whole stage, in memory that stays in its cache; the last of them, too
+// few for all threads, are shared by all.
+void run_stage(const Stage& stage, const Images& images, const Columns& x, const Columns& features,
+               const Columns& out) {
+  const int64_t available = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t share = std::max<int64_t>(images.number / available, 1);
+  const int64_t at_a_time = std::clamp<int64_t>(kBytesOfAVisit / stage.bytes_of_an_image(images), 1, share);
+  const int64_t visits = at::divup(images.number, at_a_time), apart = visits / available * available;
+  const int64_t threads = std::max<int64_t>(std::min(apart, available), 1);
+  const Images most{at_a_time, images.height, images.width};
+  const auto options = at::TensorOptions().dtype(stage.dtype);
+  const auto allocate = [&](int64_t rows, int64_t columns) { return at::empty({threads, rows, columns}, options); };
+  const Tensor own_features = allocate(features.data ? 0 : most.rows(), stage.total);
+  const Tensor bottleneck = allocate(most.rows(), stage.bottleneck_channels);
+  const Tensor pooled = allocate(stage.pools() && stage.exit_conv ? stage.pooled(most).rows() : 0, stage.total);
+
+  const auto visit = [&](int64_t index, int64_t thread) {
+    const auto mine = [&](const Tensor& scratch) {
+      return Columns{static_cast<char*>(scratch.data_ptr()) + thread * scratch.stride(0) * stage.element,
+                     scratch.size(2), scratch.size(2)};
+    };
+    const int64_t first = index * at_a_time;
+    const Images some{std::min(at_a_time, images.number - first), images.height, images.width};
+    run_images(stage, some, from_image(x, first, images.pixels(), stage.element),
+               from_image(features, first, images.pixels(), stage.element),
+               from_image(out, first, stage.pooled({1, images.height, images.width}).rows(), stage.element),
+               {mine(own_features), mine(bottleneck), mine(pooled)});
+  };
+  if (available > 1) {
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, apart > 0 ? threads : 0, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; thread++) {
+        for (int64_t index; (index = next++) < apart;) visit(index, thread);
+      }
+    });
+  }
+  for (int64_t index = available > 1 ? apart : 0; index < visits; index++) visit(index, 0);
+}
+
+// The scale and shift of an affine map [4, channels] (see batch_norm_affine).
+std::pair<const void*, const void*> scale_and_shift(const Tensor& affine, int64_t channels, const Tensor& x) {
+  TORCH_CHECK(affine.dim() == 2 && affine.size(0) == 4 && affine.size(1) == channels && affine.is_contiguous() &&
+                  affine.scalar_type() == accumulation_dtype(x),
+              "affines must be contiguous ", accumulation_dtype(x), " of shape [4, ", channels, "], got ",
+              affine.scalar_type(), " of shape ", affine.sizes());
+  const auto* rows = static_cast<const char*>(affine.const_data_ptr());
+  const int64_t row = channels * static_cast<int64_t>(affine.element_size());
+  return {rows + 2 * row, rows + 3 * row};
+}
+
+Convolution make_convolution(const Tensor& affine, const Tensor& packed, int64_t kernel, int64_t channels,
+                             int64_t outputs, const Tensor& x) {
+  const int64_t bytes = packed_bytes(x.scalar_type(), kernel, channels, outputs);
+  TORCH_CHECK(packed.scalar_type() == at::kByte && packed.dim() == 1 && packed.numel() == bytes,
+              "packed must be what packed_weight gives for ", x.scalar_type(), " and a weight [", outputs, ", ",
+              channels, ", ", kernel, ", ", kernel, "]: ", bytes, " bytes, got ", packed.scalar_type(), " of shape ",
+              packed.sizes());
+  const auto [scale, shift] = scale_and_shift(affine, channels, x);
+  return {scale, shift, packed.const_data_ptr(), channels, outputs};
+}
+
+// Runs a stage whose norms all use their running statistics on ``x``, its input's rows. ``features``, where given, gets
+// the rows of the block's output; ``out`` those of its exit.
+void run(const Tensor& x, int64_t height, int64_t width, int64_t bottleneck_channels, int64_t growth_rate,
+         const c10::List<Tensor>& affines, const c10::List<Tensor>& packed, const std::optional<Tensor>& exit_affine,
+         const std::optional<Tensor>& exit_packed, at::IntArrayRef window, const std::optional<Tensor>& features,
+         const std::optional<Tensor>& out) {
+  const Images images{check_images(x, "x", height, width), height, width};
+  const int64_t channels = x.size(1);
+  check_matrix(x, "x", images.rows(), channels, x);
+  const size_t per_layer = bottleneck_channels > 0 ? 2 : 1, layers = packed.size() / per_layer;
+  TORCH_CHECK(affines.size() == packed.size() && layers > 0 && layers * per_layer == packed.size(),
+              "affines and packed must have one entry per convolution of each layer, got ", affines.size(), " and ",
+              packed.size());
+  TORCH_CHECK(channels > 0 && growth_rate > 0 && bottleneck_channels >= 0, "Expected channels, got ", channels,
+              " of x, ", growth_rate, " of a layer and ", bottleneck_channels, " of a bottleneck");
+  TORCH_CHECK(window.size() == 2 && 1 <= window[0] && window[0] <= height && 1 <= window[1] && window[1] <= width,
+              "Expected a window that fits the images of ", height, "x", width, ", got ", window);
+  Stage stage{x.scalar_type(), static_cast<int64_t>(x.element_size()), channels, channels, growth_rate,
+              bottleneck_channels, {}, {window[0], window[1]}, nullptr, nullptr, {}};
+  for (size_t index = 0; index < packed.size(); stage.total += growth_rate) {
+    int64_t read = stage.total;
+    if (bottleneck_channels > 0) {
+      stage.convolutions.push_back(
+          make_convolution(affines[index], packed[index], 1, read, bottleneck_channels, x));
+      read = bottleneck_channels;
+      index++;
+    }
+    stage.convolutions.push_back(make_convolution(affines[index], packed[index], 3, read, growth_rate, x));
+    index++;
+  }
+  TORCH_CHECK(features || out, "Expected features or out to be given");
+  if (features) check_matrix(*features, "features", images.rows(), stage.total, x);
+  const auto vector = x.options().dtype(accumulation_dtype(x));
+  // What is pooled is not negative, so that a ReLU in front of the convolution changes nothing.
+  const Tensor identity = at::zeros({4, stage.total}, vector);
+  identity.select(0, 2).fill_(1);
+  if (out) {
+    TORCH_CHECK(exit_affine, "Expected exit_affine with out");
+    std::tie(stage.exit_scale, stage.exit_shift) = scale_and_shift(*exit_affine, stage.total, x);
+    if (exit_packed) {
+      const bool pools = window[0] * window[1] > 1;
+      stage.exit_conv =
+          make_convolution(pools ? identity : *exit_affine, *exit_packed, 1, stage.total, out->size(1), x);
+    }
+    check_matrix(*out, "out", stage.pooled(images).rows(), exit_packed ? out->size(1) : stage.total, x);
+  }
+  const auto columns = [](const std::optional<Tensor>& matrix) { return matrix ? columns_of(*matrix) : Columns{}; };
+  run_stage(stage, images, columns_of(x), columns(features), columns(out));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) {
+  library.impl("packed_weight", &pack);
+  library.impl("dense_stage_inference", &run);
+}
+
+}  // namespace densenet_efficient

@@ -1,0 +1,32 @@
+// What modules were made of at one moment, to tell later whether all of it is still the same.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace densenet_efficient {
+
+// Of every module of a few trees: its class, its attributes and what its dictionaries hold (parameters, buffers,
+// submodules, hooks), each by identity; of every tensor also its version, which every change in place raises, and its
+// address. A mutable attribute of another kind counts as unchanged for as long as it is the same object.
+class ModuleSnapshot {
+ public:
+  explicit ModuleSnapshot(const pybind11::list& modules);
+
+  // Whether ``modules`` are now what those of the snapshot were.
+  bool matches(const pybind11::list& modules) const;
+
+ private:
+  struct Entry {
+    pybind11::object object;  // held, so that nothing new can come to its address
+    bool is_tensor;
+    int64_t version;
+    const void* address;
+  };
+
+  std::vector<Entry> entries_;
+};
+
+}  // namespace densenet_efficient
