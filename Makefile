@@ -40,7 +40,7 @@ soak: venv
 
 # Of Python by the whole suite, of csrc by the tests of the kernels in an extension that counts its lines.
 coverage: venv
-	$(BIN)/python tests/soak/coverage_run.py
+	$(BIN)/python -m benchmarks.coverage
 
 evidence: venv
 	$(BIN)/python -m benchmarks.evidence

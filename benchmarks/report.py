@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import blocking, markdown
+from . import blocking, coverage, markdown
 from .conversion import table as conversion_table
 from .evidence import pictures, sections
 from .picture import draw, picture_path
@@ -216,6 +216,11 @@ def soak_list(results: Results) -> str:
     )
 
 
+def coverage_list(results: Results) -> str:
+    """Which share of the lines the tests run."""
+    return "\n".join([markdown.figures_line(results), "", *coverage.lines(results["rows"]), ""])
+
+
 def segmentation_tables(results: Results) -> str:
     """The memory of FC-DenseNets."""
     return "\n".join([markdown.figures_line(results), "", *segmentation_table(results["rows"]), ""])
@@ -323,6 +328,7 @@ SECTIONS = {
     "comparison-cpu": ("CPU", "comparison"),
     "planner-cpu": ("CPU", "planner"),
     "soak-cpu": ("CPU", "soak"),
+    "coverage-cpu": ("CPU", "coverage"),
 }
 SPECIAL = {  # by the end of their files' names
     "roofline": roofline_tables,
@@ -336,6 +342,7 @@ SPECIAL = {  # by the end of their files' names
     "comparison": sections.comparison,
     "planner": planner_tables,
     "soak": soak_list,
+    "coverage": coverage_list,
 }
 
 if __name__ == "__main__":

@@ -340,5 +340,5 @@ def create_model(name: str, **kwargs: Any) -> EfficientDenseNet:
         ValueError: there is no network of this name.
     """
     if name not in _MODELS:
-        raise ValueError(f"unknown model {name!r}; expected one of {', '.join(_MODELS)}")
+        raise ValueError(f"unknown model {name!r}; expected one of {', '.join(model_names())}")
     return _MODELS[name](**kwargs)

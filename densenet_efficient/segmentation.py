@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .argument_checks import check_drop_rate, check_layers, check_positive
-from .modules import DenseBlock, StageBlock, run_block
+from .modules import DenseBlock, run_block
+from .operator_calls import StageBlock
 
 
 class TransitionDown(nn.Sequential):

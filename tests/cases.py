@@ -131,7 +131,7 @@ def relative_error(actual, expected):
     return error / size
 
 
-def assert_close(actual, expected, tolerance=FLOAT64_TOLERANCE):
+def assert_close(actual, expected, tolerance=FLOAT64_TOLERANCE, floor=FLOAT64_FLOOR):
     """Tensors by name: the same names, None where None, and every one within ``tolerance`` of its own norm."""
     assert list(actual) == list(expected)
     assert {name for name in actual if actual[name] is None} == {name for name in expected if expected[name] is None}
@@ -139,7 +139,7 @@ def assert_close(actual, expected, tolerance=FLOAT64_TOLERANCE):
     wrong = {
         name: (error, size)
         for name, (error, size) in errors.items()
-        if not error <= tolerance * size + (FLOAT64_FLOOR if tolerance else 0)
+        if not error <= tolerance * size + (floor if tolerance else 0)
     }
     assert not wrong, wrong
 

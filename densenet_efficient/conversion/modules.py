@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .. import fusion
 from ..fusion import LayerParts
-from ..modules import StageBlock, is_last_norm, run_children, run_named_children, take_stage
+from ..modules import is_last_norm, run_children, run_named_children, take_stage
+from ..operator_calls import StageBlock
 from .clones import read_clone
 from .libraries import library_of_block
 

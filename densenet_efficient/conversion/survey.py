@@ -10,7 +10,8 @@ from torch.jit import ScriptModule
 from .. import fusion
 from ..dimensions import Convolution
 from ..fusion import LayerParts
-from ..modules import StageBlock, is_last_norm
+from ..modules import is_last_norm
+from ..operator_calls import StageBlock
 from .clones import is_clone, read_clone
 from .libraries import LIBRARIES, base_class, library_of_block
 from .modules import (

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..modules import StageBlock
+from ..operator_calls import StageBlock
 
 
 def feature_maps(model: nn.Module, images: Tensor, layer: str) -> Tensor:

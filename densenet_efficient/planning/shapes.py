@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..kernels import accumulation_dtype
-from ..modules import StageBlock
+from ..operator_calls import StageBlock
 from ..stem import IMAGES_AT_A_TIME
 from ..summary import SummaryRow, summarize
 

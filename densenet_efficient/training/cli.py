@@ -48,8 +48,7 @@ from densenet_efficient.training.progress import Progress
 from densenet_efficient.training.recipes import describe_recipes
 from densenet_efficient.training.report import write_text
 from densenet_efficient.training.samples import Splits
-from densenet_efficient.training.sharding import NAME as FSDP
-from densenet_efficient.training.sharding import FullySharded
+from densenet_efficient.training.sharding import FSDP, FullySharded
 from densenet_efficient.training.shorthands import expand_shorthands
 from densenet_efficient.visualize import draw_learning_rates
 

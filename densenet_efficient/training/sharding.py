@@ -17,7 +17,7 @@ from torch.nn import SyncBatchNorm
 
 from densenet_efficient.models import EfficientDenseNet
 
-NAME = "fsdp"  # of --trainer.strategy
+FSDP = "fsdp"  # of --trainer.strategy
 
 
 class FullySharded(ModelParallelStrategy):

@@ -1,6 +1,6 @@
 """Every allocation of a training step fails once; prints the number of failures and what they leaked, as JSON.
 
-Started with `failing_allocations.c` preloaded, whose path is the first argument; the second is the stride: one in so
+Started with `failing_allocations.cpp` preloaded, whose path is the first argument; the second is the stride: one in so
 many allocations fails.
 """
 

@@ -20,14 +20,14 @@ class Instrument(NamedTuple):
     """How the extension is compiled, and the run-time library that Python needs from its start."""
 
     flags: list[str]
-    capabilities: list[str]  # of the CPU, those instrumented
+    capabilities: list[str]  # of the CPU, those instrumented besides its best
     runtime: str | None = None
     environment: dict[str, str] = {}  # noqa: RUF012
 
 
 # Multiplications and additions are contracted by one of the expensive optimisations only.
 INSTRUMENTS = {
-    # The code of AVX512 and AVX512_BF16 is part of that of AMX.
+    # The code of avx512 and avx512_bf16 is part of that of amx.
     "address": Instrument(
         [
             "-O1",
@@ -37,20 +37,29 @@ INSTRUMENTS = {
             "-fno-sanitize-recover=all",
             "-fno-omit-frame-pointer",
         ],
-        ["DEFAULT", "AVX2", "AMX"],
+        ["default", "avx2"],
         "libasan.so",
         {"ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"},
     ),
     "thread": Instrument(
         ["-O1", "-fexpensive-optimizations", "-g1", f"-I{THREADS}", "-fsanitize=thread"],
-        ["DEFAULT", "AMX"],
+        ["default"],
         "libtsan.so",
         {"TSAN_OPTIONS": "halt_on_error=0:exitcode=66"},
     ),
     "coverage": Instrument(
-        ["-O0", "-g1", "-fopenmp", "--coverage"], ["DEFAULT", "AVX2", "AVX512", "AVX512_BF16", "AMX"]
+        ["-O0", "-g1", "-fopenmp", "--coverage"], ["default", "avx2", "avx512", "avx512_bf16", "amx"]
     ),
 }
+
+
+def capabilities_of(name: str) -> list[str]:
+    """The CPU capabilities for which the extension ``name`` is instrumented, of those that this CPU has."""
+    from densenet_efficient import _C
+
+    compiled, best = _C.build_info()["cpu_capabilities"], _C.cpu_capability()
+    wanted = {*INSTRUMENTS[name].capabilities, best}
+    return [capability for capability in compiled[: compiled.index(best) + 1] if capability in wanted]
 
 
 def build(name: str) -> Path:
@@ -66,11 +75,11 @@ def build(name: str) -> Path:
     sys.path.insert(0, str(ROOT))
     import setup
 
-    instrument = INSTRUMENTS[name]
+    instrument, instrumented = INSTRUMENTS[name], capabilities_of(name)
     kept = [flag for flag in setup.COMPILER_FLAGS if flag not in ("-O3", "-g0", "-fopenmp")]
     setup.COMPILER_FLAGS = [*instrument.flags, *kept]
     for capability, its_flags in setup.CPU_CAPABILITIES.items():
-        if capability not in instrument.capabilities:
+        if capability.lower() not in instrumented:
             its_flags += PLAIN  # there only to be linked
 
     class Build(setup.NativeBuild):

@@ -6,6 +6,7 @@ Every run is a fork of this process, which has imported everything and never com
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -48,15 +49,17 @@ def main():
     finish(images, folder / "whole")
     duration = time.monotonic() - begun
     whole, generator, killed, with_checkpoint = weights(folder / "whole"), random.Random(0), 0, 0
-    for number in range(runs):
-        output = folder / str(number)
+    while killed < runs:
+        output = folder / str(killed)
         child = start(images, output)
         time.sleep(generator.uniform(0.1, 0.95) * duration)
         os.kill(child, signal.SIGKILL)
-        killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        with_checkpoint += (output / "last.ckpt").exists()
-        finish(images, output)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL:
+            killed += 1
+            with_checkpoint += (output / "last.ckpt").exists()
+        finish(images, output)  # also one that ended before it could be killed
         assert_same_bits(weights(output), whole)
+        shutil.rmtree(output)
     print(json.dumps({"killed_runs": killed, "continued_from_a_checkpoint": with_checkpoint}))
 
 

@@ -23,8 +23,8 @@ def test_each_allocation_may_fail(in_full, record, tmp_path):
     stride = 1 if in_full else SHORT_STRIDE
     library = tmp_path / "failing_allocations.so"
     compiler = shlex.split(cpp_extension.get_cxx_compiler())
-    source = str(FOLDER / "failing_allocations.c")
-    subprocess.run([*compiler, "-x", "c", "-shared", "-fPIC", "-O1", source, "-o", str(library), "-ldl"], check=True)
+    source = str(FOLDER / "failing_allocations.cpp")
+    subprocess.run([*compiler, "-std=c++20", "-shared", "-fPIC", "-O1", source, "-o", str(library), "-ldl"], check=True)
     script = [sys.executable, str(FOLDER / "allocation_failures.py"), str(library), str(stride)]
     environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(FOLDER.parents[1])}
     process = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=1200)

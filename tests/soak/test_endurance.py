@@ -111,7 +111,10 @@ def train_here(connection):
 @pytest.mark.own_process
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers(method):
-    """A child process trains to the bits of its parent."""
+    """A child process trains to the bits of its parent, whose threads a fork does not have."""
+    torch.set_num_threads(2)
+    train(0)
+    torch.set_num_threads(1)
     expected = train(0)
     receiver, sender = multiprocessing.Pipe()
     process = multiprocessing.get_context(method).Process(target=train_here, args=(sender,))

@@ -2,15 +2,28 @@
 
 import pytest
 import torch
-from cases import LEVELS, MODES, VARIANTS, assert_close, group_errors, make_images, make_pair, step
+from cases import (
+    FLOAT64_FLOOR,
+    GROUPS,
+    LEVELS,
+    MODES,
+    VARIANTS,
+    assert_close,
+    difference,
+    gathered,
+    make_images,
+    make_pair,
+    step,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT, FULL = 60, 2000
-# Of a network this small in low precision one error is a draw of chance, and may be several times that of the naive
-# network in the same dtype; how large they are on the whole is judged in test_exactness.py.
-FACTOR, FLOORS = 16, {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+FACTOR = 4  # times the naive network's own error in the same dtype, and of the norm of what is judged:
+FLOORS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+# Where that is exceeded: times what the exact results change when the images do by this, relative to each pixel.
+DISTURBANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 networks = st.fixed_dictionaries(
     {
@@ -36,6 +49,11 @@ def laid_out(images, layout):
     return images[:1].expand_as(images) if layout == "expanded" else images
 
 
+def errors(results, truth):
+    """The norm of the error and that of the truth, of all logits, all gradients, and all running statistics."""
+    return {group: difference(gathered(results, suffix), gathered(truth, suffix)) for group, suffix in GROUPS.items()}
+
+
 def check(networks, variant, mode, dtype, images, layout):
     channels_last_dropout = networks["drop_rate"] and layout == "channels last"
     network = networks | VARIANTS[variant] | ({"drop_rate": 0.0} if channels_last_dropout else {})
@@ -45,13 +63,20 @@ def check(networks, variant, mode, dtype, images, layout):
     given_images = laid_out(images.to(dtype), layout)
     expected, found = step(naive, given_images, seed=1), step(efficient, given_images, seed=1)
     if dtype == torch.float64:
-        assert_close(found, expected, 1e-8)
+        size = 1 + gathered(expected, ".grad").norm().item()  # of a gradient that is zero but for rounding, its terms
+        assert_close(found, expected, floor=FLOAT64_FLOOR * size)
         return
     exact = step(make_pair(dtype=torch.float64, mode=mode, **network)[0], given_images.double(), seed=1)
-    theirs, ours = group_errors(expected, exact), group_errors(found, exact)
-    if dtype == torch.bfloat16:  # a ReLU that flips by rounding changes the gradients of a few channels by much
+    theirs, ours = errors(expected, exact), errors(found, exact)
+    if dtype != torch.float32:  # ReLUs that flip by rounding change the gradients of a few channels by much
         del theirs["gradients"]
-    assert all(ours[group] <= FACTOR * theirs[group] + FLOORS[dtype] for group in theirs), (ours, theirs)
+    bounds = {group: FACTOR * error + FLOORS[dtype] * (size or 1.0) for group, (error, size) in theirs.items()}
+    if any(ours[group][0] > bounds[group] for group in bounds):
+        for seed in range(5):
+            disturbed = given_images.double() * (1 + DISTURBANCES[dtype] * make_images(*images.shape, seed=seed))
+            changes = errors(step(make_pair(dtype=torch.float64, mode=mode, **network)[0], disturbed, seed=1), exact)
+            bounds = {group: max(bound, FACTOR * changes[group][0]) for group, bound in bounds.items()}
+    assert all(ours[group][0] <= bound for group, bound in bounds.items()), (ours, bounds)
 
 
 def test_any_network_on_any_images(in_full, record):
@@ -67,17 +92,18 @@ def test_any_network_on_any_images(in_full, record):
     @given(
         networks,
         st.sampled_from(list(VARIANTS)),
-        st.sampled_from(MODES),
-        st.sampled_from([torch.float64, torch.float64, torch.float32, torch.bfloat16]),
+        st.sampled_from([*MODES, "mixed"]),
+        st.sampled_from([torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.float16]),
         st.tuples(st.integers(1, 3), st.integers(25, 70), st.integers(25, 70)),
         layouts,
     )
     def any_case(network, variant, mode, dtype, size, layout):
         images, height, width = size
-        if images == 1 and mode == "train":
-            images = 2  # several values per channel also where the last maps are of one pixel
+        if mode in ("train", "mixed"):
+            images += 2  # several values per channel also where the last maps are of one pixel
         cases.append(1)
         check(network, variant, mode, dtype, make_images(images, 3, height, width), layout)
 
     any_case()
+    assert len(cases) >= (FULL if in_full else SHORT)
     record(property_cases=len(cases))

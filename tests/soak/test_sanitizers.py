@@ -7,16 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from instrumented import INSTRUMENTS, ROOT, build_apart, environment_for
+from instrumented import ROOT, build_apart, capabilities_of, environment_for
 
 pytestmark = [
     pytest.mark.own_process,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the run-time libraries are preloaded"),
 ]
-TESTS = ["tests/test_kernels.py", "tests/test_native_layers.py"]
+TESTS = ["tests/test_kernels.py", "tests/test_native_layers.py", "tests/test_inference.py"]
+SHORT = "small_images or loop_in_python or share_a_model"
 # A bound of precision that only capabilities with fused multiplication and addition keep, which "default" has not.
-# The tests of the choice of a capability start processes of their own, with other extensions than this one.
-SHORT, ALL = "small_images or loop_in_python", "not cpu_capability and not means_far_from_zero"
+# The tests of the choice of a capability start processes of their own, with other extensions than this one; and a
+# process that forks must not have ThreadSanitizer's threads.
+ALL = "not cpu_capability and not means_far_from_zero and not forked"
 
 
 def passed(name, capability, which):
@@ -40,6 +42,6 @@ def test_kernels_run_clean(name, in_full, record):
         build_apart(name)
     elif not list(Path(ROOT, "build", name, "densenet_efficient").glob("_C*.so")):
         pytest.skip("`make soak` compiles the extension with sanitizers, which takes minutes")
-    capabilities = INSTRUMENTS[name].capabilities if in_full else ["AMX"]
-    counts = [passed(name, capability.lower(), ALL if in_full else SHORT) for capability in capabilities]
+    capabilities = capabilities_of(name) if in_full else capabilities_of(name)[-1:]
+    counts = [passed(name, capability, ALL if in_full else SHORT) for capability in capabilities]
     record(**{f"{name}_sanitizer_tests": sum(counts)})

@@ -1,0 +1,120 @@
+"""`python -m benchmarks.coverage [python] [native]`: which lines the tests run, of the package and of csrc/cpu.
+
+Prints the lines that no test runs, and writes benchmarks/results/<machine>-coverage.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from densenet_efficient import _C
+
+from . import results as results_file
+from .results import ROOT
+
+FOLDER = ROOT / "build" / "coverage"
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+TRACED = [sys.executable, "-m", "coverage", "run", *PYTEST[1:]]
+NATIVE_TESTS = ("kernels", "native_layers", "inference", "operators", "roofline")
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<machine>-coverage.json")
+    options = parser.parse_args(arguments)
+    unknown = [part for part in options.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"unknown part {unknown[0]!r}; expected some of {', '.join(PARTS)}")
+    header = results_file.describe_machine()
+    path = options.output or results_file.RESULTS / f"{header['machine']}-coverage.json"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for part in options.parts or PARTS:
+        row = {"part": part, **PARTS[part]()}
+        results = results_file.load(path, header)
+        others = [other for other in results["rows"] if other["part"] != part]
+        results_file.save(
+            path, results | {"rows": sorted([*others, row], key=lambda row: list(PARTS).index(row["part"]))}
+        )
+    print(*lines(json.loads(path.read_text())["rows"]), f"wrote {path}", sep="\n")
+
+
+def python() -> dict[str, Any]:
+    """Of the package's Python files, by the whole suite."""
+    for earlier in FOLDER.glob("python*"):
+        earlier.unlink()
+    _run(*TRACED, "-m", "own_process")
+    _run(*TRACED, "-m", "not own_process", "--numprocesses", "2")
+    coverage, report = [sys.executable, "-m", "coverage"], FOLDER / "python.json"
+    _run(*coverage, "combine", "--quiet")
+    _run(*coverage, "report", "--show-missing", "--skip-covered")
+    _run(*coverage, "json", "--quiet", "-o", str(report))
+    return python_figures(json.loads(report.read_text()))
+
+
+def python_figures(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of coverage's report in JSON."""
+    missed = {name: file["missing_lines"] for name, file in report["files"].items()}
+    return _figures(report["totals"]["num_statements"], missed)
+
+
+def native() -> dict[str, Any]:
+    """Of csrc/cpu, by the tests of the kernels, once for each capability of this CPU."""
+    compiled = _C.build_info()["cpu_capabilities"]
+    supported = compiled[: compiled.index(_C.cpu_capability()) + 1]
+    _run(sys.executable, "tests/soak/instrumented.py", "coverage")
+    for counts in FOLDER.rglob("*.gcda"):
+        counts.unlink()
+    tests = [f"tests/test_{name}.py" for name in NATIVE_TESTS]
+    selection = ["-k", "not cpu_capability", "-n", "0", "-o", "pythonpath=build/coverage"]
+    for capability in supported:
+        _run(*PYTEST, *selection, *tests, DENSENET_EFFICIENT_CPU_CAPABILITY=capability, OMP_NUM_THREADS="4")
+    report = FOLDER / "native.json"
+    reports = ["--txt", "-", "--json", str(report)]
+    _run(sys.executable, "-m", "gcovr", "--root", ".", "--filter", "csrc/cpu/", *reports, str(FOLDER / "objects"))
+    return native_figures(json.loads(report.read_text()))
+
+
+def native_figures(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of gcovr's report in JSON, which lists a line once for each of the functions that it is part of."""
+    counts: dict[tuple[str, int], int] = {}
+    for file in report["files"]:
+        for line in file["lines"]:
+            place = file["file"], line["line_number"]
+            counts[place] = counts.get(place, 0) + line["count"]
+    missed: dict[str, list[int]] = {}
+    for (name, number), count in counts.items():
+        missed.setdefault(name, []).extend([number] if count == 0 else [])
+    return _figures(len(counts), missed)
+
+
+def _figures(total: int, missed: Mapping[str, Iterable[int]]) -> dict[str, Any]:
+    kept = {name: sorted(numbers) for name, numbers in sorted(missed.items()) if numbers}
+    return {"lines": total, "missed": sum(map(len, kept.values())), "missed_lines": kept}
+
+
+PARTS = {"python": python, "native": native}
+TITLES = {"python": "the package's Python", "native": "`csrc/cpu`"}
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The figures in Markdown."""
+    return [
+        f"- the tests run {1 - row['missed'] / row['lines']:.1%} of the {row['lines']:,} lines of {TITLES[row['part']]}"
+        for row in rows
+    ]
+
+
+def _run(*command: str, **environment: str) -> None:
+    subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,175 @@
+"""From modules to operators: what runs as one operator is checked, called, and its running statistics updated.
+
+`StageBlock` is a dense block that runs so where nothing is in the way.
+"""
+
+from __future__ import annotations
+
+import warnings
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from . import fusion, inference, operators
+from .dimensions import BatchNorm, Convolution, dims_of
+from .fusion import LayerParts
+from .input_checks import (
+    as_compute_dtype,
+    check_count,
+    check_devices,
+    check_images,
+    check_input,
+    check_poolable,
+    convolved_pixels,
+    pixels,
+)
+from .kernels import spatial
+from .running_statistics import update_running_statistics
+from .stage import HEAD, NO_EXIT, TRANSITION, TRANSITION_DOWN
+from .stage_arguments import convolution_weights, draw_masks, parameters_of, running_of, update_stage_statistics
+from .synchronisation import exchange_counts, group_of_all
+
+
+class StageBlock(nn.Module):
+    """A dense block that runs as one operator; through its modules, and saying so once, where that is impossible."""
+
+    checkpointing: str
+
+    def read(self) -> list[LayerParts] | str:
+        """The layers as the operator takes them, or what is in the way."""
+        raise NotImplementedError
+
+    def forward_by_layers(self, x: Tensor) -> Tensor:
+        """The same through the modules' own ``forward``: hooks run, nothing is fused."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = fusion.tracer(x, self.training) or self.read()
+        if not isinstance(layers, str):
+            return run_stage(self, layers, None, x)[1]
+        _announce(self, layers)
+        return self.forward_by_layers(x)
+
+
+def run_stage(
+    block: StageBlock, layers: list[LayerParts], consumer: nn.Module | None, x: Tensor, keep_features: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Runs a dense block, whose layers were read, and the transition or last norm that consumes it.
+
+    Returns the consumer's output (empty without one) and the block's features [N, C, H, W], which an inference leaves
+    empty where they need not be kept, and updates the running statistics of every norm, once.
+    """
+    if inference.applies(x):
+        plan = inference.kept_plan(block, consumer) or _make_plan(block, layers, consumer, x)
+        if plan is not None:
+            return run_plan(plan, x, keep_features)
+    elif torch.is_grad_enabled():
+        inference.forget_plan(block)
+    norms: list[BatchNorm] = [norm for layer in layers for norm in layer.norms]
+    stage_exit, exit_norm, exit_conv = describe_exit(consumer)
+    exit_parameters: list[Tensor] = []
+    if exit_norm is not None:
+        norms.append(exit_norm)
+        exit_parameters += [exit_norm.weight, exit_norm.bias]
+    if exit_conv is not None:
+        exit_parameters.append(exit_conv.weight)
+    check_input(layers[0].norm1, layers[0].spatial_dims, x)
+    if stage_exit in (TRANSITION, TRANSITION_DOWN):
+        check_poolable(exit_norm, x)
+    parameters = [parameter for layer in layers for parameter in parameters_of(layer)]
+    running = [statistic for norm in norms if not fusion.uses_batch_statistics(norm) for statistic in running_of(norm)]
+    check_devices(x, (*parameters, *exit_parameters, *running))
+    group = group_of_all(norms)
+    count = pixels(x)
+    counts = exchange_counts(count, group, x)
+    if counts is None:
+        check_count(norms, x)
+    x = as_compute_dtype(x, convolution_weights(layers, exit_parameters))
+    drop_rate, masks = draw_masks(layers, exit_conv if stage_exit == TRANSITION_DOWN else None, x)
+    out, features, statistics, bottleneck_statistics, _ = operators.dense_stage(
+        x,
+        parameters,
+        exit_parameters,
+        running,
+        masks,
+        [norm.eps for norm in norms],
+        [not fusion.uses_batch_statistics(norm) for norm in norms],
+        layers[0].bottleneck,
+        [layer.dilation for layer in layers],
+        stage_exit,
+        drop_rate,
+        block.checkpointing == "none" and torch.is_grad_enabled(),
+        counts,
+        group,
+    )
+    total = count if counts is None else counts.sum()
+    update_stage_statistics(layers, exit_norm, statistics, bottleneck_statistics, total)
+    return out, features
+
+
+def _make_plan(
+    block: StageBlock, layers: list[LayerParts], consumer: nn.Module | None, x: Tensor
+) -> inference.Plan | None:
+    """What an inference prepares; None where it may not, or where no kernel serves the layers."""
+    if not all(spatial.has_kernel(layer.convolutions[-1].weight, layer.dilation) for layer in layers):
+        return None
+    if layers[0].training and layers[0].drop_rate > 0:
+        return None
+    convolutions = [conv for layer in layers for conv in layer.convolutions]
+    norms = [norm for layer in layers for norm in layer.norms]
+    stage_exit, exit_norm, exit_conv = describe_exit(consumer)
+    stage = inference.Stage(block, consumer, norms, convolutions, stage_exit, exit_norm, exit_conv)
+    check_devices(x, stage.every_tensor)
+    return inference.make_plan(stage)
+
+
+def run_plan(plan: inference.Plan, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor]:
+    """The outputs of `run_stage` for a stage that an inference has prepared."""
+    check_input(plan.norms[0], dims_of(plan.convolutions[0]), x)
+    if plan.exit in (TRANSITION, TRANSITION_DOWN):
+        check_poolable(plan.exit_norm, x)
+    check_devices(x, [plan.weight])
+    return plan.run(as_compute_dtype(x, [plan.weight]), keep_features)
+
+
+def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool) -> Tensor:
+    """Runs (conv, norm, relu, max pool) as one operator and updates the norm's running statistics."""
+    check_images(conv, x)
+    batch = fusion.uses_batch_statistics(norm)
+    running = [] if batch else running_of(norm)
+    check_devices(x, (conv.weight, norm.weight, norm.bias, *running))
+    x = as_compute_dtype(x, [conv.weight])
+    group = group_of_all([norm])
+    count = x.shape[0] * convolved_pixels(conv, x)
+    counts = exchange_counts(count, group, x)
+    if batch and count == 1 and counts is None:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    out, statistics, _ = operators.stem(
+        x, conv.weight, norm.weight, norm.bias, running, list(conv.stride), list(conv.padding), norm.eps,
+        save_conv and torch.is_grad_enabled(), counts, group,
+    )  # fmt: skip
+    update_running_statistics([norm], [statistics], count if counts is None else counts.sum())
+    return out
+
+
+_announced: WeakSet[nn.Module] = WeakSet()
+
+
+def _announce(block: nn.Module, reason: str) -> None:
+    if not torch.compiler.is_compiling() and block not in _announced:  # in this order: a compiler must not see the set
+        _announced.add(block)
+        warnings.warn(f"a dense block runs layer by layer, with more memory and time: {reason}", stacklevel=3)
+
+
+def describe_exit(consumer: nn.Module | None) -> tuple[str, BatchNorm | None, Convolution | None]:
+    if consumer is None:
+        return NO_EXIT, None, None
+    if isinstance(consumer, BatchNorm):
+        return HEAD, consumer, None
+    down = fusion.transition_down_parts(consumer)
+    if down is not None:
+        return TRANSITION_DOWN, *down[:2]
+    parts = fusion.transition_parts(consumer)
+    assert parts is not None
+    return TRANSITION, *parts
