@@ -13,7 +13,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import densenet_efficient
 import densenet_efficient.timm
 import densenet_efficient.torchvision
-from densenet_efficient import EfficientDenseNet, EfficientDenseNet201
+from densenet_efficient import EfficientDenseNet, EfficientDenseNet201, modules, operator_calls
 from densenet_efficient.conversion.modules import ConvertedBlock, ConvertedTimm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,8 +121,9 @@ def test_forward_intermediates(level, arguments):
 def test_forward_intermediates_runs_blocks_and_transitions_as_one(monkeypatch):
     _, ours = make_pair()
     runs = []
-    run_stage = densenet_efficient.modules.run_stage
-    monkeypatch.setattr(densenet_efficient.modules, "run_stage", lambda *stage: runs.append(stage) or run_stage(*stage))
+    run_stage = operator_calls.run_stage
+    for module in (operator_calls, modules):
+        monkeypatch.setattr(module, "run_stage", lambda *stage: runs.append(stage) or run_stage(*stage))
     ours.forward_intermediates(make_images(2, 3, 33, 47), indices=[1, 2])
     assert [type(consumer).__name__ for _, _, consumer, _ in runs] == [
         "DenseTransition",

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = ["-O0", "-fno-sanitize=all"]
-THREADS = Path(__file__).resolve().parent / "std_threads"
+FOLDER = Path(__file__).resolve().parent
+THREADS, SUPPRESSIONS = FOLDER / "std_threads", FOLDER / "thread_sanitizer.txt"
 
 
 class Instrument(NamedTuple):
@@ -45,7 +46,7 @@ INSTRUMENTS = {
         ["-O1", "-fexpensive-optimizations", "-g1", f"-I{THREADS}", "-fsanitize=thread"],
         ["default"],
         "libtsan.so",
-        {"TSAN_OPTIONS": "halt_on_error=0:exitcode=66"},
+        {"TSAN_OPTIONS": f"halt_on_error=0:exitcode=66:suppressions={SUPPRESSIONS}"},
     ),
     "coverage": Instrument(
         ["-O0", "-g1", "-fopenmp", "--coverage"], ["default", "avx2", "avx512", "avx512_bf16", "amx"]

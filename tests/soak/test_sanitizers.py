@@ -23,7 +23,7 @@ ALL = "not cpu_capability and not means_far_from_zero and not forked"
 
 def passed(name, capability, which):
     """The number of tests that ran clean in the extension ``name``."""
-    command = [sys.executable, "-m", "pytest", "-o", f"pythonpath=build/{name}", "-p", "no:cacheprovider", "-n", "0"]
+    command = [sys.executable, "-m", "pytest", "-o", f"pythonpath=build/{name}", "-p", "no:cacheprovider", "-s"]
     process = subprocess.run(
         [*command, "-x", *TESTS, "-k", which],
         cwd=ROOT,
