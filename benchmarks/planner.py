@@ -2,8 +2,9 @@
 
 Writes benchmarks/results/<machine>-planner.json after every workload, and goes on where it was interrupted. What is
 compared is the memory of each further image: the slope of the peak between two batches, each in a fresh process. The
-batches are n and 4n, where n images take about 300 MiB as predicted: then the tens of MiB that the C library keeps of
-what was freed, now more and now less, are small beside what is measured.
+batches are n and 4n, where n images take 900 MiB as predicted: then what the C library keeps of freed memory, up to a
+hundred MiB, and more at the smaller batch, whose buffers are below the size that it returns at once, is small beside
+what is measured.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from densenet_efficient.measure import MIB, peak_memory_per_image
 from . import results as results_file
 
 COLUMNS = ("step", "model", "images", "dtype", "checkpointing", "batches", "predicted", "measured", "error")
-SMALLER_MIB = 300  # of activations at the smaller batch
+SMALLER_MIB = 900  # of activations at the smaller batch
 TIMES = 4  # as many images has the larger one
 MIXED = ("bottleneck", "bottleneck", "bottleneck", "none")
 
@@ -67,15 +68,16 @@ def main(arguments: Sequence[str]) -> None:
     header = results_file.describe_machine()
     path = options.output or results_file.RESULTS / f"{header['machine']}-planner.json"
     results = results_file.load(path, header)
-    measured = {_key(row): row["measured"] for row in results["rows"]}
+    measured = {_key(row): (tuple(row["batches"]), row["measured"]) for row in results["rows"]}
     results["rows"] = []
     for workload in GRID:
         key = _key(asdict(workload))
         if key not in measured and (options.models is None or workload.model in options.models):
             print(workload, flush=True)
-            measured[key] = measure(workload)
+            batches = batches_of(workload)
+            measured[key] = batches, measure(workload, batches)
         if key in measured:
-            results["rows"].append(row_of(workload, measured[key]))
+            results["rows"].append(row_of(workload, *measured[key]))
             results_file.save(path, results)
     print(f"wrote {path}", flush=True)
 
@@ -86,13 +88,13 @@ def batches_of(workload: Workload) -> tuple[int, int]:
     return smaller, TIMES * smaller
 
 
-def measure(workload: Workload) -> float:
+def measure(workload: Workload, batches: tuple[int, int]) -> float:
     """MiB that each further image adds to the peak."""
     return peak_memory_per_image(
         "densenet_efficient.models:create_model",
         {"name": workload.model, "checkpointing": workload.checkpointing},
         (3, workload.size, workload.size),
-        batches_of(workload),
+        batches,
         dtype=workload.dtype,
         task=workload.task,
     )
@@ -113,9 +115,8 @@ def predict(workload: Workload, batches: tuple[int, int]) -> float:
     return (peaks[1] - peaks[0]) / (batches[1] - batches[0]) / MIB
 
 
-def row_of(workload: Workload, measured: float) -> dict[str, Any]:
+def row_of(workload: Workload, batches: tuple[int, int], measured: float) -> dict[str, Any]:
     """What the results file holds of a workload; the error is relative to what was measured."""
-    batches = batches_of(workload)
     predicted = predict(workload, batches)
     figures = {"predicted": round(predicted, 3), "measured": round(measured, 3), "error": predicted / measured - 1}
     return asdict(workload) | {"batches": batches} | figures | {"error": round(figures["error"], 4)}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import blocking, coverage, markdown
+from .conversion import table as conversion_table
 from .evidence import pictures, sections
 from .picture import draw, picture_path
 from .planner import table as planner_table
@@ -36,6 +37,7 @@ DOCUMENTS = [
         "docs/planning.md",
         "docs/evidence.md",
         "docs/comparison.md",
+        "docs/convert.md",
     )
 ]
 SECTION = re.compile(r"(<!-- benchmarks:begin (\S+) -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
@@ -224,6 +226,11 @@ def segmentation_tables(results: Results) -> str:
     return "\n".join([markdown.figures_line(results), "", *segmentation_table(results["rows"]), ""])
 
 
+def conversion_tables(results: Results) -> str:
+    """The memory of other libraries' networks, as they were and converted."""
+    return "\n".join([markdown.figures_line(results), "", *conversion_table(results["rows"]), ""])
+
+
 def frontier_tables(results: Results) -> str:
     """Time against memory of every way to save it."""
     return "\n".join([sections.picture(results, "frontier", "step time against memory"), "", tables(results, "train")])
@@ -311,6 +318,7 @@ SECTIONS = {
     "inference-gpu": ("GPU", "infer"),
     "roofline-cpu": ("CPU", "roofline"),
     "segmentation-cpu": ("CPU", "segmentation"),
+    "conversion-cpu": ("CPU", "conversion"),
     "blocking": ("CPU", "computed"),
     "trainer-cpu": ("CPU", "training"),
     "scaling-cpu": ("CPU", "scaling"),
@@ -325,6 +333,7 @@ SECTIONS = {
 SPECIAL = {  # by the end of their files' names
     "roofline": roofline_tables,
     "segmentation": segmentation_tables,
+    "conversion": conversion_tables,
     "training": trainer_tables,
     "frontier": frontier_tables,
     "scaling": sections.scaling,

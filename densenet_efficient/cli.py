@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FAILED, INTERRUPTED = 2, 130
-# Of the commands whose options Lightning's CLI parses.
-TRAINING_COMMANDS = {
+# Of the commands whose options may stand in YAML files too.
+CONFIGURED_COMMANDS = {
     "fit": "train a classifier on images, or continue to",
     "validate": "evaluate a checkpoint on the validation images",
     "test": "evaluate a checkpoint on the test images, and report",
     "check-data": "read every image, count the classes, find damaged and repeated files",
     "find-learning-rate": "try growing learning rates and suggest one",
     "find-batch-size": "find the largest batch whose training fits into the memory",
+    "predict": "classify image files",
 }
 
 
@@ -27,7 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 after an error of one line, 130 after Ctrl-C, or its own."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if given and given[0] in TRAINING_COMMANDS:
+        if given and given[0] == "predict":
+            from densenet_efficient.training.prediction_command import run_predict
+
+            return run_predict(given[1:])
+        if given and given[0] in CONFIGURED_COMMANDS:
             from densenet_efficient.training.cli import run
 
             return run(given[0], given[1:])
@@ -50,36 +55,13 @@ def build_parser() -> argparse.ArgumentParser:
         prog="densenet-efficient", description="Train, use and examine memory-efficient DenseNets."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, text in TRAINING_COMMANDS.items():  # only for the list of commands
+    for name, text in CONFIGURED_COMMANDS.items():  # only for the list of commands
         commands.add_parser(name, help=text, add_help=False)
-    add_predict(commands)
     add_summary(commands)
     add_plan(commands)
     add_doctor(commands)
     add_visualize(commands)
     return parser
-
-
-def add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "predict",
-        help="classify image files",
-        description="Classify images with a checkpoint of fit, which holds all that is needed besides.",
-    )
-    add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="FILE", help="written by fit")
-    add("inputs", type=Path, nargs="+", metavar="INPUT", help="an image, a folder of images, or a CSV table of paths")
-    add("--output", type=Path, metavar="CSV", help="write all probabilities there; what it holds is not computed again")
-    views = "average over the image alone, its mirror image too, or all 8 symmetries (default: %(default)s)"
-    add("--views", choices=("none", "mirror", "dihedral"), default="none", help=views)
-    add("--batch-size", type=positive_int, default=32, help="images at once (default: %(default)s)")
-    add("--path-column", default="path", help="of a CSV table (default: %(default)s)")
-    add("--num-workers", type=int, default=0, help="processes that read images (default: %(default)s)")
-    add("--accelerator", default="auto", help="auto, cpu or gpu (default: %(default)s)")
-    add("--precision", default="32-true", help="such as 32-true, bf16-mixed, 16-mixed (default: %(default)s)")
-    bad = "stop at a file that is no undamaged image, or name and leave it out (default: %(default)s)"
-    add("--bad-files", choices=("refuse", "skip"), default="refuse", help=bad)
-    parser.set_defaults(command=run_predict)
 
 
 def add_summary(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -157,13 +139,6 @@ def add_visualize(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add("filters", "the filters of the first convolution")
     add("reuse", "how much each layer uses each earlier one (figure 5 of the paper)")
     parser.set_defaults(command=run_visualize)
-
-
-def run_predict(options: argparse.Namespace) -> None:
-    from densenet_efficient.training.prediction import predict
-
-    given = {name: value for name, value in vars(options).items() if name not in ("command", "bad_files")}
-    predict(given.pop("checkpoint"), given.pop("inputs"), **given, refuse_bad_files=options.bad_files == "refuse")
 
 
 def run_summary(options: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
     backend = kernels.backend_for(x.device)
     total = channels + sum(layer.growth_rate for layer in stage.layers)
     accumulation = kernels.accumulation_dtype(x.dtype)
-    storage = x.new_empty(rows, total)
+    storage = kernels.empty_kept(x, rows, total)
     statistics = x.new_zeros(2, total, dtype=accumulation)
     mean, variance = statistics.unbind()
     with_statistics = stage.needs_statistics
@@ -73,7 +73,9 @@ def backward_stage(
     size = tuple(saved.features.shape[2:])
     storage = as_rows(saved.features)
     kernels.return_freed_memory(storage)
-    grad = torch.empty_like(storage)  # of the storage; finished where a channel's last consumer is done
+    grad = kernels.empty_kept(
+        storage, *storage.shape
+    )  # of the storage; finished where a channel's last consumer is done
     backend = kernels.backend_for(storage.device)
     projection = Projection(backend, storage.shape[1], saved.statistics[0], stage.synchronisation)
     accumulate = features_grad is not None
@@ -116,7 +118,7 @@ def _pool(stage: Stage, storage: Tensor, statistics: Tensor, size: spatial.Size)
     affine = stage.exit_norm.affine(backend, *statistics.unbind())
     window = pooling_window(stage.exit, size)
     windows = storage.shape[0] // math.prod(size) * math.prod(spatial.pooled_size(size, window))
-    pooled = storage.new_empty(windows, storage.shape[1])
+    pooled = kernels.empty_kept(storage, windows, storage.shape[1])
     spatial.bn_relu_avg_pool(backend, storage, affine.scale, affine.shift, size, window, pooled)
     return pooled
 
@@ -160,7 +162,7 @@ def _convolve_down(stage: Stage, storage: Tensor, statistics: Tensor) -> Tensor:
     assert stage.exit_norm is not None and stage.exit_conv is not None
     backend = kernels.backend_for(storage.device)
     affine = stage.exit_norm.affine(backend, *statistics.unbind())
-    out = storage.new_empty(storage.shape[0], stage.exit_conv.shape[0])
+    out = kernels.empty_kept(storage, storage.shape[0], stage.exit_conv.shape[0])
     backend.bn_relu_conv1x1(storage, affine.scale, affine.shift, stage.exit_conv, out, None, None)
     if stage.exit_dropout is not None:
         drop(out, stage.exit_dropout, stage.drop_rate)

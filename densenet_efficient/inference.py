@@ -2,8 +2,8 @@
 
 Prepared are the affine maps of its norms (they use their running statistics) and its weights, packed as the kernels
 read them. All of it is kept beside the block for as long as every module, parameter and buffer is what it was; nothing
-needs to be converted, and nothing of it is saved or copied with the model. No batch norm is folded into the weights: the
-kernels apply its map while they load, one multiply-add per element.
+needs to be converted, and nothing of it is saved or copied with the model. No batch norm is folded into the weights:
+the kernels apply its map while they load, one multiply-add per element.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Plan:
 
 
 def applies(x: Tensor) -> bool:
-    """Whether a forward of ``x`` is wanted for its values alone, on the native CPU backend: no gradient, trace or hook."""
+    """Whether a forward of ``x`` is wanted for its values alone (no gradient, trace or hook), on the native backend."""
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -55,14 +56,19 @@ def check_count(norms: list[BatchNorm], x: Tensor) -> None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
 
 
+def check_devices(x: Tensor, tensors: Iterable[Tensor]) -> None:
+    """Kernels read what they are given, wherever it is: here parts of a model are found that were left elsewhere."""
+    device = x.device
+    for tensor in tensors:
+        if tensor.device != device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but the input is on {device} "
+                f"and the model on {tensor.device}"
+            )
+
+
 def as_compute_dtype(x: Tensor, weights: list[Tensor]) -> Tensor:
     """``x`` in the dtype that convolutions with ``weights`` would compute in; raises where they would."""
-    for weight in weights:
-        if weight.device != x.device:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but the input is on {x.device} "
-                f"and the model on {weight.device}"
-            )
     device = x.device.type
     # meta has no autocast to ask for; torch.compile of torch 2.11 cannot trace torch.amp.is_autocast_available
     casts = device != "meta" and torch.is_autocast_enabled(device)

@@ -31,7 +31,7 @@ Name = TypeVar("Name")
 
 def make_step(
     model: nn.Module,
-    input_shape: tuple[int, int, int],  # channels, height, width
+    input_shape: tuple[int, ...],  # channels, [depth,] height, width
     batch: int,
     *,
     dtype: str = "float32",
@@ -44,7 +44,7 @@ def make_step(
     A training step is forward, cross-entropy, backward and plain SGD, and returns the loss; an inference step
     is the forward in eval mode, and returns the outputs, `[batch, classes]` or, of a network for segmentation,
     `[batch, classes, height, width]`. "float32" and "float64" are the model's dtype, "bfloat16" and "float16"
-    autocast of a float32 model. Raises ValueError for other names.
+    autocast of a float32 model; `channels_last` is for images alone. Raises ValueError for other names.
     """
     forward = make_forward(
         model, input_shape, batch, dtype=dtype, task=task, device=device, channels_last=channels_last
@@ -68,7 +68,7 @@ def make_step(
 
 def make_forward(
     model: nn.Module,
-    input_shape: tuple[int, int, int],  # channels, height, width
+    input_shape: tuple[int, ...],  # channels, [depth,] height, width
     batch: int,
     *,
     dtype: str,
@@ -115,7 +115,7 @@ def step_times(steps: Mapping[Name, Callable[[], object]], rounds: int = 5, warm
 def peak_memory_per_image(
     factory: str,
     arguments: Mapping[str, Any],
-    input_shape: tuple[int, int, int],  # channels, height, width
+    input_shape: tuple[int, ...],  # channels, [depth,] height, width
     batches: tuple[int, int] = (8, 24),
     dtype: str = "float32",
     task: str = "train",
@@ -139,7 +139,7 @@ def peak_memory_per_image(
 def peak_memory(
     factory: str,
     arguments: Mapping[str, Any],
-    input_shape: tuple[int, int, int],  # channels, height, width
+    input_shape: tuple[int, ...],  # channels, [depth,] height, width
     batch: int,
     **options: Any,
 ) -> int:
@@ -154,7 +154,7 @@ def peak_memory(
 def first_step_seconds(
     factory: str,
     arguments: Mapping[str, Any],
-    input_shape: tuple[int, int, int],  # channels, height, width
+    input_shape: tuple[int, ...],  # channels, [depth,] height, width
     batch: int,
     **options: Any,
 ) -> float:
@@ -168,7 +168,7 @@ def _run_in_fresh_process(
     measurement: str,
     factory: str,
     arguments: Mapping[str, Any],
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     batch: int,
     options: Mapping[str, Any],
 ) -> str:

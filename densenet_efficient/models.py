@@ -172,10 +172,19 @@ class EfficientDenseNet(PretrainedNetwork):
         return 1 + sum(isinstance(module, Convolution) for module in self.modules())
 
     def forward(self, x: Tensor) -> Tensor:
-        features = self.features  # which a user may have replaced
-        pooled = features.pooled(x) if isinstance(features, Features) else global_average(features(x))
+        logits: Tensor = self.classifier(self._pooled(x))
+        return logits
+
+    def forward_of_frozen_features(self, x: Tensor) -> Tensor:
+        """``forward`` for training the classifier alone: of the features nothing is kept for the backward."""
+        with torch.no_grad():
+            pooled = self._pooled(x)
         logits: Tensor = self.classifier(pooled)
         return logits
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        features = self.features  # which a user may have replaced
+        return features.pooled(x) if isinstance(features, Features) else global_average(features(x))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accepts the keys of older checkpoints and of other libraries too: see `weights.own_name`."""

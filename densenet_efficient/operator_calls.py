@@ -17,6 +17,7 @@ from .fusion import LayerParts
 from .input_checks import (
     as_compute_dtype,
     check_count,
+    check_devices,
     check_images,
     check_input,
     check_poolable,
@@ -24,9 +25,9 @@ from .input_checks import (
     pixels,
 )
 from .kernels import spatial
-from .layout import as_rows
 from .running_statistics import update_running_statistics
 from .stage import HEAD, NO_EXIT, TRANSITION, TRANSITION_DOWN
+from .stage_arguments import convolution_weights, draw_masks, parameters_of, running_of, update_stage_statistics
 from .synchronisation import exchange_counts, group_of_all
 
 
@@ -60,7 +61,7 @@ def run_stage(
     empty where they need not be kept, and updates the running statistics of every norm, once.
     """
     if inference.applies(x):
-        plan = inference.kept_plan(block, consumer) or _make_plan(block, layers, consumer)
+        plan = inference.kept_plan(block, consumer) or _make_plan(block, layers, consumer, x)
         if plan is not None:
             return run_plan(plan, x, keep_features)
     elif torch.is_grad_enabled():
@@ -76,18 +77,21 @@ def run_stage(
     check_input(layers[0].norm1, layers[0].spatial_dims, x)
     if stage_exit in (TRANSITION, TRANSITION_DOWN):
         check_poolable(exit_norm, x)
+    parameters = [parameter for layer in layers for parameter in parameters_of(layer)]
+    running = [statistic for norm in norms if not fusion.uses_batch_statistics(norm) for statistic in running_of(norm)]
+    check_devices(x, (*parameters, *exit_parameters, *running))
     group = group_of_all(norms)
     count = pixels(x)
     counts = exchange_counts(count, group, x)
     if counts is None:
         check_count(norms, x)
-    x = as_compute_dtype(x, _convolution_weights(layers, exit_parameters))
-    drop_rate, masks = _draw_masks(layers, exit_conv if stage_exit == TRANSITION_DOWN else None, x)
+    x = as_compute_dtype(x, convolution_weights(layers, exit_parameters))
+    drop_rate, masks = draw_masks(layers, exit_conv if stage_exit == TRANSITION_DOWN else None, x)
     out, features, statistics, bottleneck_statistics, _ = operators.dense_stage(
         x,
-        [parameter for layer in layers for parameter in _parameters(layer)],
+        parameters,
         exit_parameters,
-        [statistic for norm in norms if not fusion.uses_batch_statistics(norm) for statistic in _running(norm)],
+        running,
         masks,
         [norm.eps for norm in norms],
         [not fusion.uses_batch_statistics(norm) for norm in norms],
@@ -100,11 +104,13 @@ def run_stage(
         group,
     )
     total = count if counts is None else counts.sum()
-    _update_stage_statistics(layers, exit_norm, statistics, bottleneck_statistics, total)
+    update_stage_statistics(layers, exit_norm, statistics, bottleneck_statistics, total)
     return out, features
 
 
-def _make_plan(block: StageBlock, layers: list[LayerParts], consumer: nn.Module | None) -> inference.Plan | None:
+def _make_plan(
+    block: StageBlock, layers: list[LayerParts], consumer: nn.Module | None, x: Tensor
+) -> inference.Plan | None:
     """What an inference prepares; None where it may not, or where no kernel serves the layers."""
     if not all(spatial.has_kernel(layer.convolutions[-1].weight, layer.dilation) for layer in layers):
         return None
@@ -113,7 +119,9 @@ def _make_plan(block: StageBlock, layers: list[LayerParts], consumer: nn.Module 
     convolutions = [conv for layer in layers for conv in layer.convolutions]
     norms = [norm for layer in layers for norm in layer.norms]
     stage_exit, exit_norm, exit_conv = describe_exit(consumer)
-    return inference.make_plan(inference.Stage(block, consumer, norms, convolutions, stage_exit, exit_norm, exit_conv))
+    stage = inference.Stage(block, consumer, norms, convolutions, stage_exit, exit_norm, exit_conv)
+    check_devices(x, stage.every_tensor)
+    return inference.make_plan(stage)
 
 
 def run_plan(plan: inference.Plan, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor]:
@@ -121,20 +129,22 @@ def run_plan(plan: inference.Plan, x: Tensor, keep_features: bool) -> tuple[Tens
     check_input(plan.norms[0], dims_of(plan.convolutions[0]), x)
     if plan.exit in (TRANSITION, TRANSITION_DOWN):
         check_poolable(plan.exit_norm, x)
+    check_devices(x, [plan.weight])
     return plan.run(as_compute_dtype(x, [plan.weight]), keep_features)
 
 
 def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool) -> Tensor:
     """Runs (conv, norm, relu, max pool) as one operator and updates the norm's running statistics."""
     check_images(conv, x)
-    x = as_compute_dtype(x, [conv.weight])
     batch = fusion.uses_batch_statistics(norm)
+    running = [] if batch else running_of(norm)
+    check_devices(x, (conv.weight, norm.weight, norm.bias, *running))
+    x = as_compute_dtype(x, [conv.weight])
     group = group_of_all([norm])
     count = x.shape[0] * convolved_pixels(conv, x)
     counts = exchange_counts(count, group, x)
     if batch and count == 1 and counts is None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
-    running = [] if batch else _running(norm)
     out, statistics, _ = operators.stem(
         x, conv.weight, norm.weight, norm.bias, running, list(conv.stride), list(conv.padding), norm.eps,
         save_conv and torch.is_grad_enabled(), counts, group,
@@ -163,49 +173,3 @@ def describe_exit(consumer: nn.Module | None) -> tuple[str, BatchNorm | None, Co
     parts = fusion.transition_parts(consumer)
     assert parts is not None
     return TRANSITION, *parts
-
-
-def _parameters(layer: LayerParts) -> list[Tensor]:
-    parts = zip(layer.norms, layer.convolutions, strict=True)
-    return [tensor for norm, conv in parts for tensor in (norm.weight, norm.bias, conv.weight)]
-
-
-def _running(norm: BatchNorm) -> list[Tensor]:
-    assert norm.running_mean is not None and norm.running_var is not None
-    return [norm.running_mean, norm.running_var]
-
-
-def _convolution_weights(layers: list[LayerParts], exit_parameters: list[Tensor]) -> list[Tensor]:
-    return [*(conv.weight for layer in layers for conv in layer.convolutions), *exit_parameters[2:]]
-
-
-def _draw_masks(layers: list[LayerParts], exit_conv: Convolution | None, x: Tensor) -> tuple[float, list[Tensor]]:
-    """The dropout's masks, [M, k] per layer and [M, C'] of a transition down with ``exit_conv``.
-
-    Drawn in the order in which F.dropout draws them for contiguous features.
-    """
-    rate, training, drops_channels = layers[0].dropout
-    if rate == 0 or not training:
-        return 0.0, []
-    masks = []
-    for channels in [layer.channels[-1] for layer in layers] + ([exit_conv.out_channels] if exit_conv else []):
-        shape = (x.shape[0], channels, *x.shape[2:])
-        drawn = (*shape[:2], *[1] * (x.dim() - 2)) if drops_channels else shape
-        masks.append(as_rows(x.new_empty(drawn, dtype=torch.bool).bernoulli_(1 - rate).expand(shape)))
-    return rate, masks
-
-
-def _update_stage_statistics(
-    layers: list[LayerParts],
-    exit_norm: BatchNorm | None,
-    statistics: Tensor,
-    bottleneck_statistics: Tensor,
-    count: int | Tensor,
-) -> None:
-    """Shared statistics, one running copy per consumer."""
-    norms = [layer.norm1 for layer in layers] + ([exit_norm] if exit_norm is not None else [])
-    shares = [statistics[:, : norm.num_features] for norm in norms]
-    if layers[0].bottleneck:
-        norms += [layer.norms[1] for layer in layers]
-        shares += list(bottleneck_statistics.unbind(0))
-    update_running_statistics(norms, shares, count)

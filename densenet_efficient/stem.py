@@ -74,7 +74,7 @@ def backward_stem(
     size = tuple(conv_out.shape[2:])
     rows = as_rows(conv_out)
     affine = stem.norm.affine(backend, *saved.statistics)
-    grad = torch.empty_like(rows)
+    grad = kernels.empty_kept(rows, *rows.shape)
     sum_grad, sum_grad_x = torch.empty_like(affine.mean), torch.empty_like(affine.mean)
     spatial.bn_relu_max_pool_backward(
         backend, as_rows(out_grad).contiguous(), rows, affine.mean, affine.scale, affine.shift, size,

@@ -3,17 +3,18 @@
 import copy
 from collections import OrderedDict
 
+import pytorch_lightning
 import timm
 import torch
 import torchvision
-import xray_densenet
-from cases import randomise, set_mode
+import torchxrayvision
+from cases import loss_of, randomise, set_mode
 from monai.networks.nets import densenet as monai_densenet
+from segmentation_models_pytorch.encoders.densenet import DenseNetEncoder
 from timm.layers import BlurPool2d
 from timm.models.densenet import DenseNet as TimmDenseNet
 from torch import nn
-from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 BLOCKS = (3, 2)
 
@@ -31,7 +32,7 @@ def monai_densenet2d(spatial_dims=2, **arguments):
 
 
 def xray(drop_rate=0):
-    return xray_densenet.DenseNet(4, BLOCKS, 6, 3, drop_rate, 5)
+    return torchxrayvision.models.DenseNet(4, BLOCKS, 6, 3, drop_rate, 5, in_channels=3)
 
 
 SOURCES = {
@@ -58,11 +59,10 @@ class PyramidDetector(nn.Module):
     def __init__(self):
         super().__init__()
         names = {"denseblock1": "0", "transition1": "1", "denseblock2": "2"}
-        self.body = IntermediateLayerGetter(torchvision_densenet().features, names)
-        self.fpn = FeaturePyramidNetwork([18, 9, 17], 8)
+        self.backbone = BackboneWithFPN(torchvision_densenet().features, names, [18, 9, 17], 8)
 
     def forward(self, x):
-        return flattened(self.fpn(self.body(x)))
+        return flattened(self.backbone(x))
 
 
 class UNet(nn.Module):
@@ -79,6 +79,35 @@ class UNet(nn.Module):
         deep = self.encoder.norm5(self.encoder.denseblock2(self.encoder.transition1(skip)))
         up = nn.functional.interpolate(deep, skip.shape[2:])
         return self.decoder(torch.cat([up, skip], 1))
+
+
+class SegmentationEncoder(nn.Module):
+    """The encoder of segmentation_models_pytorch's U-Nets, which calls every module by name, a transition's too."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"growth_rate": 4, "block_config": (3, 2, 2, 2), "num_init_features": 6, "bn_size": 3}
+        self.encoder = DenseNetEncoder([3, 6, 18, 17, 16, 16], **sizes)
+
+    def forward(self, x):
+        return flattened(OrderedDict(enumerate(self.encoder(x))))
+
+
+class LightningClassifier(pytorch_lightning.LightningModule):
+    """A network within a Lightning module, which trains it."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = torchvision_densenet()
+
+    def forward(self, x):
+        return self.network(x)
+
+    def training_step(self, batch, _):
+        return loss_of(self(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
 class OwnForward(nn.Module):
@@ -113,6 +142,8 @@ def flattened(features):
 CONTAINERS = {
     "pyramid": PyramidDetector,
     "U-Net": UNet,
+    "segmentation encoder": SegmentationEncoder,
+    "Lightning module": LightningClassifier,
     "own forward": OwnForward,
     "timm features": lambda: TimmFeatures((0, 1, 2)),
     "timm deep features": lambda: TimmFeatures((1, 2)),
@@ -129,12 +160,12 @@ def make_model(name, mode="train", seed=0):
     return set_mode(model.double(), mode)
 
 
-def make_models(name, mode="train"):
+def make_models(name, mode="train", seed=0):
     """(the original, one to convert) with equal weights and buffers.
 
     The original does not checkpoint: theirs updates the running statistics twice (pytorch/pytorch#96136).
     """
-    model = make_model(name, mode)
+    model = make_model(name, mode, seed)
     original = copy.deepcopy(model)
     for module in original.modules():
         for flag in ("memory_efficient", "grad_checkpointing"):

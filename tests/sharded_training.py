@@ -26,6 +26,8 @@ from densenet_efficient.modules import DenseLayer
 from densenet_efficient.reference import NaiveDenseNet
 
 PARTS: dict[str, type[nn.Module] | None] = {"whole": None, "blocks": DenseBlock, "layers": DenseLayer}
+# One epoch in which no step draws what several processes would draw otherwise than one.
+WITHOUT_CHANCE = ("--trainer.max_epochs", "1", "--model.mixup", "0", "--model.drop_rate", "0")
 FULL = StateDictOptions(full_state_dict=True)
 
 
@@ -92,7 +94,7 @@ def evaluate_between_steps(model: nn.Module) -> list[Tensor]:
 def run_commands(rank: int, folder: Path) -> None:
     """Runs of fit by DDP and by FSDP, and one by FSDP that is told to stop in one process, then continued."""
     common = ("--trainer.devices", "2", "--trainer.max_epochs", "2", "--model.head_epochs", "1")
-    ddp, fsdp = ("--trainer.strategy", "ddp_find_unused_parameters_true"), ("--trainer.strategy", "fsdp")
+    ddp, fsdp = ("--trainer.strategy", "ddp"), ("--trainer.strategy", "fsdp")
     images = folder / "images"
     assert fit(images, folder / "ddp", *common, *ddp) == 0
     assert fit(images, folder / "fsdp", *common, *fsdp, "--report", "true") == 0
@@ -100,6 +102,8 @@ def run_commands(rank: int, folder: Path) -> None:
         stopping_at(patch, 2, lambda trainer: signal.raise_signal(signal.SIGTERM) if rank == 1 else None)
         assert fit(images, folder / "stopped", *common, *fsdp) == 128 + signal.SIGTERM
     assert fit(images, folder / "stopped", *common, *fsdp, "--ckpt_path", "last") == 0
+    synchronised = (*common[:2], *fsdp, "--trainer.sync_batchnorm", "true")
+    assert fit(images, folder / "synchronised", *synchronised, *WITHOUT_CHANCE) == 0
 
 
 def work(rank: int, folder: Path) -> None:

@@ -93,12 +93,22 @@ def test_mismatched_devices(monkeypatch, arguments):
         assert_one_line(error_of(model, given), r"same device.*(meta.*cpu|cpu.*meta)")
 
 
-def test_parts_on_another_device(backend):
-    """A layer left behind when the model moved."""
-    _, efficient = make_pair(**FLOAT32)
-    efficient.features.denseblock2.denselayer2.to("meta")
-    with pytest.raises(RuntimeError):
-        efficient(torch.zeros(2, 3, 33, 47))
+PARTS = ["conv0", "norm0", "denseblock1.denselayer2", "denseblock1.denselayer2.norm2", "transition1.norm", "norm5"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_on_another_device(backend, part, mode):
+    """Left behind when the model moved: nothing of their stage is computed, with or without a gradient."""
+    _, efficient = make_pair(mode=mode, **FLOAT32)
+    images = torch.zeros(2, 3, 33, 47)
+    efficient.features.get_submodule(part).to("meta")
+    buffers = {name: buffer for name, buffer in efficient.named_buffers() if "denseblock2" in name}
+    before = copy.deepcopy(buffers)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            assert_one_line(error_of(efficient, images), r"same device.*cpu.*meta")
+    assert all(torch.equal(buffer, before[name]) for name, buffer in buffers.items() if buffer.device.type == "cpu")
 
 
 def test_parts_of_another_dtype(backend):

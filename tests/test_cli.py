@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
-from training_cases import fit, fit_arguments, make_images
+from training_cases import fit, fit_arguments, make_cifar, make_images
 
-from densenet_efficient.cli import TRAINING_COMMANDS, main
-from densenet_efficient.training import finish
+from densenet_efficient.cli import CONFIGURED_COMMANDS, main
+from densenet_efficient.models import create_model, model_names
+from densenet_efficient.training import batch_size, finish
+from densenet_efficient.training.batch_size import (
+    available_memory,
+    largest_batch,
+    left_in_control_groups,
+    measure_training,
+)
 from densenet_efficient.training.checkpoint import load_classifier, read_checkpoint
 from densenet_efficient.training.recipes import FOLDER, recipe_names
 
@@ -52,9 +61,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return err
 
 
-@pytest.mark.parametrize(
-    "command", [[], *([name] for name in TRAINING_COMMANDS), ["predict"], ["summary"], ["plan"], ["doctor"]]
-)
+@pytest.mark.parametrize("command", [[], *([name] for name in CONFIGURED_COMMANDS), ["summary"], ["plan"], ["doctor"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_status:
         main([*command, "--help"])
@@ -62,17 +69,37 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: densenet-efficient" in capsys.readouterr().out
 
 
-def test_every_option_of_fit_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["fit", "--help"], ["fit", "--data.help=CSVData"]):
+KINDS_OF_DATA = ("FolderData", "CSVData", "DigitsData", "CIFARData", "SVHNData", "MedMNISTData")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([command, "--help"] for command in CONFIGURED_COMMANDS),
+        *(["fit", f"--data.help={kind}"] for kind in KINDS_OF_DATA),
+    ],
+    ids=" ".join,
+)
+def test_every_option_is_explained(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    paragraphs = re.split(r"\n  (?=-)", capsys.readouterr().out.partition("\nLinked arguments")[0])[1:]
+    names = {paragraph.split()[0] for paragraph in paragraphs}
+    assert "--data.batch_size" in names if "--data.help" in arguments[1] else names & {"--data", "--checkpoint"}
+    for paragraph in paragraphs:
+        first, *others = paragraph.splitlines()
+        described = first.partition("  ")[2] + " ".join(line for line in others if line.startswith(" " * 20))
+        assert len(re.split(r"\((required, )?type:", described)[0].split()) > 1, paragraph
+
+
+def test_help_names_the_recipes_and_what_may_augment(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["fit", "--help"], ["fit", "--data.help=FolderData"]):
         with pytest.raises(SystemExit):
             main(arguments)
-        help_text = capsys.readouterr().out
-        for paragraph in help_text.split("\n  --")[1:]:
-            name = paragraph.split()[0]
-            if name.startswith(("model.", "data.", "output", "monitor")):
-                described = paragraph.partition("(type:")[0].partition(name)[2].split()
-                assert len(described) > 2, name
-    assert "group_column" in help_text and "batch_size" in help_text
+    out = capsys.readouterr().out
+    for name in recipe_names():
+        assert f"\n  {name} " in out
+    assert "torchvision.transforms.v2.RandomRotation" in out and "torch.nn.Linear" not in out
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
@@ -136,6 +163,27 @@ def test_a_run_is_tested_from_its_own_configuration(images: Path, tmp_path: Path
     assert {"metrics", "events"} <= logs
 
 
+def test_the_weights_to_start_from_are_not_needed_again(images: Path, tmp_path: Path) -> None:
+    run, start = tmp_path / "run", tmp_path / "start.pth"
+    torch.save(create_model("densenet-bc-40-12", num_classes=2).state_dict(), start)
+    assert fit(images, run, "--model.weights", str(start), "--trainer.max_epochs", "1") == 0
+    start.unlink()
+    assert main(["test", "--config", str(run / "config.yaml"), "--ckpt_path", "best"]) == 0
+    assert str(start) in (run / "test" / "report.html").read_text()
+
+
+def test_what_one_sees_of_a_run(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bar with images per second, memory and the time left, and a line per epoch."""
+    shown = ("--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "true")
+    assert fit(images, tmp_path / "run", *shown) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Training densenet-bc-40-12 on 10 images of 2 classes, with 2 to validate by" in out
+    for epoch in (1, 2):
+        assert re.search(rf"Epoch {epoch}/2: train_loss [\d.]+, .*val_auroc [\d.]+, [\d.]+ images/s", out)
+    bar = re.search(r"images/s: ([\d.]+) MiB: (\d+) ETA: 0:00:00", out)
+    assert bar is not None and float(bar[1]) > 0 and int(bar[2]) > 100
+
+
 def test_an_earlier_run_is_not_replaced_by_accident(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +236,10 @@ def test_an_image_that_disappears_in_the_middle_of_an_epoch(
         (["--data.batch_size", "5000"], "one batch of 5000 images"),
         (["--data.batch_size", "1"], "expected at least 2, so that a batch has a variance"),
         (["--model.learning_rate", "-1"], "expected a number above 0"),
+        (
+            ["--monitor", "val_auc"],
+            "expected one of val_loss, val_accuracy, val_auroc",
+        ),
         (["--model.checkpointing", "everything"], "'none', 'bottleneck'"),
         (["--model.netwerk", "densenet121"], "netwerk"),
         (["--config", "nothing"], "nothing: no such file, and no such recipe; the recipes are cifar10, demo"),
@@ -242,6 +294,48 @@ def test_recipes_are_valid(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     for section, values in yaml.safe_load((FOLDER / f"{name}.yaml").read_text()).items():
         if isinstance(values, dict) and section != "data":
             assert {key: printed[section][key] for key in values} == values
+    assert printed["model"]["network"] in model_names()
+
+
+SMALL_AND_SHORT = {
+    "--model.network": "densenet-bc-40-12",
+    "--model.weights": "null",
+    "--data.image_size": "8",
+    "--data.batch_size": "4",
+    "--data.num_workers": "0",
+    "--trainer.accelerator": "cpu",
+    "--trainer.enable_progress_bar": "false",
+}
+
+
+@pytest.fixture(params=["finetune", "lung-disease", "imagenet", "mnist", "cifar10"])
+def recipe_with_data(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, list[str]]:
+    """A recipe's name, and options that give it data to train on."""
+    name: str = request.param
+    if name == "cifar10":
+        make_cifar(tmp_path, monkeypatch)
+        return name, ["--data.root", str(tmp_path), "--data.download", "false"]
+    diseases = ("covid", "lung-opacity", "normal", "tuberculosis", "viral-pneumonia")
+    for part in ("train", "val") if name == "imagenet" else (".",):
+        make_images(tmp_path / "images" / part, 8, diseases if name == "lung-disease" else ("bright", "dark"))
+    return name, ["--data", str(tmp_path / "images")]
+
+
+def test_recipes_train(recipe_with_data: tuple[str, list[str]], tmp_path: Path) -> None:
+    """All that a recipe says but its size: its stages, schedule, augmentation, averages, and what is best."""
+    name, data = recipe_with_data
+    epochs = 4 if name in ("finetune", "lung-disease") else 1  # the head alone, then everything
+    options = [option for pair in SMALL_AND_SHORT.items() for option in pair] + ["--trainer.max_epochs", str(epochs)]
+    assert main(["fit", "--config", name, *data, *options, "--output", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["evaluation"]["split"] == ("test" if name in ("lung-disease", "cifar10") else "validation")
+    assert len(metrics["history"]) == epochs
+    classes = load_classifier(tmp_path / "run" / "best.ckpt").class_names
+    assert classes == list(metrics["evaluation"]["classes"])
+    assert len(classes) == {"lung-disease": 5, "cifar10": 10}.get(name, 2)
+    assert main(["validate", "--config", str(tmp_path / "run" / "config.yaml"), "--ckpt_path", "best"]) == 0
 
 
 def test_the_learning_rate_finder(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,10 +345,43 @@ def test_the_learning_rate_finder(images: Path, tmp_path: Path, capsys: pytest.C
     assert [path.name for path in tmp_path.iterdir()] == ["learning-rate.png"]
 
 
-def test_the_batch_size_finder(monkeypatch: pytest.MonkeyPatch) -> None:
-    from densenet_efficient.models import create_model
-    from densenet_efficient.training.batch_size import largest_batch, measure_training
+def test_the_batch_size_finder(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command, on what a step of 10 MiB and 1 MiB per image would take besides 3 copies of the parameters."""
+    asked: list[tuple[Any, ...]] = []
 
+    def peak_memory(factory: str, config: Any, shape: Any, batch: int, **options: Any) -> int:
+        asked.append((shape, batch, options))
+        return (10 + batch) * 2**20
+
+    monkeypatch.setattr(batch_size, "peak_memory", peak_memory)
+    arguments = fit_arguments(images, tmp_path / "run", "--ema_decay", "0.9", "--trainer.precision", "bf16-mixed")
+    assert main(["find-batch-size", *arguments[1:], "--memory", str(100 / 1024)]) == 0
+    network = create_model("densenet-bc-40-12", num_classes=2)
+    copies = 3 * 4 * sum(parameter.numel() for parameter in network.parameters())
+    batch = int(90 - copies / 2**20)
+    assert f"--data.batch_size {batch}: a step takes 0.10 of 0.10 GiB on cpu" in capsys.readouterr().out
+    assert {(shape, options["dtype"]) for shape, _, options in asked} == {((3, 8, 8), "bfloat16")}
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_of_a_container(tmp_path: Path) -> None:
+    """A job within a node's slice: the slice has a limit, the job a smaller one, of which files take a part."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("1:cpu:/\n0::/slice/job\n")
+    job = tmp_path / "sys/fs/cgroup/slice/job"
+    job.mkdir(parents=True)
+    for folder, limit, current in ((job, "1000", "700"), (job.parent, "5000", "800"), (job.parent.parent, "max", "9")):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{current}\n")
+        (folder / "memory.stat").write_text("anon 300\ninactive_file 400\n")
+    assert list(left_in_control_groups(tmp_path)) == [700, 4600]
+    assert list(left_in_control_groups(tmp_path / "elsewhere")) == []
+    assert available_memory("cpu") > 2**26
+
+
+def test_the_largest_batch_is_found_from_smaller_ones() -> None:
     assert largest_batch(lambda batch: 100 + 7 * batch, 1000) == (128, 996)
     steps = largest_batch(lambda batch: 100 + 7 * batch + (30 if batch > 100 else 0), 1000)
     assert steps[0] in (123, 124) and steps[1] <= 1000

@@ -6,11 +6,12 @@ import re
 
 import pytest
 import torch
-from cases import LEVELS, MODES, assert_close, make_images, randomise, set_mode, step, trained
+from cases import LEVELS, MODES, assert_close, group_errors, make_images, randomise, set_mode, step, trained
 from conversion_cases import monai_densenet2d as monai_densenet
 from handwritten_densenets import FailingBlock, HandwrittenDenseNet, LateBlock, ListBlock, ResidualBlock
 from monai.networks import nets
 from test_convert import blocks_of, classes_of, saved_bytes, seeded
+from test_exactness import assert_errors_at_most_twice, low_precision_step
 
 from densenet_efficient import EfficientDenseNet, convert, load_weights, revert
 from densenet_efficient.reference import NaiveDenseNet
@@ -34,14 +35,14 @@ MODELS = {
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
-def make_models(name, mode="train"):
+def make_models(name, mode="train", seed=0):
     """(the original, one to convert), equal, and images for them."""
     dims, make = MODELS[name]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = make()
-    randomise(model)
+    randomise(model, seed)
     model = set_mode(model.double(), mode)
-    return copy.deepcopy(model), model, make_images(3, 3, *SIZES[dims])
+    return copy.deepcopy(model), model, make_images(3, 3, *SIZES[dims], seed=seed)
 
 
 @every_model
@@ -68,6 +69,24 @@ def test_outputs_and_gradients(backend, name, mode):
         buffers = dict(original.named_buffers())
         results = [{key: value for key, value in result.items() if key not in buffers} for result in results]
     assert_close(*results)
+
+
+@pytest.mark.parametrize("name", ["MONAI 1D", "MONAI 3D"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_float32(backend, name, level):
+    """At most twice the original's own error."""
+    errors = []
+    for seed in range(5):
+        original, converted, images = make_models(name, seed=seed)
+        convert(converted, checkpointing=level)
+        truth = step(copy.deepcopy(original), images)
+        errors.append(
+            [
+                group_errors(low_precision_step(model, images, torch.float32, False), truth)
+                for model in (original, converted)
+            ]
+        )
+    assert_errors_at_most_twice(errors, 1e-5)
 
 
 @every_model

@@ -16,7 +16,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.filterwarnings("ignore:a dense block runs layer by layer", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", ["tutorial.md", "leaving_python.md", "features.md", "planning.md"])
+@pytest.mark.parametrize("name", ["tutorial.md", "convert.md", "leaving_python.md", "features.md", "planning.md"])
 def test_code_of_a_document_runs(name, tmp_path, monkeypatch, one_thread):
     """In an empty folder, which its files may fill."""
     monkeypatch.chdir(tmp_path)

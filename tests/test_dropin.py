@@ -370,6 +370,19 @@ def test_features_of_a_block_may_be_used_in_place(backend):
     assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("memory_format", [torch.preserve_format, torch.contiguous_format])
+def test_what_is_saved_may_be_kept_elsewhere(backend, level, memory_format):
+    """As `torch.autograd.graph.save_on_cpu` keeps it in the host's memory, in a layout of its own if it is pinned."""
+    naive, efficient = make_pair(checkpointing=level, drop_rate=0.2)
+    images = make_images(*IMAGES)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: tensor.clone(memory_format=memory_format), lambda tensor: tensor
+    ):
+        result = step(efficient, images, seed=1)
+    assert_close(result, step(naive, images, seed=1))
+
+
 def test_distributed_data_parallel(backend, tmp_path):
     naive, efficient = make_pair()
     images = make_images(*IMAGES)

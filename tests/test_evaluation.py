@@ -146,15 +146,48 @@ def test_the_report_gives_its_figures_and_pictures_apart(run: Path) -> None:
             assert image.format == "PNG" and min(image.size) > 100
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium; Debian's package of this name brings it")
+needs_chromium = pytest.mark.skipif(
+    shutil.which("chromium") is None, reason="no chromium; Debian's package of this name brings it"
+)
+
+
+def in_browser(page: Path, *options: str) -> str:
+    """What Chromium says of a page, without a network."""
+    profile = f"--user-data-dir={page.parent / 'profile'}"
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        profile,
+    ]
+    return subprocess.run(
+        [*command, *options, f"file://{page}"], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+
+
+@needs_chromium
+def test_the_report_on_a_screen(run: Path, tmp_path: Path) -> None:
+    """Its figures' bars, the confusion matrix and the curves have their colours, and nothing stands beside the page."""
+    shutil.copy(run / "report.html", tmp_path / "page.html")
+    in_browser(tmp_path / "page.html", "--window-size=1100,3000", f"--screenshot={tmp_path / 'page.png'}")
+    with Image.open(tmp_path / "page.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    assert pixels.shape == (3000, 1100, 3)
+    ink = (pixels.min(2) < 250).any(0).nonzero()[0]
+    assert ink[0] > 20 and ink[-1] < 1080
+    for colour in ((0, 114, 178), (26, 26, 26)):  # the accent, and the text
+        assert (np.abs(pixels - colour).max(2) < 8).sum() > 500
+
+
+@needs_chromium
 def test_the_report_in_a_browser(run: Path, tmp_path: Path) -> None:
-    """Every picture is decoded and the figures are seen, without a network."""
+    """Every picture is decoded and the figures are seen."""
     page = (run / "report.html").read_text()
     probe = "<script>document.title = [...document.images].map(i => i.naturalWidth).join()</script>"
     (tmp_path / "page.html").write_text(page.replace("</body>", f"{probe}</body>"))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    offline = ["--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", f"file://{tmp_path / 'page.html'}"]
-    shown = subprocess.run([*command, *offline], capture_output=True, text=True, timeout=120, check=True).stdout
+    shown = in_browser(tmp_path / "page.html", "--dump-dom")
     title = re.search(r"<title>([\d,]+)</title>", shown)
     assert title is not None
     widths = [int(width) for width in title[1].split(",")]

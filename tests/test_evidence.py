@@ -17,7 +17,9 @@ from benchmarks.cells import Cell, Variant, row_key
 from benchmarks.evidence import __main__ as evidence
 from benchmarks.evidence import comparison, frontier, largest_image, scaling, steps, timeline
 from benchmarks.implementations import build
+from densenet_efficient.measure import MIB
 from densenet_efficient.models import create_model
+from densenet_efficient.summary import summarize, total_costs
 
 MEASURED = {"step_ms": 400.0, "forward_ms": 150.0, "images_per_second": 20.0}
 
@@ -47,7 +49,8 @@ TIMELINE = {
     "dtype": "float32",
     "implementation": "torchvision",
     "phases_ms": {"forward": 10, "backward": 30, "optimizer": 31},
-    "samples": 4,
+    "kept_mib": 800.2,
+    "peak_mib": 900.0,
     "timeline": [[2, 50], [9, 800], [12, 900], [30, 7]],
 }
 LARGEST = {
@@ -97,7 +100,7 @@ def published(tmp_path: Path) -> list[str]:
 def test_the_sections_hold_what_was_measured(published: list[str]) -> None:
     assert '| depth | naive | ours, "none" |' in published
     assert "| 100 | 12.5 | 12.5 |" in published
-    assert "| torchvision | 800 | 900 | 10 | 20 |" in published
+    assert "| torchvision | 800.2 | 900.0 |" in published
     assert '| ours, "bottleneck" | 6000x6000 | 5952x5952 | 35.4 | 8100 | 6016x6016 |' in published
     resnet = "| resnet50 | 25.6 M | 4.09 G | 224x224 | 90.0 | 12.0 | 12.0 | [76.1](https://example.org/recipe) |"
     assert resnet in published  # the smaller memory and the higher speed of the two layouts
@@ -148,18 +151,19 @@ def test_networks_of_any_depth() -> None:
         assert build("ours-bottleneck", "densenet-bc-100-12").state_dict().keys() == known.state_dict().keys()
 
 
-def test_a_timeline_follows_the_step(one_thread: None) -> None:
-    row = timeline.trace({"implementation": "naive", "model": "tiny", "size": 64, "batch": 64, "dtype": "float32"})
+@pytest.mark.parametrize(("implementation", "saved"), [("naive", "saved_naive"), ("ours-none", "saved_none")])
+def test_a_timeline_follows_the_step(implementation: str, saved: str, one_thread: None) -> None:
+    """From nothing to nothing, and after the forward what the summary counts, but for the images."""
+    request = {"implementation": implementation, "model": "tiny", "size": 64, "batch": 64, "dtype": "float32"}
+    row = timeline.trace(request)
     forward, backward, optimizer = row["phases_ms"].values()
     assert 0 < forward < backward <= optimizer
-    assert 0 < len(row["timeline"]) <= timeline.POINTS
-    moments = [moment for moment, _ in row["timeline"]]
-    assert moments == sorted(moments) and moments[-1] <= optimizer
-
-
-def test_a_shorter_timeline_keeps_the_peaks() -> None:
-    samples = [(float(moment), held) for moment, held in enumerate([1, 5, 2, 9, 3, 4, 8])]
-    assert timeline.highest(samples, 3) == [(1.0, 5), (3.0, 9), (6.0, 8)]
+    moments, mib = zip(*row["timeline"], strict=True)
+    assert len(moments) <= timeline.POINTS and list(moments) == sorted(moments) and moments[-1] <= optimizer + 1
+    assert mib[-1] == 0 and max(mib) == row["peak_mib"] >= row["kept_mib"]
+    shape = (64, 3, 64, 64)
+    counted = getattr(total_costs(summarize(build(implementation, "tiny"), shape)), saved) / MIB
+    assert row["kept_mib"] + 64 * 3 * 64 * 64 * 4 / MIB == pytest.approx(counted, rel=0.02)
 
 
 @pytest.mark.parametrize("limit", [5, 37, 64, 100])

@@ -13,7 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FeaturePyramidNetwork
 
-from densenet_efficient import Backbone, EfficientDenseNet
+from densenet_efficient import Backbone, EfficientDenseNet, convert
 from densenet_efficient.models import create_model
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nan_memory")
@@ -83,7 +83,7 @@ def retinanet(body, channels):
 
 @every_level
 def test_a_retinanet_trains_a_step(backend, level):
-    """The losses, and the gradients of torchvision's network under the same detector."""
+    """The losses, and the gradients of torchvision's network under the same detector; `Backbone`, and converted."""
     torch.manual_seed(0)
     theirs = densenet.DenseNet(4, (2, 3, 2, 2), 6, 3, num_classes=5)
     randomise(theirs)
@@ -91,21 +91,28 @@ def test_a_retinanet_trains_a_step(backend, level):
     ours.load_state_dict(theirs.state_dict())
     backbone = Backbone(ours)
     collector = IntermediateLayerGetter(theirs.features, {name: name for name in backbone.names})
-    targets = [
-        {"boxes": torch.tensor([[4.0, 6.0, 30.0, 40.0]]).double(), "labels": torch.tensor([1])} for _ in range(2)
-    ]
+    converted = copy.deepcopy(collector)
     results = []
-    for body, model in ((collector, theirs), (backbone, ours)):
+    for body, features in ((collector, collector), (backbone, ours.features), (converted, converted)):
         detector = retinanet(body, backbone.channels).double()
-        losses = detector(list(make_images(2, 3, 64, 64)), targets)
-        assert all(loss.isfinite() for loss in losses.values())
-        sum(losses.values()).backward()
-        before = copy.deepcopy(model.features.state_dict())
-        torch.optim.SGD(detector.parameters(), lr=0.01).step()
-        assert not torch.equal(model.features.state_dict()["conv0.weight"], before["conv0.weight"])
-        gradients = {name: parameter.grad for name, parameter in model.features.named_parameters()}
-        results.append({**losses, **gradients, **dict(model.features.named_buffers())})
+        if body is converted:
+            convert(detector, checkpointing=level)
+        results.append(trained_a_step(detector, features))
     assert_close(results[1], results[0])
+    assert_close(results[2], results[0])
+
+
+def trained_a_step(detector, features):
+    """The losses, and what they leave in ``features``, which the step changes."""
+    target = {"boxes": torch.tensor([[4.0, 6.0, 30.0, 40.0]]).double(), "labels": torch.tensor([1])}
+    losses = detector(list(make_images(2, 3, 64, 64)), [target, target])
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    before = features.conv0.weight.detach().clone()
+    torch.optim.SGD(detector.parameters(), lr=0.01).step()
+    assert not torch.equal(features.conv0.weight, before)
+    gradients = {name: parameter.grad for name, parameter in features.named_parameters()}
+    return {**losses, **gradients, **dict(features.named_buffers())}
 
 
 @every_level

@@ -53,6 +53,17 @@ def test_grad_cam_is_the_naive_model_s(backend, layer, level, mode):
     assert_close(results[1], results[0])
 
 
+@every_level
+@pytest.mark.parametrize("layer", ["features", "features.denseblock1", "features.transition1"])
+@pytest.mark.parametrize("library", ["torchvision", "timm", "MONAI", "torchxrayvision"])
+def test_grad_cam_of_a_converted_model(backend, library, layer, level):
+    original, converted = make_models(library, "eval")
+    convert(converted, checkpointing=level)
+    images, classes = make_images(*IMAGES), torch.tensor([1, 4, 0])
+    maps = [grad_cam(model, images, layer, classes) for model in (converted, original)]
+    assert_close({"": maps[0]}, {"": maps[1]})
+
+
 def test_grad_cam_by_hand():
     """Behind the last features stand ReLU, mean and classifier: the gradient is a row of it where they are positive."""
     _, model = make_pair(mode="eval")

@@ -67,8 +67,9 @@ def test_torch_export_in_training():
     assert_close(dict(exported.named_buffers()), dict(naive.named_buffers()))
 
 
-def test_onnx(tmp_path):
-    _, model = make_pair(mode="eval", dtype=torch.float32)
+@pytest.mark.parametrize("make", [make_pair, converted_pair], ids=["own", "converted"])
+def test_onnx(tmp_path, make):
+    model = make(mode="eval")[1].float()
     images, others = (make_images(batch, 3, *SIZE, dtype=torch.float32) for batch in (2, 5))
     program = torch.onnx.export(
         model, (images,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)

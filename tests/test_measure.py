@@ -11,7 +11,7 @@ import torch
 from cases import needs_native
 from torch import Tensor, nn
 
-from densenet_efficient import measure
+from densenet_efficient import kernels, measure
 from densenet_efficient.measure import make_step, peak_memory, peak_memory_per_image, step_times
 
 SHAPE = (3, 8, 8)
@@ -163,3 +163,47 @@ def test_freed_memory_goes_back_before_a_large_buffer() -> None:
     kept, returned = map(int, process.stdout.split())
     assert kept < 2**25
     assert returned > 0.8 * 64 * 2**22
+
+
+KEEP_MEMORY = """
+import os, torch
+from densenet_efficient import kernels
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+like = torch.empty(0)
+first = kernels.empty_kept(like, 2**20).fill_(1)  # 4 MiB
+address = first.data_ptr()
+del first
+again = kernels.empty_kept(like, 2**20)
+other = kernels.empty_kept(like, 2**20)
+print(again.data_ptr() == address, other.data_ptr() != address)
+del again, other
+many = [kernels.empty_kept(like, 2**20).fill_(1) for _ in range(16)]
+before = resident()
+del many
+larger = [kernels.empty_kept(like, 2**21).fill_(1) for _ in range(8)]  # which none of those kept fits
+print((resident() - before) >> 20)
+del larger
+kernels.return_freed_memory(torch.empty(kernels.KEPT_UP_TO, dtype=torch.uint8))
+print((before - resident()) >> 20)
+"""
+
+
+@needs_native
+def test_memory_kept_for_the_next_step() -> None:
+    """It is taken again, with what is in use it is no more than was in use at once, and it goes back before a peak."""
+    process = subprocess.run([sys.executable, "-c", KEEP_MEMORY], capture_output=True, text=True, check=True)
+    taken_again, are_distinct, grown, returned = process.stdout.split()
+    assert (taken_again, are_distinct) == ("True", "True")
+    assert int(grown) <= 4  # MiB
+    assert int(returned) >= 60
+
+
+@needs_native
+@pytest.mark.parametrize("size", [(0, 7), (3,), (2, 2**22), (2, 2**24)], ids=str)
+def test_empty_kept_is_an_ordinary_tensor(size: tuple[int, ...]) -> None:
+    tensor = kernels.empty_kept(torch.empty(1, dtype=torch.bfloat16), *size)
+    assert tensor.shape == size and tensor.dtype == torch.bfloat16 and tensor.is_contiguous()
+    assert torch.equal(tensor.fill_(2).clone(), torch.full(size, 2, dtype=torch.bfloat16))

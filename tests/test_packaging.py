@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from importlib.metadata import requires, version
+import zipfile
+from importlib.metadata import PackageNotFoundError, distribution, requires, version
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,61 @@ def test_without_native_build_a_pure_wheel_says_why(checkout: Path, variables: d
     assert reason in output
     (wheel,) = checkout.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
+
+
+TRAIN = """
+import warnings
+import torch
+import densenet_efficient
+
+model = densenet_efficient.EfficientDenseNet(4, (2, 2), 8, num_classes=3)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
+print(*(warning.message for warning in caught if "densenet_efficient" in str(warning.message)), sep="\\n")
+"""
+
+
+def test_a_pure_wheel_of_the_source_distribution_trains_by_itself_and_says_once_why(
+    checkout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    status, output = build("build_sdist", checkout)
+    assert status == 0, output
+    unpacked, installed = tmp_path_factory.mktemp("unpacked"), tmp_path_factory.mktemp("installed")
+    with tarfile.open(next(checkout.glob("*.tar.gz"))) as archive:
+        archive.extractall(unpacked, filter="data")
+    (source,) = unpacked.iterdir()
+    status, output = build("build_wheel", source, {"CXX": "/nonexistent/c++"})
+    assert status == 0, output
+    with zipfile.ZipFile(next(source.glob("*.whl"))) as wheel:
+        wheel.extractall(installed)
+    link_requirements(installed)
+    command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.append({str(installed)!r}){TRAIN}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (said,) = result.stdout.splitlines()
+    assert "slower plain-torch backend" in said and "densenet_efficient._C could not be imported" in said
+    assert "Remedy: with a C++ compiler (g++ or clang++), install the package again" in said
+
+
+def link_requirements(folder: Path) -> None:
+    """Makes ``folder`` an environment of what installing this package alone brings."""
+    seen, waiting = set(), list(requires("densenet-efficient") or [])
+    while waiting:
+        requirement = waiting.pop()
+        name = re.split(r"[^\w.-]", requirement)[0]
+        if name in seen or "extra ==" in requirement:
+            continue
+        seen.add(name)
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:  # of another platform
+            continue
+        for part in {path.parts[0] for path in found.files or []} - {"..", "__pycache__"}:
+            if not (folder / part).exists():
+                (folder / part).symlink_to(found.locate_file(part))
+        waiting += found.requires or []
 
 
 @needs_compiler

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
-from training_cases import fit, make_images
+from training_cases import fit, make_images, write_dicom
 
 from densenet_efficient.cli import main
-from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier
+from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier, read_checkpoint
 from densenet_efficient.training.images import read_image
 from densenet_efficient.training.prediction import Predictor, views_of
 
@@ -40,7 +42,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def own_probabilities(classifier: SavedClassifier, path: str) -> torch.Tensor:
     preprocessing = classifier.preprocessing
-    image = preprocessing.transform()(read_image(path, preprocessing.channels))
+    image = preprocessing.transform()(read_image(path, preprocessing.channels, preprocessing.value_range))
     with torch.inference_mode():
         return classifier.model.eval()(image[None]).softmax(1)[0]
 
@@ -58,6 +60,27 @@ def test_a_folder_becomes_a_table_of_the_models_own_probabilities(
         assert row["prediction"] == ("bright" if given[0] > given[1] else "dark")
 
 
+def test_slices_in_hounsfield_units_are_seen_as_in_training(tmp_path: Path) -> None:
+    """Channels and the range of values are the checkpoint's; the files' own window is not used."""
+    generator = np.random.default_rng(0)
+    window = {"RescaleSlope": 1, "RescaleIntercept": -1000, "WindowCenter": 3000, "WindowWidth": 10}
+    for name, level in (("bright", 1200), ("dark", 300)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(6):
+            pixels = level + generator.integers(0, 200, (9, 8))
+            write_dicom(tmp_path / "images" / name / f"slice{index}", pixels, **window)
+    seen = ("--data.channels", "1", "--data.value_range", "[-1000, 400]", "--trainer.max_epochs", "1")
+    assert fit(tmp_path / "images", tmp_path / "run", *seen) == 0
+    checkpoint = tmp_path / "run" / "best.ckpt"
+    assert predict(checkpoint, tmp_path / "images", "--output", tmp_path / "out.csv") == 0
+    rows, classifier = rows_of(tmp_path / "out.csv"), load_classifier(checkpoint)
+    assert len(rows) == 12 and classifier.preprocessing.value_range == (-1000, 400)
+    assert read_image(rows[0]["path"], 1, (-1000, 400)).min() > 0.5  # by the window all are black
+    for row in rows:
+        given = torch.tensor([float(row["bright"]), float(row["dark"])])
+        torch.testing.assert_close(given, own_probabilities(classifier, row["path"]), atol=2e-6, rtol=0)
+
+
 def test_a_table_of_paths(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     table = folder / "images" / "table.csv"
     table.write_text("file,age\nbright/0.png,40\ndark/1.png,50\n")
@@ -67,16 +90,50 @@ def test_a_table_of_paths(folder: Path, checkpoint: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.own_process
+@pytest.mark.parametrize("views", ["none", "dihedral"])
 def test_an_interrupted_table_is_continued(
+    views: str, folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.csv"
+    assert predict(checkpoint, folder / "images", "--output", output, "--views", views) == 0
+    whole = output.read_bytes()
+    output.write_bytes(whole[: len(whole) * 2 // 3])  # in the middle of a row
+    again = ("--output", output, "--views", views, "--num-workers", 1)
+    assert predict(checkpoint, folder / "images", *again) == 0
+    assert output.read_bytes() == whole
+    assert "7 predictions are in" in capsys.readouterr().out
+
+
+def test_a_table_is_of_one_model_alone(
     folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out.csv"
     assert predict(checkpoint, folder / "images", "--output", output) == 0
     whole = output.read_bytes()
-    output.write_bytes(whole[: len(whole) * 2 // 3])  # in the middle of a row
-    assert predict(checkpoint, folder / "images", "--output", output, "--num-workers", 1) == 0
+    content = read_checkpoint(checkpoint)
+    content["state_dict"]["model.classifier.bias"] += 1
+    torch.save(content, tmp_path / "other.ckpt")
+    for given in ((checkpoint, "--views", "mirror"), (tmp_path / "other.ckpt",)):
+        assert predict(given[0], folder / "images", "--output", output, *given[1:]) == 2
+        assert "holds predictions of other weights or --views (out.csv.json" in capsys.readouterr().err
     assert output.read_bytes() == whole
-    assert "7 predictions are in" in capsys.readouterr().out
+
+
+def test_options_in_a_file(folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"checkpoint": str(checkpoint), "views": "mirror", "batch_size": 5, "output": str(tmp_path / "out.csv")}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["predict", "--config", str(tmp_path / "mine.yaml"), str(folder / "images")]
+    assert main([*arguments, "--accelerator", "cpu"]) == 0
+    assert len(rows_of(tmp_path / "out.csv")) == 12
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config | {"vews": "mirror"}))
+    assert main(arguments) == 2
+    assert "vews" in (error := capsys.readouterr().err) and "mine.yaml" in error and error.count("\n") == 1
+
+
+def test_what_other_classes_have_predicted_is_left_alone(
+    folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.csv"
     output.write_text("path,prediction,cat,dog\n")
     assert predict(checkpoint, folder / "images", "--output", output) == 2
     assert "something else than predictions of these classes" in capsys.readouterr().err

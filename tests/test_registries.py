@@ -186,6 +186,10 @@ def test_pretrained(tmp_path, tag):
     assert ours.classifier.out_features == 3
     expected = theirs.features.conv0.weight.sum(1, keepdim=True)
     torch.testing.assert_close(ours.features.conv0.weight, torch.nn.Parameter(expected))
+    ours = timm.create_model("efficient_densenet121", True, pretrained_cfg_overlay=file, features_only=True)
+    expected = {f"features_{key}": value for key, value in theirs.features.state_dict().items()}
+    assert_close(ours.state_dict(), expected, 0)
+    assert len(blocks_of(ours)) == 4
 
 
 def test_configurations_are_those_of_timm():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -16,7 +17,7 @@ import pytest
 import torch
 from training_cases import assert_same_bits, fit, fit_arguments, make_images, stopping_at, weights
 
-from densenet_efficient.training.checkpoint import is_whole, read_checkpoint
+from densenet_efficient.training.checkpoint import AtomicCheckpointIO, is_whole, read_checkpoint
 from densenet_efficient.training.files import atomic_write
 
 pytestmark = pytest.mark.own_process
@@ -219,6 +220,18 @@ def test_a_name_is_on_the_disk_before_the_write_ends(tmp_path: Path, monkeypatch
     with atomic_write(tmp_path / "file") as file:
         file.write(b"whole")
     assert len(synced) == 2 and synced[-1] == str(tmp_path)
+
+
+def test_the_previous_checkpoint_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    for step in (1, 2, 3):
+        AtomicCheckpointIO().save_checkpoint({"step": step}, tmp_path / "last.ckpt")
+    assert read_checkpoint(tmp_path / "last.ckpt") == {"step": 3}
+    assert read_checkpoint(tmp_path / "previous.ckpt") == {"step": 2}
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_failed_write_leaves_the_earlier_file_alone(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from sharded_training import PARTS, evaluate_between_steps, work
+from sharded_training import PARTS, WITHOUT_CHANCE, evaluate_between_steps, work
 from synchronised_training import CONFIG, train_whole
-from training_cases import assert_same_bits, fit_arguments, make_images, weights
+from torch import Tensor
+from training_cases import assert_same_bits, fit, fit_arguments, make_images, weights
 
 from densenet_efficient.cli import main
 from densenet_efficient.reference import NaiveDenseNet
@@ -22,6 +23,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_images(folder / "images", per_class=15)
     multiprocessing.spawn(work, (folder,), nprocs=2)
     return folder
+
+
+def assert_nearly_equal(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """In float32, up to the order of sums and the ReLUs that it turns over."""
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (state[name] - value.double()).norm() <= 1e-3 * value.double().norm() + 1e-5, name
 
 
 @pytest.mark.parametrize("parts", PARTS)
@@ -47,12 +55,14 @@ def test_an_evaluation_between_steps_sees_the_new_weights(results: Path) -> None
 
 
 def test_fit_by_fsdp_is_fit_by_ddp(results: Path) -> None:
-    """The head alone, then everything; in float32, up to the order of sums and the ReLUs that it turns over."""
-    ddp = weights(results / "ddp")
-    for name, value in weights(results / "fsdp").items():
-        expected = ddp[name].double()
-        assert (value - expected).norm() <= 1e-3 * expected.norm() + 1e-5, name
+    """The head alone, then everything."""
+    assert_nearly_equal(weights(results / "fsdp"), weights(results / "ddp"))
     assert (results / "fsdp" / "report.html").exists()
+
+
+def test_synchronised_norms_train_as_one_process_with_the_whole_batch(results: Path, tmp_path: Path) -> None:
+    assert fit(results / "images", tmp_path, *WITHOUT_CHANCE, "--data.batch_size", "8") == 0
+    assert_nearly_equal(weights(results / "synchronised"), weights(tmp_path))
 
 
 def test_a_sharded_run_is_continued_with_the_same_bits(results: Path) -> None:

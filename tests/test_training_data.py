@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
-from training_cases import make_images
+from training_cases import make_cifar, make_images, write_dicom
 
 from densenet_efficient.cli import main
 from densenet_efficient.training.data import CSVData, FolderData, ImageData
@@ -193,23 +190,6 @@ def test_tables_that_cannot_be_trained_on(
 # ---- image files ----
 
 
-def write_dicom(path: Path, pixels: np.ndarray, **elements: Any) -> Path:
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
-    dataset.Rows, dataset.Columns = pixels.shape
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-    dataset.BitsAllocated = dataset.BitsStored = 16
-    dataset.HighBit, dataset.PixelRepresentation = 15, 0
-    dataset.PixelData = pixels.astype("<u2").tobytes()
-    for name, value in elements.items():
-        setattr(dataset, name, value)
-    dataset.save_as(path, enforce_file_format=True)
-    return path
-
-
 PIXELS = np.arange(48).reshape(6, 8) * 50
 HOUNSFIELD = {"RescaleSlope": 1, "RescaleIntercept": -1000}
 
@@ -229,6 +209,16 @@ def test_dicom(elements: dict[str, Any], value_range: Any, expected: np.ndarray,
     np.testing.assert_allclose(image[1].numpy(), expected, atol=1e-6)
 
 
+def test_a_dicom_file_needs_no_name_of_its_kind(tmp_path: Path) -> None:
+    for name in ("normal", "opaque"):
+        (tmp_path / name).mkdir()
+        for index in range(5):
+            write_dicom(tmp_path / name / f"1.2.840.{index}", PIXELS)
+    data = FolderData(tmp_path, **SMALL)
+    data.setup("fit")
+    assert sum(map(len, data.splits.parts().values())) == 10
+
+
 def test_sixteen_bits_and_single_channels(tmp_path: Path) -> None:
     deep = np.array([[0, 4095], [32768, 65535]], dtype=np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
@@ -243,28 +233,30 @@ def test_sixteen_bits_and_single_channels(tmp_path: Path) -> None:
 
 
 def damage(folder: Path) -> list[str]:
-    """An empty, a truncated and a foreign file among the images of a folder."""
+    """An empty, a truncated and foreign files among the images of a folder; what the system left there is none."""
     whole = (folder / "dark" / "0.png").read_bytes()
     bad = {
         "empty.png": b"",
         "cut.png": whole[: len(whole) // 2],
         "text.png": b"no image",
         "cut.dcm": b"\0" * 128 + b"DICM",
+        "notes.txt": b"text",
     }
-    for name, content in bad.items():
+    for name, content in (bad | {"Thumbs.db": b"", ".hidden": b""}).items():
         (folder / "dark" / name).write_bytes(content)
     return list(bad)
 
 
 def test_bad_files_are_named_and_refused_or_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = damage(make_images(tmp_path, per_class=10))
-    with pytest.raises(ValueError, match=r"4 of 24 image files cannot be read: .* --data.bad_files skip") as error:
+    with pytest.raises(ValueError, match=r"5 of 25 files cannot be read .* --data.bad_files skip") as error:
         FolderData(tmp_path, **SMALL).setup("fit")
-    assert all(f"dark/{name}: expected an undamaged image" in str(error.value) for name in names)
+    assert all(f"dark/{name}: expected an undamaged image" in str(error.value) for name in names[:-1])
+    assert "dark/notes.txt: of another type, by its name" in str(error.value)
     data = FolderData(tmp_path, bad_files="skip", **SMALL)
     data.setup("fit")
     assert sum(map(len, data.splits.parts().values())) == 20
-    assert "Skipping 4 of 24 image files" in capsys.readouterr().out
+    assert "Skipping 5 of 25 files" in capsys.readouterr().out
 
 
 def test_check_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,7 +265,8 @@ def test_check_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(tmp_path / "train")
     assert main(["check-data", "--data", str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert "4 files cannot be read, 12 are in more than one split, 0 are repeated" in out
+    assert "5 files cannot be read, 12 are in more than one split, 0 are repeated" in out
+    assert f"Unreadable: {tmp_path}/train/dark/notes.txt" in out
     assert f"Unreadable: {tmp_path}/train/dark/empty.png" in out
     assert main(["check-data", "--data", "digits"]) == 0
 
@@ -340,22 +333,19 @@ def test_digits() -> None:
 
 
 def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchvision.datasets import CIFAR10
-
-    folder = tmp_path / CIFAR10.base_folder
-    folder.mkdir()
-    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
-    for name in [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]:
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [*range(10), *range(10)]}))
-    names = {"label_names": [f"class {number}" for number in range(10)]}
-    (folder / "batches.meta").write_bytes(pickle.dumps(names))
-    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": None})
+    make_cifar(tmp_path, monkeypatch)
     data = CIFARData(root=tmp_path, download=False, batch_size=4)
     assert [len(samples) for samples in data.splits.parts().values()] == [90, 10, 20]
     assert next(iter(data.train_dataloader()))[0].shape == (4, 3, 32, 32)
     whole = CIFARData(root=tmp_path, download=False, validation_fraction=0, batch_size=4)
     assert [len(samples) for samples in whole.splits.parts().values()] == [100, 20, 20]
+
+
+def test_cifar_of_100_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cifar(tmp_path, monkeypatch, classes=100)
+    data = CIFARData(classes=100, root=tmp_path, download=False, batch_size=4)
+    assert len(data.task.class_names) == 100
+    assert [len(samples) for samples in data.splits.parts().values()] == [200, 100, 300]
 
 
 def test_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,8 @@ RENAMED = {
     "compiled and parallel": lambda key: f"module._orig_mod.{key}",
     "Lightning": lambda key: f"model.{key}",
     "Lightning, old": lambda key: f"model.{old(key)}",
+    "Pleiss et al.": lambda key: key.replace("norm5", "norm_final"),
+    "Pleiss et al., parallel": lambda key: f"module.{key}".replace("norm5", "norm_final"),
 }
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from pytorch_lightning import Trainer
 from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from densenet_efficient.cli import main
 from densenet_efficient.training.checkpoint import read_checkpoint
@@ -23,6 +29,41 @@ def make_images(folder: Path, per_class: int = 6, names: tuple[str, ...] = ("bri
             brightness = 220 - 190 * label // max(len(names) - 1, 1) + index
             Image.new("RGB", (12, 10), (brightness,) * 3).save(folder / name / f"{index}.png")
     return folder
+
+
+def write_dicom(path: Path, pixels: NDArray[Any], **elements: Any) -> Path:
+    """A slice of 16 bits [H, W], with these further elements."""
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
+    dataset.Rows, dataset.Columns = pixels.shape
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.BitsAllocated = dataset.BitsStored = 16
+    dataset.HighBit, dataset.PixelRepresentation = 15, 0
+    dataset.PixelData = pixels.astype("<u2").tobytes()
+    for name, value in elements.items():
+        setattr(dataset, name, value)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def make_cifar(root: Path, monkeypatch: Any, classes: int = 10) -> None:
+    """Files as torchvision downloads them, of two or three random images per class and file."""
+    kind = {10: CIFAR10, 100: CIFAR100}[classes]
+    labels, name, names = (
+        ("labels", "batches.meta", "label_names") if classes == 10 else ("fine_labels", "meta", "fine_label_names")
+    )
+    folder = root / kind.base_folder
+    folder.mkdir()
+    copies = 2 if classes == 10 else 3
+    pixels = np.random.default_rng(0).integers(0, 256, (copies * classes, 3072), dtype=np.uint8)
+    for part, _ in (*kind.train_list, *kind.test_list):
+        (folder / part).write_bytes(pickle.dumps({"data": pixels, labels: [*range(classes)] * copies}))
+    (folder / name).write_bytes(pickle.dumps({names: [f"class {number}" for number in range(classes)]}))
+    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": None})
 
 
 def fit_arguments(images: Path, output: Path, *more: str) -> list[str]:

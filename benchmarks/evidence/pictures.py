@@ -58,19 +58,19 @@ def draw_timeline(results: Results, path: Path) -> None:
     for axes, row in zip(all_axes, rows, strict=True):
         colour, _ = MARKS[row["implementation"]]
         moments, mib = zip(*row["timeline"], strict=True)
-        axes.fill_between(moments, mib, step="mid", color=colour, alpha=0.35, linewidth=0)
-        axes.plot(moments, mib, color=colour, linewidth=1.4, drawstyle="steps-mid")
+        axes.fill_between(moments, mib, step="post", color=colour, alpha=0.35, linewidth=0)
+        axes.plot(moments, mib, color=colour, linewidth=1.4, drawstyle="steps-post")
         for phase in ("forward", "backward"):
             axes.axvline(row["phases_ms"][phase], color="0.4", linestyle=":", linewidth=1)
         forward, backward = row["phases_ms"]["forward"], row["phases_ms"]["backward"]
         for phase, moment in (("forward", forward / 2), ("backward", (forward + backward) / 2)):
             axes.annotate(phase, (moment, 0.93), xycoords=("data", "axes fraction"), ha="center", va="top", size=8)
-        finish(axes, f"{LABELS[row['implementation']]}: at most {max(mib)} MiB", "")
+        finish(axes, f"{LABELS[row['implementation']]}: at most {row['peak_mib']:.0f} MiB", "")
         axes.set_ylabel("MiB")
     first = rows[0]
     workload = f"{first['model']}, batch {first['batch']}, {first['size']}x{first['size']}, {first['dtype']}"
     all_axes[-1].set_xlabel(f"milliseconds of one training step ({workload})")
-    all_axes[-1].set_ylim(bottom=0)
+    all_axes[-1].set_ylim(0, 1.15 * max(row["peak_mib"] for row in rows))
     all_axes[-1].set_xlim(left=0)
     save(figure, path)
 

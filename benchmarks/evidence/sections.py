@@ -47,18 +47,13 @@ def scaling(results: Results) -> str:
 
 
 def timeline(results: Results) -> str:
-    """The highest points of each curve."""
+    """What of each curve is a figure."""
     lines = [markdown.figures_line(results), "", picture(results, "timeline", "memory through one training step"), ""]
-    columns = ("implementation", "held after the forward, MiB", "peak, MiB", "forward, ms", "backward, ms")
-    return "\n".join([*lines, *markdown.table(columns, map(_timeline_cells, results["rows"])), ""])
-
-
-def _timeline_cells(row: dict[str, Any]) -> list[str]:
-    forward, backward = row["phases_ms"]["forward"], row["phases_ms"]["backward"]
-    # Of the point before the backward begins; a forward's own peak may lie earlier.
-    kept = [mib for moment, mib in row["timeline"] if moment <= forward]
-    peak = max(mib for _, mib in row["timeline"])
-    return [LABELS[row["implementation"]], str(kept[-1]), str(peak), str(forward), str(backward - forward)]
+    columns = ("implementation", "kept by the forward, MiB", "peak, MiB")
+    cells = [
+        [LABELS[row["implementation"]], f"{row['kept_mib']:.1f}", f"{row['peak_mib']:.1f}"] for row in results["rows"]
+    ]
+    return "\n".join([*lines, *markdown.table(columns, cells), ""])
 
 
 def largest_image(results: Results) -> str:

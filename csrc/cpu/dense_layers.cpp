@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "cpu/memory.h"
 #include "cpu/operations.h"
 
 namespace densenet_efficient {
@@ -69,7 +70,7 @@ std::vector<Tensor> forward(const Tensor& storage, int64_t height, int64_t width
     if (layer.norm2) {
       // One allocation a layer: the C library hands blocks of this size out again, larger ones it returns.
       if (save_bottlenecks || bottlenecks.empty()) {
-        bottlenecks.push_back(at::empty({rows, bottleneck_channels}, storage.options()));
+        bottlenecks.push_back(empty_kept({rows, bottleneck_channels}, storage.options()));
       }
       const Tensor bottleneck = bottlenecks.back(), own = bottleneck_statistics.select(0, index);
       const Tensor own_mean = own.select(0, 0), own_variance = own.select(0, 1);

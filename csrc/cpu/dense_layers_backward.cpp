@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "cpu/dense_layers.h"
+#include "cpu/memory.h"
 #include "cpu/operations.h"
 
 namespace densenet_efficient {
@@ -114,7 +115,7 @@ struct Backward {
   }
 
   Tensor scratch(Tensor& buffer, int64_t channels) const {
-    if (!buffer.defined()) buffer = at::empty({rows(), channels}, storage.options());
+    if (!buffer.defined()) buffer = empty_kept({rows(), channels}, storage.options());
     return buffer;
   }
 

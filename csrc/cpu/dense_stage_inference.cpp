@@ -71,7 +71,7 @@ struct Convolution {
 // What a stage makes of its input: two convolutions per layer, or one without a bottleneck, and its exit.
 struct Stage {
   at::ScalarType dtype;
-  int64_t element;                                     // bytes
+  int64_t element;                                            // bytes
   int64_t channels, total, growth_rate, bottleneck_channels;  // of the input, of all features, of a layer
   std::vector<Convolution> convolutions;
   std::array<int64_t, 2> window;  // of the exit's average pooling, 1x1 where it is none
@@ -109,8 +109,7 @@ Forward forward_of(at::ScalarType dtype, const Columns& x, const Convolution& co
   return arguments;
 }
 
-void conv1x1(at::ScalarType dtype, int64_t rows, const Columns& x, const Convolution& convolution,
-             const Columns& out) {
+void conv1x1(at::ScalarType dtype, int64_t rows, const Columns& x, const Convolution& convolution, const Columns& out) {
   auto arguments = forward_of<Conv1x1Forward>(dtype, x, convolution, out);
   arguments.rows = rows;
   DISPATCH_CAPABILITY(bn_relu_conv1x1)(arguments);
@@ -261,13 +260,21 @@ void run(const Tensor& x, int64_t height, int64_t width, int64_t bottleneck_chan
               " of x, ", growth_rate, " of a layer and ", bottleneck_channels, " of a bottleneck");
   TORCH_CHECK(window.size() == 2 && 1 <= window[0] && window[0] <= height && 1 <= window[1] && window[1] <= width,
               "Expected a window that fits the images of ", height, "x", width, ", got ", window);
-  Stage stage{x.scalar_type(), static_cast<int64_t>(x.element_size()), channels, channels, growth_rate,
-              bottleneck_channels, {}, {window[0], window[1]}, nullptr, nullptr, {}};
+  Stage stage{x.scalar_type(),
+              static_cast<int64_t>(x.element_size()),
+              channels,
+              channels,
+              growth_rate,
+              bottleneck_channels,
+              {},
+              {window[0], window[1]},
+              nullptr,
+              nullptr,
+              {}};
   for (size_t index = 0; index < packed.size(); stage.total += growth_rate) {
     int64_t read = stage.total;
     if (bottleneck_channels > 0) {
-      stage.convolutions.push_back(
-          make_convolution(affines[index], packed[index], 1, read, bottleneck_channels, x));
+      stage.convolutions.push_back(make_convolution(affines[index], packed[index], 1, read, bottleneck_channels, x));
       read = bottleneck_channels;
       index++;
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.jit import ScriptModule
 
 from ..argument_checks import check_level
 from .modules import Converted, ConvertedBlock, replace_class, restore_class
@@ -48,7 +49,7 @@ def convert(model: nn.Module, checkpointing: str = "bottleneck") -> Report:
             f"half of the model is converted: {survey.converted[0]} is, {blocks[0]} is not; revert(model) first"
         )
     if not (survey.report.replaced or survey.report.left):
-        raise ValueError(f"found no DenseNet in a {type(model).__name__}: {_what_was_found(survey)}")
+        raise ValueError(f"found no DenseNet in a {type(model).__name__}: {_what_was_found(survey, model)}")
     _replace_classes(survey.roles)
     for module in model.modules():
         if isinstance(module, ConvertedBlock):
@@ -84,7 +85,9 @@ def _replace_classes(roles: dict[nn.Module, type[Converted]]) -> None:
         raise
 
 
-def _what_was_found(survey: Survey) -> str:
+def _what_was_found(survey: Survey, model: nn.Module) -> str:
     if survey.own_blocks:
         return f"{survey.own_blocks[0]} is a block of this package, which needs no conversion"
+    if any(isinstance(module, ScriptModule) for module in model.modules()):
+        return "what TorchScript has compiled or traced stays as it is; convert the model before"
     return f"looked for {searched_classes()}"

@@ -177,6 +177,25 @@ class ConvertedMonai(Converted):
         return cast(Tensor, out)
 
 
+class ConvertedXray(Converted):
+    """torchxrayvision's DenseNet, whose last norm and pooling join the last block."""
+
+    features: nn.Module
+
+    def features2(self, x: Tensor) -> Tensor:
+        """The pooled features, of images resized as theirs are."""
+        resized = self._resized(x) if hasattr(self, "input_resolution") else x
+        pooled = pooled_features(self.features, resized)
+        return cast(Tensor, super().features2(x)) if pooled is None else pooled  # type: ignore[misc]
+
+    def _resized(self, x: Tensor) -> Tensor:
+        from torchxrayvision import utils
+
+        resized = utils.fix_resolution(x, self.input_resolution, self)
+        utils.warn_normalization(resized)
+        return cast(Tensor, resized)
+
+
 def is_global_average(modules: list[nn.Module]) -> bool:
     """Whether these are a pooling of each image to its average and the removal of its empty dimensions, unobserved."""
     if len(modules) != 2 or any(map(fusion.is_observed, modules)):

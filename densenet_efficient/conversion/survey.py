@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from torch import nn
+from torch.jit import ScriptModule
 
 from .. import fusion
 from ..dimensions import Convolution
@@ -22,6 +23,7 @@ from .modules import (
     ConvertedSequential,
     ConvertedTimm,
     ConvertedTorchvision,
+    ConvertedXray,
 )
 from .report import Entry, Report
 
@@ -32,6 +34,7 @@ NETWORKS: Roles = {
     ("torchvision.models.densenet", "DenseNet", ("forward",)): ConvertedTorchvision,
     ("timm.models.densenet", "DenseNet", TIMM_METHODS): ConvertedTimm,
     ("monai.networks.nets.densenet", "DenseNet", ("forward",)): ConvertedMonai,
+    ("torchxrayvision.models", "DenseNet", ("forward", "features2")): ConvertedXray,
 }
 SEQUENCES: Roles = {
     ("torch.nn.modules.container", "Sequential", ("forward",)): ConvertedSequential,
@@ -56,7 +59,7 @@ class Survey:
         self.roles: dict[nn.Module, type[Converted]] = {}
         self.converted: list[str] = []
         self.own_blocks: list[str] = []
-        self.paths = {module: path for path, module in model.named_modules()}
+        self.paths = {module: path for path, module in model.named_modules() if not isinstance(module, ScriptModule)}
         for module in self.paths:
             self._look_at_block(module)
         for module in self.paths:
@@ -97,13 +100,23 @@ class Survey:
         children = [child for child in parent._modules.values() if child is not None]
         if role is not None:
             self.roles[parent] = role
-            self._replace(parent, "runs its stem, and its blocks with what consumes them, as one operator each")
+            condition = self._condition(parent) if role is ConvertedSequential else ""
+            self._replace(
+                parent, f"runs its stem, and its blocks with what consumes them, as one operator each{condition}"
+            )
         for index, child in enumerate(children):
             follows_block = index > 0 and children[index - 1] in self.roles
             if follows_block and isinstance(child, nn.Sequential) and child not in self.roles:
                 self._look_at_transition(child, role, parent)
         if isinstance(children[0], Convolution):
             self._look_at_stem(children, role, parent)
+
+    def _condition(self, sequence: nn.Module) -> str:
+        """On what it depends whether ``sequence`` runs as a whole; nothing where its owner is known to call it."""
+        owner = next((module for module in self.paths if sequence in module._modules.values()), None)
+        if owner is None or isinstance(owner, nn.Sequential) or role_of(owner, NETWORKS) is not None:
+            return ""
+        return f", where {type(owner).__name__}'s own forward calls it as a whole"
 
     def _look_at_stem(self, children: list[nn.Module], role: type[Converted] | None, parent: nn.Module) -> None:
         stem = fusion.take_stem(children)

@@ -52,7 +52,7 @@ BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "cuda": cuda}  # triton joins when first used
 DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by type of device, the best first
 
-KEPT_UP_TO = 2**25  # bytes of a block that the GNU C library keeps for the process when it is freed
+KEPT_UP_TO = 2**25  # bytes of a block that the process keeps when it is freed
 
 _announced: set[str] = set()
 
@@ -60,6 +60,16 @@ _announced: set[str] = set()
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and sums for activations of ``dtype``: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_kept(like: torch.Tensor, *size: int) -> torch.Tensor:
+    """Uninitialised, of ``like``'s dtype and device; on the CPU its memory is kept, when freed, for the next step.
+
+    There the system's work to hand out fresh pages would take up to a tenth of a step's time.
+    """
+    if like.device.type == "cpu" and cpu.is_available():
+        return torch.ops.densenet_efficient.empty_kept(like, size)
+    return like.new_empty(size)
 
 
 def return_freed_memory(next_buffer: torch.Tensor) -> None:

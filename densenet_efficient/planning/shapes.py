@@ -76,6 +76,7 @@ class BlockShape:
 class NetworkShape:
     """The buffers of a network in bytes, for one shape of input."""
 
+    batch: int
     stem: StemShape
     blocks: list[BlockShape]
     head: Parameters
@@ -123,7 +124,7 @@ def shape_of(model: Any, input_shape: Sequence[int], dtype: torch.dtype, device:
         parts = [modules[row.name], *([modules[transition.name]] if transition else [])]
         layers = [layer for layer in rows if layer.is_layer and layer.name.startswith(f"{row.name}.")]
         blocks.append(_block_shape(row, layers, transition, element, parameters(*parts), _drops(modules[row.name])))
-    return NetworkShape(stem, blocks, parameters(modules["norm5"], model.classifier))
+    return NetworkShape(input_shape[0], stem, blocks, parameters(modules["norm5"], model.classifier))
 
 
 def stored_dtype(model: Any, dtype: torch.dtype) -> torch.dtype:

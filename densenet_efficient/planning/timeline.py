@@ -2,7 +2,8 @@
 
 The moments are those where `dense_block.py` and `stem.py` hold the most:
 
-- a stage's forward: its input, its storage, one bottleneck, and the exit's pooled activations and output;
+- a stage's forward: its input, its storage, one bottleneck, and the exit's pooled activations and output; in a native
+  inference of storage, bottleneck and pooled activations no more than those of the few images that threads work on;
 - a stage's backward: what every stage up to it has saved, the gradient of its output, the gradient buffer of its
   storage, and besides either the exit's pooled activations, or the bottleneck and its gradient, or the gradient of its
   input;
@@ -19,7 +20,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from ..kernels import cpu
 from .shapes import BlockShape, NetworkShape
+
+BYTES_OF_A_VISIT = 2**20  # of the native inference: kBytesOfAVisit
 
 
 @dataclass(frozen=True)
@@ -171,13 +177,22 @@ class TrainingStep:
 
 def inference_peak(shape: NetworkShape, device: str) -> Peak:
     """The largest moment of a forward in evaluation, without gradients."""
-    packed = sum(parameters.packed for parameters in shape.every_parameters) if device == "cpu" else 0
+    native = device == "cpu" and cpu.is_available()
+    packed = sum(parameters.packed for parameters in shape.every_parameters) if native else 0
     weights = sum(parameters.weights for parameters in shape.every_parameters) + packed
     stem = shape.stem
     moments = {"stem": stem.cast + stem.conv_out + max(stem.columns, stem.out)}
     for block in shape.blocks:
-        exit_buffers = block.pooled + block.out
-        together = max(block.bottleneck, exit_buffers) if device == "cpu" else block.bottleneck + exit_buffers
-        moments[block.name] = block.input + block.storage + together
+        whole = block.storage + block.bottleneck + block.pooled
+        moments[block.name] = block.input + (_scratch(block, shape.batch) if native else whole) + block.out
     stage = max(moments, key=lambda name: moments[name])
     return Peak(f"{stage}, forward", Memory(weights, 0, 0, stem.images, moments[stage]))
+
+
+def _scratch(block: BlockShape, batch: int) -> int:
+    """What threads hold that take a few images each through a stage, as csrc/cpu/dense_stage_inference.cpp has it."""
+    image = (block.storage + block.bottleneck) // batch
+    threads = torch.get_num_threads()
+    at_a_time = max(min(BYTES_OF_A_VISIT // image, batch // threads), 1)
+    busy = threads if -(-batch // at_a_time) >= threads else 1
+    return busy * at_a_time * (image + block.pooled // batch)

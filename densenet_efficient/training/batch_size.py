@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -52,8 +53,24 @@ def measure_training(
 
 
 def available_memory(device: str) -> int:
-    """Bytes that are free now: of the GPU, or of the machine."""
+    """Bytes that are free now: of the GPU, or of the machine, or of what a container or a job may take of it."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
+    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
+    return min([free, *left_in_control_groups()])
+
+
+def left_in_control_groups(root: Path = Path("/")) -> Iterator[int]:
+    """Bytes that each limited control group (Linux's cgroup v2) of this process leaves it."""
+    groups = root / "proc/self/cgroup"
+    own = [line[3:] for line in groups.read_text().splitlines() if line.startswith("0::")] if groups.exists() else []
+    for name in own:
+        top = root / "sys/fs/cgroup"
+        group = top / name.lstrip("/")
+        for folder in (group, *group.parents):
+            limit = folder / "memory.max"
+            if folder.is_relative_to(top) and limit.exists() and limit.read_text().strip() != "max":
+                cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+                taken = int((folder / "memory.current").read_text()) - (int(cached[1]) if cached else 0)
+                yield int(limit.read_text()) - taken

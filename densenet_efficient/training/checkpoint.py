@@ -5,6 +5,7 @@ A checkpoint is Lightning's, of tensors and plain values only, with one entry mo
 
 from __future__ import annotations
 
+import errno
 import lzma
 import os
 import pickle
@@ -30,6 +31,8 @@ DAMAGED = (
     *(RuntimeError, OSError, EOFError, ValueError, KeyError, NotImplementedError, struct.error, zipfile.BadZipFile),
     *(zlib.error, lzma.LZMAError),  # where a flipped bit says that a part is compressed
 )
+# What a file system without hard links says, such as that of many an external drive.
+WITHOUT_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 MODEL_PREFIX = "model."
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
@@ -154,6 +157,10 @@ def _keep_as_previous(last: Path) -> None:
     try:
         os.link(last, link)
         os.replace(link, last.with_name(PREVIOUS))
+    except OSError as error:
+        if error.errno not in WITHOUT_HARD_LINKS:
+            raise
+        os.replace(last, last.with_name(PREVIOUS))  # for a moment it is the only one, which `last_whole` knows
     finally:
         link.unlink(missing_ok=True)
 

@@ -175,12 +175,7 @@ class Classifier(LightningModule):
         return loss
 
     def _training_logits(self, images: Tensor) -> Tensor:
-        if not self.trains_head_alone:
-            return self(images)
-        with torch.no_grad():
-            pooled = self.model.features.pooled(images)
-        logits: Tensor = self.model.classifier(pooled)
-        return logits
+        return self.model.forward_of_frozen_features(images) if self.trains_head_alone else self(images)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, labels = batch

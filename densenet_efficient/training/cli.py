@@ -6,13 +6,13 @@ import logging
 import numbers
 import sys
 import warnings
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import register_type
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -20,6 +20,7 @@ from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
+from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.tuner.tuning import Tuner
 
 from densenet_efficient.models import EfficientDenseNet
@@ -37,6 +38,7 @@ from densenet_efficient.training.checkpoint import (
     load_classifier,
 )
 from densenet_efficient.training.classifier import Classifier
+from densenet_efficient.training.command_errors import say_what_is_wrong
 from densenet_efficient.training.data import ImageData
 from densenet_efficient.training.files import prepare_directory
 from densenet_efficient.training.finish import report_run
@@ -84,11 +86,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
             return check_data(given)
         TrainingCLI(command, given)
     except ArgumentError as error:
-        reason = " ".join(str(error).split())
-        configs = [value for flag, value in pairwise(given) if flag == "--config"]
-        where = f" (in {', '.join(configs)}, or on the command line)" if configs else ""
-        print(f"error: {reason}{where}; densenet-efficient {command} --help lists the options", file=sys.stderr)
-        return 2
+        return say_what_is_wrong(command, given, error)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except ValueError as error:
@@ -111,6 +109,10 @@ def check_data(arguments: list[str]) -> int:
     return print_data_report(examine(data.splits, data.read_source), in_memory=data.in_memory)
 
 
+class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the lines of the recipes apart."""
+
+
 class TrainingCLI(LightningCLI):
     """Parses the options of one command, and runs it."""
 
@@ -129,6 +131,7 @@ class TrainingCLI(LightningCLI):
                 "usage": f"densenet-efficient {command} [--config FILE_OR_RECIPE] [options]",
                 "exit_on_error": False,
                 "epilog": f"recipes, for --config:\n{describe_recipes()}",
+                "formatter_class": HelpFormatter,
             },
             args=arguments,
             run=False,
@@ -163,7 +166,8 @@ class TrainingCLI(LightningCLI):
         best = "of fit: what the best checkpoint is best in: val_loss, val_accuracy, val_auroc, ..."
         add("monitor", str, "val_loss", best)
         add("patience", int | None, None, "of fit: stop after so many epochs without a better --monitor")
-        add("ema_decay", float | None, None, "of fit: validate and save an exponential moving average of the weights")
+        average = "of fit: validate and save an exponential moving average of the weights (not with fsdp)"
+        add("ema_decay", float | None, None, average)
         add("save_every_n_steps", int | None, None, "of fit: write the last checkpoint within an epoch too")
         add("compare", bool, False, "of fit: finally measure the naive implementation beside the efficient one")
 
@@ -186,9 +190,19 @@ class TrainingCLI(LightningCLI):
                 "or choose another --output"
             )
 
+    def instantiate_classes(self) -> None:
+        """What is evaluated has the weights of its checkpoint; those of --model.weights need not be there any more."""
+        given = self.config.model.weights
+        if self.command in ("validate", "test"):
+            self.config.model.weights = None
+        super().instantiate_classes()
+        self.config.model.weights = given
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if self.command == "find-batch-size":
             return super().instantiate_trainer(**kwargs, logger=False)
+        if self.command == "fit":
+            self._check_monitor()
         output = Path(self.config.output)
         plugins: list[Any] = [AtomicCheckpointIO()]
         if self.config.trainer.strategy == FSDP:
@@ -203,9 +217,18 @@ class TrainingCLI(LightningCLI):
         elif self.config.trainer.logger is None:
             board = TensorBoardLogger(output, "logs")
             kwargs["logger"] = [board, CSVLogger(output, "logs", board.version)]
-        return super().instantiate_trainer(
+        trainer = super().instantiate_trainer(
             **kwargs, default_root_dir=output, plugins=plugins, use_distributed_sampler=False
         )
+        if isinstance(trainer.strategy, DDPStrategy) and self.config.model.head_epochs > 0:
+            trainer.strategy._ddp_kwargs["find_unused_parameters"] = True  # those of all but the head, at first
+        return trainer
+
+    def _check_monitor(self) -> None:
+        """Before the first epoch, at whose end Lightning would find out, and save nothing."""
+        known = ["val_loss", *self.model.val_metrics, "train_loss", *self.model.train_metrics]
+        if self.config.monitor not in known:
+            raise ValueError(f"--monitor {self.config.monitor}: expected one of {', '.join(known)}")
 
     def _wants_float16_on_the_cpu(self) -> bool:
         given = self.config.trainer
@@ -245,7 +268,8 @@ class TrainingCLI(LightningCLI):
             for name in (LAST, PREVIOUS, BEST):
                 (output / name).unlink(missing_ok=True)
         checkpoint = self._checkpoint()
-        print(self._announcement())
+        if self.trainer.is_global_zero:
+            print(self._announcement())
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=checkpoint)
         if config.report and not config.trainer.fast_dev_run:
             if (output / BEST).exists():
@@ -289,7 +313,7 @@ class TrainingCLI(LightningCLI):
             self.datamodule.preprocessing.input_shape,
             device,
             DTYPES[precision],
-            COPIES[self.model.optimizer],
+            COPIES[self.model.optimizer] + (self.config.ema_decay is not None),
         )
         batch, peak = largest_batch(measure, budget)
         print(f"--data.batch_size {batch}: a step takes {peak / 2**30:.2f} of {budget / 2**30:.2f} GiB on {device}")
@@ -321,7 +345,8 @@ class TrainingCLI(LightningCLI):
     def _load_weights(self, path: Path) -> None:
         saved = load_classifier(path)
         check_class_names(path, saved.class_names, self.model.task.class_names)
-        network = EfficientDenseNet(**self.model.model.config)  # that of the training may be sharded
+        epsilon = {"norm_eps": saved.model.config["norm_eps"]}  # which weights of Keras bring
+        network = EfficientDenseNet(**self.model.model.config | epsilon)  # that of the training may be sharded
         network.load_state_dict(saved.model.state_dict())
         self.model.model = network
 

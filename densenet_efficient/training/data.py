@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningDataModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
@@ -19,7 +20,7 @@ from densenet_efficient.training.loading import EpochSampler, LabelledImages, Tr
 from densenet_efficient.training.preprocessing import Preprocessing, Transform, normalisation
 from densenet_efficient.training.samples import Columns, Samples, Splits, read_folder, read_table
 
-Augmentation = Literal["none", "photograph", "medical", "small", "digits"] | list[nn.Module]
+Augmentation = Literal["none", "photograph", "medical", "small", "digits"] | list[v2.Transform]
 
 
 class Task:
@@ -36,7 +37,7 @@ class Task:
         self.preprocessing, self.class_weights = preprocessing, class_weights
 
 
-class ImageData(LightningDataModule):
+class ImageData(LightningDataModule, ABC):
     """Images with labels, of one of the kinds below.
 
     Args:
@@ -45,7 +46,7 @@ class ImageData(LightningDataModule):
         channels: 3, or 1 for grey images; None means the data set's own, or 3.
         augmentation: none; photograph (random crop and mirroring); medical (slight rotation, shift, zoom and
             contrast); small (the paper's for CIFAR: shift by 4 pixels and mirroring); digits (slight rotation, shift
-            and zoom, and inversion); or a list of torchvision.transforms.v2 modules, applied after resizing.
+            and zoom, and inversion); or a list of torchvision.transforms.v2 classes, applied after resizing.
         stretch: fit an image into the square by stretching, instead of by cropping its middle.
         mean: of each channel, of images in [0, 1]; None means the data set's own, or ImageNet's.
         std: the standard deviation likewise.
@@ -98,9 +99,9 @@ class ImageData(LightningDataModule):
         self.training_loader: TrainingLoader | None = None
         self.restored: dict[str, Any] = {}
 
+    @abstractmethod
     def read(self) -> Splits:
         """The samples; of files only their paths."""
-        raise NotImplementedError
 
     def read_source(self, source: Any) -> Any:
         """The image of one source, uint8 or float in [0, 1], [channels, H, W]."""

@@ -23,6 +23,14 @@ UNREADABLE = "expected an undamaged image such as PNG, JPEG, TIFF or DICOM"
 ValueRange = Sequence[float] | None  # the values that become 0 and 1
 
 
+def is_image(path: Path) -> bool:
+    """Whether a file says that it is an image: by its name, or as DICOM, whose files often have none, by its start."""
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return True
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == DICOM_MAGIC
+
+
 def read_image(path: str | Path, channels: int, value_range: ValueRange = None) -> ImageTensor:
     """The image file `path` as [channels, H, W], 1 or 3 channels: uint8, or float32 in [0, 1] if it is deeper.
 

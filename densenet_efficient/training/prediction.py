@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,9 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier
+from densenet_efficient.training.files import atomic_write
 from densenet_efficient.training.images import read_image
 from densenet_efficient.training.progress import Progress
-from densenet_efficient.training.samples import list_images, read_rows
+from densenet_efficient.training.samples import list_files, read_rows
 
 FIRST_COLUMNS = ("path", "prediction")
 
@@ -96,20 +99,20 @@ def predict(
     num_workers: int = 0,
     accelerator: str = "cpu",
     precision: Any = "32-true",
-    refuse_bad_files: bool = True,
+    bad_files: str = "refuse",
 ) -> None:
     """Classify images, folders of images and those that CSV tables list; print lines, or write the CSV `output`.
 
     What `output` already holds is not computed again. Raises OSError for a missing file and ValueError for one that is
-    no image, unless such files are only to be named and left out; and ValueError for an `output` of other classes.
+    no image, unless such files are only to be named and left out; and ValueError for an `output` of another model.
     """
     classifier = load_classifier(checkpoint)
-    paths = [path for given in inputs for path in expand(given, path_column)]
+    paths = list(dict.fromkeys(path for given in inputs for path in expand(given, path_column)))
     if not paths:
         raise ValueError(f"{', '.join(map(str, inputs))}: found no image; expected image files, folders or CSV tables")
-    writer: BasePredictionWriter = LineWriter(classifier, refuse_bad_files)
+    writer: BasePredictionWriter = LineWriter(classifier, bad_files)
     if output is not None:
-        writer = CSVWriter(classifier, refuse_bad_files, output)
+        writer = CSVWriter(classifier, bad_files, output, views)
         paths = [path for path in paths if path not in writer.done]
         print(f"{len(writer.done)} predictions are in {output}; {len(paths)} to go")
     if not paths:
@@ -132,7 +135,7 @@ def predict(
 def expand(given: Path, path_column: str) -> list[str]:
     """The image files that a folder holds or a CSV table lists, relative to the table; anything else is an image."""
     if given.is_dir():
-        return [str(path) for path in list_images(given)]
+        return [str(path) for path in list_files(given)[0]]
     if given.suffix.lower() == ".csv":
         return [str(given.parent / row[path_column]) for row in read_rows(given, [path_column])]
     return [str(given)]
@@ -141,10 +144,10 @@ def expand(given: Path, path_column: str) -> list[str]:
 class LineWriter(BasePredictionWriter):
     """Prints the most probable classes of each image."""
 
-    def __init__(self, classifier: SavedClassifier, refuse_bad_files: bool) -> None:
+    def __init__(self, classifier: SavedClassifier, bad_files: str) -> None:
         super().__init__("batch")
         self.class_names, self.multi_label = classifier.class_names, classifier.multi_label
-        self.refuse_bad_files = refuse_bad_files
+        self.bad_files = bad_files
 
     def write_on_batch_end(
         self,
@@ -159,7 +162,7 @@ class LineWriter(BasePredictionWriter):
         if prediction is not None:
             self.write(batch.paths, prediction.cpu())
         for problem in batch.problems:
-            if self.refuse_bad_files:
+            if self.bad_files == "refuse":
                 raise ValueError(f"{problem}; leave such files out with --bad-files skip")
             print(f"skipped: {problem}", file=sys.stderr)
 
@@ -178,16 +181,23 @@ class LineWriter(BasePredictionWriter):
 
 
 class CSVWriter(LineWriter):
-    """Appends a row per image: its path, the decision, and the probability of each class."""
+    """Appends a row per image: its path, the decision, and the probability of each class.
 
-    def __init__(self, classifier: SavedClassifier, refuse_bad_files: bool, path: Path) -> None:
-        super().__init__(classifier, refuse_bad_files)
+    A file beside it says by which weights and views, so that a table is of one model alone.
+    """
+
+    def __init__(self, classifier: SavedClassifier, bad_files: str, path: Path, views: str) -> None:
+        super().__init__(classifier, bad_files)
         self.path, self.header = path, [*FIRST_COLUMNS, *classifier.class_names]
+        self.origin = {"weights_sha256": _fingerprint(classifier), "views": views}
         self.done = self._rows_so_far()
 
     def _rows_so_far(self) -> set[str]:
         """The paths of an earlier run's rows. A last row that was cut short is removed."""
+        origin = self.path.with_name(f"{self.path.name}.json")
         if not self.path.exists() or self.path.stat().st_size == 0:
+            with atomic_write(origin) as file:
+                file.write(json.dumps(self.origin).encode())
             with open(self.path, "w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow(self.header)
             return set()
@@ -198,6 +208,11 @@ class CSVWriter(LineWriter):
             raise ValueError(
                 f"{self.path}: holds something else than predictions of these classes; name another --output"
             )
+        if not origin.exists() or json.loads(origin.read_bytes()) != self.origin:
+            raise ValueError(
+                f"{self.path}: holds predictions of other weights or --views ({origin.name} beside it tells of which); "
+                "name another --output"
+            )
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
         return {row[0] for row in rows[1:]}
@@ -207,3 +222,12 @@ class CSVWriter(LineWriter):
             rows = csv.writer(file)
             for path, row in zip(paths, probabilities, strict=True):
                 rows.writerow([path, self.decision(row), *(f"{value:.6f}" for value in row.tolist())])
+
+
+def _fingerprint(classifier: SavedClassifier) -> str:
+    """Of the weights, and of what is done to the images."""
+    digest = hashlib.sha256(repr(classifier.preprocessing).encode())
+    for name, tensor in classifier.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from densenet_efficient.training.images import IMAGE_SUFFIXES
+from densenet_efficient.training.images import is_image
 from densenet_efficient.training.splits import stratified_split
 
+SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # which file managers leave in folders of images
 SPLIT_NAMES = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 
 
@@ -51,6 +52,7 @@ class Splits:
     train: Samples
     validation: Samples
     test: Samples | None = None
+    foreign: Sequence[str] = field(default=(), kw_only=True)  # files of another type among the images
 
     def map(self, function: Callable[[Samples], Samples]) -> Splits:
         test = None if self.test is None else function(self.test)
@@ -106,22 +108,23 @@ def read_folder(folder: Path, validation_fraction: float, test_fraction: float, 
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected one with a subfolder of images per class")
     has_splits = (folder / "train").is_dir()
-    names, train = _list_classes(folder / "train" if has_splits else folder)
+    names, train, foreign = _list_classes(folder / "train" if has_splits else folder)
     if len(names) < 2:
         raise ValueError(f"{folder}: expected at least 2 classes, found only {names[0]}")
     if not has_splits:
-        return split(names, train, validation_fraction, test_fraction, seed)
+        return replace(split(names, train, validation_fraction, test_fraction, seed), foreign=foreign)
     parts = {}
     for path in sorted(folder.iterdir()):
         part = SPLIT_NAMES.get(path.name.lower())
         if path.is_dir() and part in ("validation", "test"):
-            other_names, parts[part] = _list_classes(path)
+            other_names, parts[part], others = _list_classes(path)
+            foreign += others
             _require_same_classes(folder / "train", names, path, other_names)
     if "validation" not in parts:
         raise FileNotFoundError(
             f"{folder}: found train, but no val beside it; add one, or give {folder / 'train'} itself"
         )
-    return Splits(names, train, **parts)
+    return Splits(names, train, **parts, foreign=foreign)
 
 
 def _require_same_classes(train: Path, names: list[str], other: Path, other_names: list[str]) -> None:
@@ -133,29 +136,32 @@ def _require_same_classes(train: Path, names: list[str], other: Path, other_name
         raise ValueError(f"{other}: class {', '.join(missing)} of {train} is missing; add images of it")
 
 
-def _list_classes(folder: Path) -> tuple[list[str], Samples]:
-    """Class names in alphabetical order, and the images of each class in order of their paths."""
+def _list_classes(folder: Path) -> tuple[list[str], Samples, list[str]]:
+    """Class names in alphabetical order, the images of each class in order of their paths, and what is no image."""
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
         raise ValueError(f"{folder}: expected one subfolder of images per class, found none")
     paths: list[str] = []
     labels: list[int] = []
+    foreign: list[str] = []
     for label, directory in enumerate(classes):
-        images = list_images(directory)
+        images, others = list_files(directory)
         if not images:
             raise ValueError(f"{directory}: no image in this class folder; add images of it, or remove the folder")
         paths += map(str, images)
         labels += [label] * len(images)
-    return [path.name for path in classes], Samples(paths, torch.tensor(labels))
+        foreign += map(str, others)
+    return [path.name for path in classes], Samples(paths, torch.tensor(labels)), foreign
 
 
-def list_images(folder: Path) -> list[Path]:
-    """The files below `folder` whose names end as images do, in order; hidden ones are left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+def list_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images below `folder`, and the other files, in order. Hidden ones and the system's own are left out."""
+    images: list[Path] = []
+    others: list[Path] = []
+    for path in sorted(folder.rglob("*")):
+        if not path.name.startswith(".") and path.name not in SYSTEM_FILES and path.is_file():
+            (images if is_image(path) else others).append(path)
+    return images, others
 
 
 # ---- tables ----
@@ -275,6 +281,6 @@ def _as_told(table: Path, names: list[str], samples: Samples, parts: list[str]) 
     }
     if "validation" not in chosen:
         raise ValueError(f"{table}: no row of the validation split; name some val, or leave the split column out")
-    splits = Splits(names, **chosen)
+    splits = Splits(names, chosen["train"], chosen["validation"], chosen.get("test"))
     require_every_class(splits, f"rows in {table}")
     return splits

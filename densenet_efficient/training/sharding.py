@@ -11,7 +11,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import SyncBatchNorm
 
@@ -69,9 +69,10 @@ def shard(module: LightningModule, model: EfficientDenseNet, mesh: DeviceMesh) -
     """Divide the parameters of `model` among the processes of `mesh`; its norms as the trainer's sync_batchnorm says.
 
     A DenseNet has few parameters for its activations (those of 201 layers take 77 MiB), so they are gathered at once,
-    not block by block: hooks on a block would keep its transition from joining it.
+    not part by part: hooks on a block would keep its transition from joining it, and hooks on all features the last
+    norm.
     """
     if module.trainer.strategy._layer_sync is not None:  # type: ignore[attr-defined]
         SyncBatchNorm.convert_sync_batchnorm(model)
-    for part in (model.features, model.classifier):  # each by itself, since the classifier may be trained alone
-        fully_shard(part, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, EfficientDenseNet.forward_of_frozen_features.__name__)

@@ -17,6 +17,10 @@ from .keras_files import KERAS_SUFFIXES, read_keras
 CONTAINERS = ("state_dict", "model_state_dict", "model")  # under which checkpoints keep a model's state
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", *KERAS_SUFFIXES)
 _PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")
+_OTHER_NAMES = {
+    "class_layers.out.": "classifier.",  # MONAI's
+    "features.norm_final.": "features.norm5.",  # Pleiss et al.'s
+}
 _OLD_KEY = re.compile(r"(denselayer\d+\.)(?:layers\.)?(norm|relu|conv)\.?([12]\.)")
 
 
@@ -63,4 +67,6 @@ def state_of(checkpoint: Any) -> dict[str, Tensor]:
 def own_name(key: str) -> str:
     """The key under this package's names: without prefixes, "norm1" for "norm.1", and for MONAI's "layers.norm1"."""
     key = _OLD_KEY.sub(r"\1\2\3", _PREFIXES.sub("", key))
-    return key.replace("class_layers.out.", "classifier.")
+    for theirs, ours in _OTHER_NAMES.items():
+        key = key.replace(theirs, ours)
+    return key

@@ -22,10 +22,11 @@ _FIRST_NORM = re.compile(r"features\.denseblock(\d+)\.denselayer\d+\.norm1\.weig
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> list[str]:
     """Loads weights into a model with torchvision's names, an `EfficientDenseNet` for one.
 
-    Known are torchvision's keys, its old ones ("norm.1"), timm's, MONAI's and torchxrayvision's, with any of the
-    prefixes "module.", "_orig_mod." and "model.", and the files of Keras, from which the batch norms take over their
-    epsilon. A classifier of another number of classes is not loaded. The first convolution is adapted to another number
-    of input channels as timm does (timm/models/_manipulate.py): summed to one channel, or repeated and scaled.
+    Known are torchvision's keys, its old ones ("norm.1"), timm's, MONAI's, torchxrayvision's and those of Pleiss et
+    al.'s efficient_densenet_pytorch ("norm_final"), with any of the prefixes "module.", "_orig_mod." and "model.", and
+    the files of Keras, from which the batch norms take over their epsilon. A classifier of another number of classes is
+    not loaded. The first convolution is adapted to another number of input channels as timm does
+    (timm/models/_manipulate.py): summed to one channel, or repeated and scaled.
 
     Args:
         model: what to load into.

@@ -1,0 +1,60 @@
+"""What the operator of a stage takes from its modules, and what they take from its results."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dimensions import BatchNorm, Convolution
+from .fusion import LayerParts
+from .layout import as_rows
+from .running_statistics import update_running_statistics
+
+
+def parameters_of(layer: LayerParts) -> list[Tensor]:
+    """Of each norm and the convolution behind it, in the operator's order."""
+    parts = zip(layer.norms, layer.convolutions, strict=True)
+    return [tensor for norm, conv in parts for tensor in (norm.weight, norm.bias, conv.weight)]
+
+
+def running_of(norm: BatchNorm) -> list[Tensor]:
+    """The mean and variance of a norm that uses its running statistics."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    return [norm.running_mean, norm.running_var]
+
+
+def convolution_weights(layers: list[LayerParts], exit_parameters: list[Tensor]) -> list[Tensor]:
+    """Those that decide the dtype of a stage."""
+    return [*(conv.weight for layer in layers for conv in layer.convolutions), *exit_parameters[2:]]
+
+
+def draw_masks(layers: list[LayerParts], exit_conv: Convolution | None, x: Tensor) -> tuple[float, list[Tensor]]:
+    """The dropout's masks, [M, k] per layer and [M, C'] of a transition down with ``exit_conv``.
+
+    Drawn in the order in which F.dropout draws them for contiguous features.
+    """
+    rate, training, drops_channels = layers[0].dropout
+    if rate == 0 or not training:
+        return 0.0, []
+    masks = []
+    for channels in [layer.channels[-1] for layer in layers] + ([exit_conv.out_channels] if exit_conv else []):
+        shape = (x.shape[0], channels, *x.shape[2:])
+        drawn = (*shape[:2], *[1] * (x.dim() - 2)) if drops_channels else shape
+        masks.append(as_rows(x.new_empty(drawn, dtype=torch.bool).bernoulli_(1 - rate).expand(shape)))
+    return rate, masks
+
+
+def update_stage_statistics(
+    layers: list[LayerParts],
+    exit_norm: BatchNorm | None,
+    statistics: Tensor,
+    bottleneck_statistics: Tensor,
+    count: int | Tensor,
+) -> None:
+    """Shared statistics, one running copy per consumer."""
+    norms = [layer.norm1 for layer in layers] + ([exit_norm] if exit_norm is not None else [])
+    shares = [statistics[:, : norm.num_features] for norm in norms]
+    if layers[0].bottleneck:
+        norms += [layer.norms[1] for layer in layers]
+        shares += list(bottleneck_statistics.unbind(0))
+    update_running_statistics(norms, shares, count)

@@ -1,0 +1,48 @@
+"""The command predict: its options, on the command line or in YAML files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse.typing import PositiveInt
+
+from densenet_efficient.training.command_errors import say_what_is_wrong
+
+
+def run_predict(arguments: Sequence[str]) -> int:
+    """Run it with the arguments that follow it on the command line, and return its exit status."""
+    try:
+        given = build_parser().parse_args(arguments)
+    except ArgumentError as error:
+        return say_what_is_wrong("predict", arguments, error)
+    from densenet_efficient.training.prediction import predict
+
+    options = given.as_dict()
+    del options["config"]
+    predict(**options)
+    return 0
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        "densenet-efficient predict",
+        description="Classify images with a checkpoint of fit, which holds all that is needed besides.",
+        exit_on_error=False,
+    )
+    add = parser.add_argument
+    add("--config", action="config", help="a YAML file with any of these options")
+    add("--checkpoint", type=Path, required=True, metavar="FILE", help="written by fit")
+    add("inputs", type=Path, nargs="+", metavar="INPUT", help="an image, a folder of images, or a CSV table of paths")
+    add("--output", type=Path, metavar="CSV", help="write all probabilities there; what it holds is not computed again")
+    views = "average over the image alone, its mirror image too, or all 8 symmetries"
+    add("--views", choices=("none", "mirror", "dihedral"), default="none", help=views)
+    add("--batch-size", type=PositiveInt, default=32, help="images at once")
+    add("--path-column", default="path", help="of a CSV table")
+    add("--num-workers", type=int, default=0, help="processes that read images")
+    add("--accelerator", default="auto", help="auto, cpu or gpu")
+    add("--precision", default="32-true", help="such as 32-true, bf16-mixed, 16-mixed")
+    bad = "stop at a file that is no undamaged image, or name and leave it out"
+    add("--bad-files", choices=("refuse", "skip"), default="refuse", help=bad)
+    return parser

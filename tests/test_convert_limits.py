@@ -1,0 +1,201 @@
+"""What `convert` leaves and why, its report, and what it refuses: the model is as it was."""
+
+import importlib
+import re
+
+import pytest
+import timm
+import torch
+import torchvision
+from cases import assert_close, make_images, step
+from conversion_cases import MODELS, OwnForward, UNet, make_model, monai_densenet2d, timm_densenet, torchvision_densenet
+from test_convert import IMAGES, blocks_of, classes_of
+from timm.layers import BlurPool2d
+from torch import nn
+
+from densenet_efficient import EfficientDenseNet, convert, revert
+from densenet_efficient.conversion.modules import Converted
+
+pytestmark = pytest.mark.usefixtures("one_thread", "nan_memory")
+
+
+@pytest.mark.parametrize("name", timm.list_models("densenet*"))
+def test_every_densenet_of_timm(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    report = convert(model)
+    stem = {"features.conv0"} if name in ("densenetblur121d", "densenet264d") else set()
+    assert {entry.path for entry in report.left} == stem
+    expected = {"features", "features.norm5", *(f"features.denseblock{index}" for index in range(1, 5))}
+    expected |= {f"features.transition{index}" for index in range(1, 4)} | ({"features.conv0"} - stem)
+    assert {entry.path for entry in report.replaced} == expected
+
+
+class OwnBlock(type(torchvision_densenet().features.denseblock1)):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class OwnDenseNet(torchvision.models.DenseNet):
+    def forward(self, x):
+        return super().forward(x) + self.features(x).mean()
+
+
+def with_own_block():
+    model = torchvision_densenet()
+    model.features.denseblock1.__class__ = OwnBlock
+    return model
+
+
+def with_hook():
+    model = torchvision_densenet()
+    model.features.denseblock1.denselayer1.register_forward_hook(lambda *_: None)
+    return model
+
+
+def with_own_call():
+    model = torchvision_densenet()
+    forward = model.features.denseblock1.forward
+    model.features.denseblock1.forward = lambda x: forward(x)
+    return model
+
+
+BLOCK1, TRANSITION1 = "features.denseblock1", "features.transition1"
+LEFT = {
+    "own block": (with_own_block, BLOCK1, "not that of torchvision's _DenseBlock"),
+    "own forward of an instance": (with_own_call, BLOCK1, "not that of torchvision's _DenseBlock"),
+    "hook": (with_hook, BLOCK1, "denselayer1 has a hook"),
+    "own network": (lambda: OwnDenseNet(4, (3, 2), 6, 3, num_classes=5), "features.norm5", "OwnDenseNet's own forward"),
+    "GroupNorm": (lambda: timm_densenet(norm_layer="groupnorm1"), BLOCK1, "GroupNorm.*expected BatchNorm1d, 2d or 3d"),
+    "SiLU": (lambda: timm_densenet(act_layer="silu"), BLOCK1, "SiLU.*expected ReLU"),
+    "blur pooling": (lambda: timm_densenet(aa_layer=BlurPool2d, aa_stem_only=False), TRANSITION1, "average pooling"),
+    "deep stem": (lambda: timm_densenet(stem_type="deep"), "features.conv0", "maximum pooling"),
+    "instance norm": (lambda: monai_densenet2d(norm="instance"), BLOCK1, "InstanceNorm2d"),
+    "leaky": (lambda: monai_densenet2d(act="leakyrelu"), BLOCK1, "relu1 is replaced"),
+    "stem": (lambda: MODELS["timm features"](), "net.features_conv0", "before its pooling is returned"),
+    "transition": (OwnForward, "transition1", "OwnForward's own forward"),
+}
+
+
+@pytest.mark.parametrize(("make", "path", "reason"), LEFT.values(), ids=LEFT)
+def test_what_is_left(make, path, reason):
+    torch.manual_seed(0)
+    model = make().double()
+    torch.manual_seed(0)
+    original = make().double()
+    report = convert(model)
+    entry = next(entry for entry in report.left if entry.path == path)
+    assert re.search(reason, entry.note), entry.note
+    assert type(model.get_submodule(path)) is type(original.get_submodule(path))
+    assert re.search(rf"^left +{path} +{entry.kind} +{re.escape(entry.note)}$", str(report), re.MULTILINE)
+    images = make_images(*IMAGES)
+    assert_close(step(model, images), step(original, images))
+
+
+def test_the_report_is_a_table():
+    lines = str(convert(UNet())).splitlines()
+    assert lines[0].split() == ["module", "class"]
+    assert "replaced  encoder.denseblock1  _DenseBlock  3 layers over one storage" in lines
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "condition"),
+    [
+        ("torchvision", "features", ""),
+        ("sequence", "1.features", ""),
+        ("pyramid", "backbone.body", ""),
+        ("segmentation encoder", "encoder.features", ", where DenseNetEncoder's own forward calls it as a whole"),
+        ("U-Net", "encoder", ", where UNet's own forward calls it as a whole"),
+    ],
+)
+def test_the_report_says_where_a_sequence_may_not_be_called(name, path, condition):
+    notes = {entry.path: entry.note for entry in convert(make_model(name)).replaced}
+    assert notes[path].endswith(f"as one operator each{condition}")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("model", [torchvision.models.resnet18(), nn.Linear(2, 2)])
+def test_nothing_is_a_densenet(model):
+    classes = classes_of(model)
+    with pytest.raises(ValueError, match=r"no DenseNet in a \w+: looked for torchvision's _DenseBlock .*, timm's"):
+        convert(model)
+    assert classes_of(model) == classes
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda model: torch.jit.trace(model, make_images(*IMAGES))])
+def test_torchscript_is_left_as_it_is(compiled):
+    script = compiled(make_model("torchvision", "eval"))
+    for model in (script, nn.Sequential(script, nn.Linear(5, 2))):
+        with pytest.raises(ValueError, match=r"TorchScript has compiled or traced.*convert the model before"):
+            convert(model)
+    beside = nn.ModuleList([script, make_model("torchvision")])
+    assert {entry.path[:2] for entry in convert(beside).replaced} == {"1."}
+
+
+def test_an_efficient_densenet_needs_no_conversion():
+    with pytest.raises(ValueError, match=r"features.denseblock1 is a block of this package"):
+        convert(EfficientDenseNet(4, (2, 2), 6))
+
+
+@pytest.mark.parametrize("function", [convert, revert])
+def test_not_a_module(function):
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module .* got a OrderedDict"):
+        function(torchvision_densenet().state_dict())
+
+
+def test_an_unknown_level():
+    model = torchvision_densenet()
+    with pytest.raises(ValueError, match="checkpointing must be one of none, bottleneck, got 'all'"):
+        convert(model, checkpointing="all")
+    assert not blocks_of(model)
+
+
+def test_converting_twice_sets_the_level():
+    model = torchvision_densenet()
+    convert(model)
+    classes = classes_of(model)
+    report = convert(model, checkpointing="none")
+    assert classes_of(model) == classes
+    assert [(entry.path, entry.note) for entry in report.replaced] == [
+        (f"features.denseblock{index}", "converted already") for index in (1, 2)
+    ]
+    assert {block.checkpointing for block in blocks_of(model)} == {"none"}
+
+
+def test_half_a_conversion():
+    model = torchvision_densenet()
+    convert(model.features.denseblock2)
+    classes = classes_of(model)
+    with pytest.raises(ValueError, match=r"features.denseblock2 is, features.denseblock1 is not; revert"):
+        convert(model)
+    assert classes_of(model) == classes
+    revert(model)
+    convert(model)
+
+
+def test_nothing_to_revert():
+    with pytest.raises(ValueError, match="nothing in this DenseNet was converted"):
+        revert(torchvision_densenet())
+
+
+def test_an_exception_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
+    model = torchvision_densenet()
+    classes = classes_of(model)
+    module = importlib.import_module("densenet_efficient.conversion")
+    replace_class, calls = module.replace_class, []
+
+    def fail_at_the_third(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("no more")
+        replace_class(*args)
+
+    monkeypatch.setattr(module, "replace_class", fail_at_the_third)
+    with pytest.raises(RuntimeError, match="no more"):
+        convert(model)
+    assert len(calls) == 3
+    assert classes_of(model) == classes
+    assert not any(isinstance(module, Converted) for module in model.modules())
