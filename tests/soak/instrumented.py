@@ -111,7 +111,11 @@ def environment_for(name: str) -> dict[str, str]:
     instrument = INSTRUMENTS[name]
     # The C++ library too: a sanitizer looks for what it intercepts when the process starts.
     libraries = [library_path(library) for library in (instrument.runtime, "libstdc++.so") if library]
-    return instrument.environment | {"LD_PRELOAD": " ".join(libraries), "OMP_NUM_THREADS": "4"}
+    return instrument.environment | {
+        "LD_PRELOAD": " ".join(libraries),
+        "OMP_NUM_THREADS": "4",
+        "OMP_WAIT_POLICY": "passive",
+    }
 
 
 def library_path(name: str) -> str:
