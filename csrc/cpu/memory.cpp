@@ -42,6 +42,7 @@ class KeptMemory final : public c10::Allocator {
     in_use_ += block->bytes;
     most_ = std::max<size_t>(most_, in_use_);
     void* const data = block->data;
+    c10::profiledCPUMemoryReporter().New(data, block->bytes);
     return {data, block.release(), &release, c10::DeviceType::CPU};
   }
 
@@ -94,6 +95,7 @@ KeptMemory& kept_memory() {
 
 void KeptMemory::release(void* context) {
   const std::unique_ptr<Block> block(static_cast<Block*>(context));
+  c10::profiledCPUMemoryReporter().Delete(block->data);
   KeptMemory& memory = kept_memory();
   const std::unique_lock lock(memory.mutex_, std::try_to_lock);
   memory.in_use_ -= block->bytes;

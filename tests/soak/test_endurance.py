@@ -67,12 +67,14 @@ def test_memory_stays_flat(in_full, record):
 
 def test_threads_that_train_at_once(record):
     expected = [train(seed) for seed in range(THREADS)]
+    models = [make_model(seed) for seed in range(THREADS)]  # here: all threads draw from one generator
+    images = [make_images(4, 3, 40, 40, seed=seed, dtype=torch.float32) for seed in range(THREADS)]
     together = threading.Barrier(THREADS)
 
     def run(seed):
         torch.set_num_threads(1)
         together.wait()
-        return train(seed)
+        return trained(models[seed], images[seed], steps=10)
 
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(run, range(THREADS)))
