@@ -31,10 +31,10 @@ def one_thread():
 
 @pytest.fixture
 def nan_memory():
-    """Fills what torch.empty allocates with NaN, so that an element that nobody wrote shows."""
+    """Fills what torch.empty and `kernels.empty_kept` allocate with NaN, so that an element that nobody wrote shows."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # the reference has an atomic addition on a GPU
-    assert torch.empty(1).isnan().all()
+    assert torch.empty(1).isnan().all() and kernels.empty_kept(torch.empty(1), 1).isnan().all()
     yield
     torch.use_deterministic_algorithms(deterministic)
 

@@ -1,5 +1,6 @@
 #include "cpu/memory.h"
 
+#include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
@@ -7,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -119,7 +121,13 @@ void return_freed_memory() {
 
 at::Tensor empty_kept(at::IntArrayRef size, const at::TensorOptions& options) {
   constexpr c10::DispatchKeySet cpu(c10::DispatchKey::CPU);
-  return at::detail::empty_generic(size, &kept_memory(), cpu, c10::typeMetaToScalarType(options.dtype()), std::nullopt);
+  const auto dtype = c10::typeMetaToScalarType(options.dtype());
+  at::Tensor tensor = at::detail::empty_generic(size, &kept_memory(), cpu, dtype, std::nullopt);
+  const auto& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {  // as at::empty does
+    tensor.fill_(std::numeric_limits<double>::quiet_NaN());
+  }
+  return tensor;
 }
 
 TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("empty_kept", &empty_kept_like); }
