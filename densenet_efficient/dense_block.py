@@ -73,9 +73,8 @@ def backward_stage(
     size = tuple(saved.features.shape[2:])
     storage = as_rows(saved.features)
     kernels.return_freed_memory(storage)
-    grad = kernels.empty_kept(
-        storage, *storage.shape
-    )  # of the storage; finished where a channel's last consumer is done
+    # Of the storage; finished where a channel's last consumer is done.
+    grad = kernels.empty_kept(storage, *storage.shape)
     backend = kernels.backend_for(storage.device)
     projection = Projection(backend, storage.shape[1], saved.statistics[0], stage.synchronisation)
     accumulate = features_grad is not None

@@ -1,7 +1,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -10,7 +9,6 @@
 #include <atomic>
 #include <cstring>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -62,10 +60,17 @@ struct Images {
   int64_t rows() const { return number * pixels(); }
 };
 
+// BN-ReLU of so many channels.
+struct Norm {
+  const void *scale, *shift;
+  int64_t channels;
+};
+
 // BN-ReLU and the convolution behind it.
 struct Convolution {
-  const void *scale, *shift, *packed;
-  int64_t channels, outputs;
+  Norm norm;
+  const void* packed;
+  int64_t outputs;
 };
 
 // What a stage makes of its input: two convolutions per layer, or one without a bottleneck, and its exit.
@@ -75,7 +80,7 @@ struct Stage {
   int64_t channels, total, growth_rate, bottleneck_channels;  // of the input, of all features, of a layer
   std::vector<Convolution> convolutions;
   std::array<int64_t, 2> window;  // of the exit's average pooling, 1x1 where it is none
-  const void *exit_scale, *exit_shift;
+  Norm exit_norm;
   std::optional<Convolution> exit_conv;  // behind the pooling, or in its place
 
   // Whether the exit's norm is followed by the pooling, not by the convolution.
@@ -93,20 +98,34 @@ struct Scratch {
   Columns features, bottleneck, pooled;
 };
 
+// What every operation here has in common: its input, the norm that it applies, and its output.
 template <typename Forward>
-Forward forward_of(at::ScalarType dtype, const Columns& x, const Convolution& convolution, const Columns& out) {
+Forward forward_of(at::ScalarType dtype, const Columns& x, const Norm& norm, const Columns& out) {
   Forward arguments{};
   arguments.dtype = dtype;
   arguments.x = x.data;
   arguments.x_stride = x.stride;
-  arguments.channels = convolution.channels;
-  arguments.outputs = convolution.outputs;
-  arguments.scale = convolution.scale;
-  arguments.shift = convolution.shift;
-  arguments.packed = convolution.packed;
+  arguments.channels = norm.channels;
+  arguments.scale = norm.scale;
+  arguments.shift = norm.shift;
   arguments.out = out.data;
   arguments.out_stride = out.stride;
   return arguments;
+}
+
+template <typename Forward>
+Forward forward_of(at::ScalarType dtype, const Columns& x, const Convolution& convolution, const Columns& out) {
+  auto arguments = forward_of<Forward>(dtype, x, convolution.norm, out);
+  arguments.outputs = convolution.outputs;
+  arguments.packed = convolution.packed;
+  return arguments;
+}
+
+template <typename Forward>
+void set_images(Forward& arguments, const Images& images) {
+  arguments.images = images.number;
+  arguments.height = images.height;
+  arguments.width = images.width;
 }
 
 void conv1x1(at::ScalarType dtype, int64_t rows, const Columns& x, const Convolution& convolution, const Columns& out) {
@@ -118,27 +137,15 @@ void conv1x1(at::ScalarType dtype, int64_t rows, const Columns& x, const Convolu
 void conv3x3(at::ScalarType dtype, const Images& images, const Columns& x, const Convolution& convolution,
              const Columns& out) {
   auto arguments = forward_of<Conv3x3Forward>(dtype, x, convolution, out);
-  arguments.images = images.number;
-  arguments.height = images.height;
-  arguments.width = images.width;
+  set_images(arguments, images);
   DISPATCH_CAPABILITY(bn_relu_conv3x3)(arguments);
 }
 
 void avg_pool(const Stage& stage, const Images& images, const Columns& x, const Columns& out) {
-  AvgPoolForward arguments{};
-  arguments.dtype = stage.dtype;
-  arguments.x = x.data;
-  arguments.x_stride = x.stride;
-  arguments.images = images.number;
-  arguments.height = images.height;
-  arguments.width = images.width;
-  arguments.channels = stage.total;
+  auto arguments = forward_of<AvgPoolForward>(stage.dtype, x, stage.exit_norm, out);
+  set_images(arguments, images);
   arguments.window_height = stage.window[0];
   arguments.window_width = stage.window[1];
-  arguments.scale = stage.exit_scale;
-  arguments.shift = stage.exit_shift;
-  arguments.out = out.data;
-  arguments.out_stride = out.stride;
   DISPATCH_CAPABILITY(bn_relu_avg_pool)(arguments);
 }
 
@@ -221,15 +228,15 @@ void run_stage(const Stage& stage, const Images& images, const Columns& x, const
   for (int64_t index = available > 1 ? apart : 0; index < visits; index++) visit(index, 0);
 }
 
-// The scale and shift of an affine map [4, channels] (see batch_norm_affine).
-std::pair<const void*, const void*> scale_and_shift(const Tensor& affine, int64_t channels, const Tensor& x) {
+// That of an affine map [4, channels] (see batch_norm_affine).
+Norm make_norm(const Tensor& affine, int64_t channels, const Tensor& x) {
   TORCH_CHECK(affine.dim() == 2 && affine.size(0) == 4 && affine.size(1) == channels && affine.is_contiguous() &&
                   affine.scalar_type() == accumulation_dtype(x),
               "affines must be contiguous ", accumulation_dtype(x), " of shape [4, ", channels, "], got ",
               affine.scalar_type(), " of shape ", affine.sizes());
   const auto* rows = static_cast<const char*>(affine.const_data_ptr());
   const int64_t row = channels * static_cast<int64_t>(affine.element_size());
-  return {rows + 2 * row, rows + 3 * row};
+  return {rows + 2 * row, rows + 3 * row, channels};
 }
 
 Convolution make_convolution(const Tensor& affine, const Tensor& packed, int64_t kernel, int64_t channels,
@@ -239,8 +246,7 @@ Convolution make_convolution(const Tensor& affine, const Tensor& packed, int64_t
               "packed must be what packed_weight gives for ", x.scalar_type(), " and a weight [", outputs, ", ",
               channels, ", ", kernel, ", ", kernel, "]: ", bytes, " bytes, got ", packed.scalar_type(), " of shape ",
               packed.sizes());
-  const auto [scale, shift] = scale_and_shift(affine, channels, x);
-  return {scale, shift, packed.const_data_ptr(), channels, outputs};
+  return {make_norm(affine, channels, x), packed.const_data_ptr(), outputs};
 }
 
 // Runs a stage whose norms all use their running statistics on ``x``, its input's rows. ``features``, where given, gets
@@ -268,8 +274,7 @@ void run(const Tensor& x, int64_t height, int64_t width, int64_t bottleneck_chan
               bottleneck_channels,
               {},
               {window[0], window[1]},
-              nullptr,
-              nullptr,
+              {},
               {}};
   for (size_t index = 0; index < packed.size(); stage.total += growth_rate) {
     int64_t read = stage.total;
@@ -283,17 +288,18 @@ void run(const Tensor& x, int64_t height, int64_t width, int64_t bottleneck_chan
   }
   TORCH_CHECK(features || out, "Expected features or out to be given");
   if (features) check_matrix(*features, "features", images.rows(), stage.total, x);
-  const auto vector = x.options().dtype(accumulation_dtype(x));
-  // What is pooled is not negative, so that a ReLU in front of the convolution changes nothing.
-  const Tensor identity = at::zeros({4, stage.total}, vector);
-  identity.select(0, 2).fill_(1);
+  Tensor conv_affine;  // lives until the stage has run
   if (out) {
     TORCH_CHECK(exit_affine, "Expected exit_affine with out");
-    std::tie(stage.exit_scale, stage.exit_shift) = scale_and_shift(*exit_affine, stage.total, x);
+    stage.exit_norm = make_norm(*exit_affine, stage.total, x);
     if (exit_packed) {
-      const bool pools = window[0] * window[1] > 1;
-      stage.exit_conv =
-          make_convolution(pools ? identity : *exit_affine, *exit_packed, 1, stage.total, out->size(1), x);
+      conv_affine = *exit_affine;
+      if (window[0] * window[1] > 1) {
+        // What is pooled is not negative, so that a ReLU in front of the convolution changes nothing.
+        conv_affine = at::zeros({4, stage.total}, x.options().dtype(accumulation_dtype(x)));
+        conv_affine.select(0, 2).fill_(1);
+      }
+      stage.exit_conv = make_convolution(conv_affine, *exit_packed, 1, stage.total, out->size(1), x);
     }
     check_matrix(*out, "out", stage.pooled(images).rows(), exit_packed ? out->size(1) : stage.total, x);
   }

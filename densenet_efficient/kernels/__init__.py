@@ -52,7 +52,7 @@ BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "cuda": cuda}  # triton joins when first used
 DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by type of device, the best first
 
-KEPT_UP_TO = 2**25  # bytes of a block that the process keeps when it is freed
+KEPT_UP_TO = 2**25  # bytes of a block that the process keeps when it is freed: kLargest of csrc/cpu/memory.cpp
 
 _announced: set[str] = set()
 
