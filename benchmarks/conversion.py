@@ -6,7 +6,6 @@ Writes benchmarks/results/<machine>-conversion.json; rows that it holds are kept
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from densenet_efficient import convert
-from densenet_efficient.measure import peak_memory_per_image
+from densenet_efficient.measure import build_model, peak_memory_per_image
 
 from . import markdown
 from . import results as results_file
@@ -77,8 +76,7 @@ def measure(source: str) -> dict[str, Any]:
 def build(source: str, converted: bool) -> nn.Module:
     """A DenseNet-201 of this library, converted in every part or in none."""
     factory, arguments, _ = SOURCES[source]
-    module, name = factory.split(":")
-    network: nn.Module = getattr(importlib.import_module(module), name)(**arguments)
+    network = build_model(factory, arguments)
     if converted and (left := convert(network).left):
         raise RuntimeError(f"{source}: {left[0].path} was not converted: {left[0].note}")
     return network

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from densenet_efficient import _C
+from densenet_efficient.kernels import cpu
 
 from . import results as results_file
 from .results import ROOT
@@ -67,14 +67,12 @@ def python_figures(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def native() -> dict[str, Any]:
     """Of csrc/cpu, by the tests of the kernels, once for each capability of this CPU."""
-    compiled = _C.build_info()["cpu_capabilities"]
-    supported = compiled[: compiled.index(_C.cpu_capability()) + 1]
     _run(sys.executable, "tests/soak/instrumented.py", "coverage")
     for counts in FOLDER.rglob("*.gcda"):
         counts.unlink()
     tests = [f"tests/test_{name}.py" for name in NATIVE_TESTS]
     selection = ["-k", "not cpu_capability", "-n", "0", "-o", "pythonpath=build/coverage"]
-    for capability in supported:
+    for capability in cpu.capabilities():
         _run(*PYTEST, *selection, *tests, DENSENET_EFFICIENT_CPU_CAPABILITY=capability, OMP_NUM_THREADS="4")
     report = FOLDER / "native.json"
     reports = ["--txt", "-", "--json", str(report)]

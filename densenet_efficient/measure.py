@@ -184,10 +184,16 @@ def _run_in_fresh_process(
     return process.stdout.splitlines()[-1]
 
 
+def build_model(factory: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The model that ``factory``, "module:function", makes of ``arguments``."""
+    module, function = factory.split(":")
+    model: nn.Module = getattr(importlib.import_module(module), function)(**arguments)
+    return model
+
+
 def _serve(request: Mapping[str, Any]) -> int:
     """Run the requested steps in this process and return its peak bytes; 0 for the first step alone."""
-    module, function = request["factory"].split(":")
-    model = getattr(importlib.import_module(module), function)(**request["arguments"])
+    model = build_model(request["factory"], request["arguments"])
     step = make_step(model, **request["step"])
     step()
     if request["measurement"] == "first":

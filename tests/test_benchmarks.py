@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import socket
@@ -22,7 +21,7 @@ from benchmarks.evidence.__main__ import PARTS
 from benchmarks.implementations import IMPLEMENTATIONS, build
 from benchmarks.runtimes import ExportedNetwork
 from densenet_efficient.conversion.modules import ConvertedBlock
-from densenet_efficient.measure import make_step
+from densenet_efficient.measure import build_model, make_step
 
 SECTIONS = [name for name, (_, part) in report.SECTIONS.items() if part not in PARTS]  # the others: test_evidence.py
 EAGER = [name for name in IMPLEMENTATIONS if name not in (*COMPILED, *INFERENCE_ONLY)]
@@ -360,10 +359,8 @@ def test_segmentation_measures_both_implementations(tmp_path: Path, monkeypatch:
     """Their memory, here by a stand-in, per image of the size asked for; both take a step."""
 
     def memory(factory: str, arguments: Any, input_shape: tuple[int, int, int], *_: Any, **__: Any) -> float:
-        module, name = factory.split(":")
-        model = getattr(importlib.import_module(module), name)(**arguments)
-        assert make_step(model, input_shape, 1)().isfinite()
-        return {"NaiveFCDenseNet": 80.04, "FCDenseNet": 20.0}[name]
+        assert make_step(build_model(factory, arguments), input_shape, 1)().isfinite()
+        return {"NaiveFCDenseNet": 80.04, "FCDenseNet": 20.0}[factory.split(":")[1]]
 
     monkeypatch.setattr(segmentation, "peak_memory_per_image", memory)
     path = tmp_path / "machine-segmentation.json"

@@ -133,15 +133,15 @@ def test_unknown_names_are_refused(option: str, value: str) -> None:
         make_step(nn.Identity(), SHAPE, 1, **{option: value})  # type: ignore[arg-type]
 
 
-RETURN_MEMORY = """
-import torch
-import densenet_efficient
+RESIDENT = """
+import os, torch
 from densenet_efficient import kernels
-from pathlib import Path
 
 def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
+"""
+RETURN_MEMORY = """
 pairs = [(torch.ones(2**20), torch.ones(256)) for _ in range(64)]  # 4 MiB each, and something small that stays
 small = [pair[1] for pair in pairs]
 before = resident()
@@ -158,7 +158,7 @@ def test_freed_memory_goes_back_before_a_large_buffer() -> None:
     """Nearly all of it, though small tensors lie between; nothing is done for another device."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
     process = subprocess.run(
-        [sys.executable, "-c", RETURN_MEMORY], capture_output=True, text=True, env=environment, check=True
+        [sys.executable, "-c", RESIDENT + RETURN_MEMORY], capture_output=True, text=True, env=environment, check=True
     )
     kept, returned = map(int, process.stdout.split())
     assert kept < 2**25
@@ -166,12 +166,6 @@ def test_freed_memory_goes_back_before_a_large_buffer() -> None:
 
 
 KEEP_MEMORY = """
-import os, torch
-from densenet_efficient import kernels
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
 like = torch.empty(0)
 first = kernels.empty_kept(like, 2**20).fill_(1)  # 4 MiB
 address = first.data_ptr()
@@ -194,7 +188,7 @@ print((before - resident()) >> 20)
 @needs_native
 def test_memory_kept_for_the_next_step() -> None:
     """It is taken again, with what is in use it is no more than was in use at once, and it goes back before a peak."""
-    process = subprocess.run([sys.executable, "-c", KEEP_MEMORY], capture_output=True, text=True, check=True)
+    process = subprocess.run([sys.executable, "-c", RESIDENT + KEEP_MEMORY], capture_output=True, text=True, check=True)
     taken_again, are_distinct, grown, returned = process.stdout.split()
     assert (taken_again, are_distinct) == ("True", "True")
     assert int(grown) <= 4  # MiB

@@ -41,6 +41,18 @@ def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+def fit_until_killed(monkeypatch: pytest.MonkeyPatch, batch: int, images: Path, output: Path) -> None:
+    """A run that dies after the batch of this number, without a chance to save."""
+
+    def kill(trainer: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        stopping_at(patch, batch, kill)
+        with pytest.raises(Killed):
+            fit(images, output, *AVERAGED)
+
+
 def test_two_runs_give_the_same_bits(images: Path, whole: Path, tmp_path: Path) -> None:
     assert fit(images, tmp_path, *AVERAGED, "--data.num_workers", "1") == 0
     assert_same_bits(weights(tmp_path), weights(whole))
@@ -49,13 +61,7 @@ def test_two_runs_give_the_same_bits(images: Path, whole: Path, tmp_path: Path) 
 def test_a_killed_run_continues_from_its_last_epoch(
     images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def kill(trainer: Any) -> None:
-        raise Killed
-
-    stopping_at(monkeypatch, 8, kill)
-    with pytest.raises(Killed):
-        fit(images, tmp_path, *AVERAGED)
-    monkeypatch.undo()
+    fit_until_killed(monkeypatch, 8, images, tmp_path)
     assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 5
     assert fit(images, tmp_path, *AVERAGED, "--ckpt_path", "last") == 0
     assert_same_bits(weights(tmp_path), weights(whole))
@@ -146,13 +152,7 @@ def test_kill_minus_nine(images: Path, whole: Path, tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_gives_way_to_the_previous_one(
     images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def kill(trainer: Any) -> None:
-        raise Killed
-
-    stopping_at(monkeypatch, 13, kill)
-    with pytest.raises(Killed):
-        fit(images, tmp_path, *AVERAGED)
-    monkeypatch.undo()
+    fit_until_killed(monkeypatch, 13, images, tmp_path)
     last = tmp_path / "last.ckpt"
     damaged = bytearray(last.read_bytes())
     damaged[len(damaged) // 2] ^= 1

@@ -31,6 +31,14 @@ def unavailable_reason() -> str | None:
     return _unavailable_reason
 
 
+def capabilities() -> list[str]:
+    """Those built in, ascending, up to the one in use; the native extension must be there."""
+    from densenet_efficient import _C
+
+    built: list[str] = _C.build_info()["cpu_capabilities"]
+    return built[: built.index(_C.cpu_capability()) + 1]
+
+
 def obstacle() -> str | None:
     """`unavailable_reason` with its remedy."""
     return _unavailable_reason and (

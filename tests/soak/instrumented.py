@@ -56,11 +56,11 @@ INSTRUMENTS = {
 
 def capabilities_of(name: str) -> list[str]:
     """The CPU capabilities for which the extension ``name`` is instrumented, of those that this CPU has."""
-    from densenet_efficient import _C
+    from densenet_efficient.kernels import cpu
 
-    compiled, best = _C.build_info()["cpu_capabilities"], _C.cpu_capability()
-    wanted = {*INSTRUMENTS[name].capabilities, best}
-    return [capability for capability in compiled[: compiled.index(best) + 1] if capability in wanted]
+    available = cpu.capabilities()
+    wanted = {*INSTRUMENTS[name].capabilities, available[-1]}
+    return [capability for capability in available if capability in wanted]
 
 
 def build(name: str) -> Path:

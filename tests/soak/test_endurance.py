@@ -4,11 +4,12 @@ import copy
 import multiprocessing
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from cases import loss_of, make_images, make_pair, needs_native, trained
+
+from benchmarks.evidence.processes import status_bytes
 
 # With several threads torch's own convolutions and products have other bits than with one.
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
@@ -25,11 +26,6 @@ def train(seed):
     return trained(make_model(seed), make_images(4, 3, 40, 40, seed=seed, dtype=torch.float32), steps=10)
 
 
-def resident():
-    """Bytes of this process that are in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
 def equal(ones, others):
     return ones.keys() == others.keys() and all(torch.equal(ones[name], others[name]) for name in ones)
 
@@ -44,8 +40,8 @@ def growth_of_memory(steps):
         loss_of(model(sizes[index % 4])).backward()
         optimizer.step()
         if index == steps // 10:
-            before = resident()
-    return resident() / before - 1
+            before = status_bytes("VmRSS")
+    return status_bytes("VmRSS") / before - 1
 
 
 def send_growth(steps, connection):
