@@ -16,6 +16,7 @@ from typing import Any
 
 from densenet_efficient.kernels import cpu
 
+from . import parts
 from . import results as results_file
 from .results import ROOT
 
@@ -27,16 +28,12 @@ NATIVE_TESTS = ("kernels", "native_layers", "inference", "operators", "roofline"
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<machine>-coverage.json")
-    options = parser.parse_args(arguments)
-    unknown = [part for part in options.parts if part not in PARTS]
-    if unknown:
-        parser.error(f"unknown part {unknown[0]!r}; expected some of {', '.join(PARTS)}")
+    options, names = parts.parse(parser, PARTS, arguments)
     header = results_file.describe_machine()
     path = options.output or results_file.RESULTS / f"{header['machine']}-coverage.json"
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for part in options.parts or PARTS:
+    for part in names:
         row = {"part": part, **PARTS[part]()}
         results = results_file.load(path, header)
         others = [other for other in results["rows"] if other["part"] != part]

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.trainer [WHAT ...]`: what the trainer reaches and costs, from real runs of its commands.
+"""`python -m benchmarks.trainer [PART ...]`: what the trainer reaches and costs, from real runs of its commands.
 
 Writes benchmarks/results/<machine>-training.json, one row per measurement; those not asked for stay as they are.
 """
@@ -27,6 +27,7 @@ from densenet_efficient.models import create_model
 from densenet_efficient.training.datasets import ArrayData, array_samples
 from densenet_efficient.training.samples import Splits
 
+from . import parts
 from . import results as results_file
 
 BATCH, SIZE = 8, 224
@@ -38,12 +39,11 @@ Options = tuple[object, ...]
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trainer", description=__doc__)
-    parser.add_argument("what", nargs="*", choices=MEASUREMENTS, default=list(MEASUREMENTS), help="default: all")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<machine>-training.json")
-    options = parser.parse_args(arguments)
+    options, names = parts.parse(parser, MEASUREMENTS, arguments)
     header = results_file.describe_machine()
     path = options.output or results_file.RESULTS / f"{header['machine']}-training.json"
-    for name in options.what:
+    for name in names:
         print(f"measuring: {name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             row = {"name": name, **MEASUREMENTS[name](Path(folder))}

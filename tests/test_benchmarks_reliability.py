@@ -1,14 +1,15 @@
-"""The figures of the reliability suite and of coverage, as the README states them."""
+"""The figures of the reliability suite and of coverage, as the README states them, and the parts to be measured."""
 
 from __future__ import annotations
 
+import argparse
 import time
 from pathlib import Path
 
 import pytest
 from test_benchmarks import HEADER
 
-from benchmarks import coverage, report, soak
+from benchmarks import coverage, parts, report, soak
 from benchmarks import results as results_file
 
 SURVIVED = {"property_cases": 2000, "memory_growth": 0.0012, "minutes": 17.4}
@@ -64,3 +65,14 @@ def test_nothing_is_written_where_a_part_fails(
     with pytest.raises((SystemExit, pytest.fail.Exception)):
         command.main([f"--output={tmp_path / 'some.json'}"])  # type: ignore[attr-defined]
     assert not list(tmp_path.iterdir())
+
+
+def test_all_parts_are_measured_unless_some_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def named(*arguments: str) -> list[str]:
+        return parts.parse(argparse.ArgumentParser(), ["first", "second"], arguments)[1]
+
+    assert named() == ["first", "second"]
+    assert named("second") == ["second"]
+    with pytest.raises(SystemExit, match="2"):
+        named("second", "third")
+    assert "unknown part 'third'; expected some of first, second" in capsys.readouterr().err

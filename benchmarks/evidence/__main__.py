@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks import parts
 from benchmarks import results as results_file
 
 from . import comparison, frontier, largest_image, scaling, timeline
@@ -26,14 +27,10 @@ PARTS: dict[str, Callable[[Path], None]] = {
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of: {', '.join(PARTS)}; default: all")
     parser.add_argument("--output", type=Path, default=results_file.RESULTS, metavar="DIR")
-    options = parser.parse_args(arguments)
-    unknown = [part for part in options.parts if part not in PARTS]
-    if unknown:
-        parser.error(f"unknown part {unknown[0]!r}; expected some of {', '.join(PARTS)}")
+    options, names = parts.parse(parser, PARTS, arguments)
     machine = results_file.describe_machine()["machine"]
-    for part in options.parts or PARTS:
+    for part in names:
         path = options.output / f"{machine}-{part}.json"
         PARTS[part](path)
         print(f"wrote {path}", flush=True)
