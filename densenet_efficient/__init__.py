@@ -1,4 +1,4 @@
-"""DenseNets that train with a twentieth of the activation memory and in less time, with the same results."""
+"""DenseNets whose training keeps almost no activations and takes less time, with the same results."""
 
 from .backbone import Backbone
 from .concatenation import concatenate

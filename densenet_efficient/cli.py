@@ -76,6 +76,10 @@ def add_summary(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from densenet_efficient.argument_checks import CHECKPOINTING_LEVELS
+    from densenet_efficient.planning.planner import DTYPES
+    from densenet_efficient.planning.timeline import OPTIMIZERS
+
     parser = commands.add_parser(
         "plan",
         help="predict the memory of a training step, and what fits a budget",
@@ -85,13 +89,11 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     add = parser.add_argument
     add("model", help="name of the network, such as densenet201")
     add("--input", type=input_shape, required=True, metavar="NxCxHxW", help="such as 32x3x224x224")
-    dtypes = ("float32", "float64", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, default="float32", help="of the activations (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="of the activations (default: %(default)s)")
     add("--budget", help="such as 8GiB")
-    optimizers = ("sgd", "sgd-momentum", "rmsprop", "adam", "adamw")
-    add("--optimizer", choices=optimizers, default="adamw", help="(default: %(default)s)")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: %(default)s)")
     levels = "the level of all blocks, or one per block; chosen if a budget is given and no levels are"
-    add("--checkpointing", nargs="+", choices=("none", "bottleneck"), metavar="LEVEL", help=levels)
+    add("--checkpointing", nargs="+", choices=CHECKPOINTING_LEVELS, metavar="LEVEL", help=levels)
     parser.set_defaults(command=run_plan)
 
 

@@ -15,8 +15,7 @@ from . import kernels
 from .batch_norm import Affine, BatchNorm, Projection
 from .kernels import spatial
 from .layout import as_rows
-from .stage import DenseLayer, Stage, StageOutput
-from .synchronisation import Synchronisation
+from .stage import Stage, StageOutput
 
 
 def forward_layers(
@@ -89,8 +88,7 @@ def backward_layers(
         if layer.dropout is not None:
             drop(grad[:, start:stop], layer.dropout, stage.drop_rate)
         below_needed = input_needed or index > lowest
-        backward = _LayerBackward(backend, layer, index, saved, storage[:, :start], grad, below_needed, scratch)
-        backward.synchronisation = stage.synchronisation
+        backward = _LayerBackward(backend, stage, index, saved, storage[:, :start], grad, below_needed, scratch)
         layer_grads[index] = backward.run(layers_needed[index], projection)
         stop = start
     if input_needed:
@@ -104,7 +102,7 @@ class _LayerBackward:
     def __init__(
         self,
         backend: ModuleType,
-        layer: DenseLayer,
+        stage: Stage,
         index: int,
         saved: StageOutput,
         inputs: Tensor,
@@ -112,7 +110,8 @@ class _LayerBackward:
         below_needed: bool,
         scratch: dict[str, Tensor],
     ) -> None:
-        self.layer = layer
+        self.layer = layer = stage.layers[index]
+        self.synchronisation = stage.synchronisation
         self.index = index
         self.saved = saved
         self.inputs = inputs  # [M, C_l], the prefix of the storage
@@ -120,7 +119,6 @@ class _LayerBackward:
         self.inputs_grad = grad[:, :channels] if below_needed else None
         self.slot_grad = grad[:, channels : channels + layer.growth_rate]
         self.scratch = scratch
-        self.synchronisation: Synchronisation | None = None
         self.rows = inputs.shape[0]
         self.size = tuple(saved.features.shape[2:])
         self.backend = backend

@@ -215,21 +215,17 @@ def transition_parts(transition: nn.Module) -> tuple[BatchNorm, Convolution] | N
 
     None unless it is a sequence of norm, ReLU, 1x1 convolution and 2x2 average pooling, unobserved.
     """
-    if not isinstance(transition, nn.Sequential) or type(transition).forward is not nn.Sequential.forward:
+    taken = _take_pointwise(transition)
+    if taken is None or len(taken[2]) != 1:
         return None
-    taken = take_norm_relu(list(transition))
-    if is_observed(transition) or taken is None or len(taken[1]) != 2:
-        return None
-    norm, (conv, pool) = taken
+    norm, conv, (pool,) = taken
     plain = (
-        _is_pointwise(conv)
-        and is_for(norm, dims_of(cast(Convolution, conv)))
-        and _is_plain(pool, AVG_POOLS[dims_of(cast(Convolution, conv))])
+        _is_plain(pool, AVG_POOLS[dims_of(conv)])
         and (_scalar(pool.kernel_size), _scalar(pool.stride), _scalar(pool.padding)) == (2, 2, 0)
         and not pool.ceil_mode
         and getattr(pool, "divisor_override", None) is None  # which one dimension has not
     )
-    return (norm, cast(Convolution, conv)) if plain else None
+    return (norm, conv) if plain else None
 
 
 def transition_down_parts(transition: nn.Module) -> tuple[BatchNorm, Convolution, tuple[float, bool, bool]] | None:
@@ -237,23 +233,29 @@ def transition_down_parts(transition: nn.Module) -> tuple[BatchNorm, Convolution
 
     None unless it is a sequence of norm, ReLU, 1x1 convolution, dropout and 2x2 maximum pooling, unobserved.
     """
+    taken = _take_pointwise(transition)
+    if taken is None or len(taken[2]) != 2:
+        return None
+    norm, conv, (drop, pool) = taken
+    if not (_is_plain(drop, nn.Dropout) and _is_plain(pool, nn.MaxPool2d)):
+        return None
+    if _pooling(pool) != (2, 2, 0, 1, False, False):
+        return None
+    dropout = cast(nn.Dropout, drop)
+    return norm, conv, (dropout.p, dropout.training, False)
+
+
+def _take_pointwise(transition: nn.Module) -> tuple[BatchNorm, Convolution, list[nn.Module]] | None:
+    """The norm, with its ReLU, and the 1x1 convolution that begin an unobserved sequence, and what follows them."""
     if not isinstance(transition, nn.Sequential) or type(transition).forward is not nn.Sequential.forward:
         return None
     taken = take_norm_relu(list(transition))
-    if is_observed(transition) or taken is None or len(taken[1]) != 3:
+    if is_observed(transition) or taken is None or not taken[1]:
         return None
-    norm, (conv, drop, pool) = taken
-    plain = (
-        _is_pointwise(conv)
-        and is_for(norm, dims_of(cast(Convolution, conv)))
-        and _is_plain(drop, nn.Dropout)
-        and _is_plain(pool, nn.MaxPool2d)
-        and _pooling(pool) == (2, 2, 0, 1, False, False)
-    )
-    if not plain:
+    norm, (conv, *rest) = taken
+    if not _is_pointwise(conv) or not is_for(norm, dims_of(cast(Convolution, conv))):
         return None
-    dropout = cast(nn.Dropout, drop)
-    return norm, cast(Convolution, conv), (dropout.p, dropout.training, False)
+    return norm, cast(Convolution, conv), rest
 
 
 def is_class(module: object, source: str, name: str) -> bool:

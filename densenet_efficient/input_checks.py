@@ -32,6 +32,7 @@ def check_images(conv: Convolution, x: Tensor) -> None:
 
 
 def check_input(norm: BatchNorm, dims: int, x: Tensor) -> None:
+    """What the first norm of a dense block, of ``dims`` spatial dimensions, would raise."""
     if x.dim() != dims + 2:
         shape = f"[N, {norm.num_features}, {AXES[dims]}]"
         raise ValueError(f"expected {dims + 2}D input {shape} (got {x.dim()}D input of size {tuple(x.shape)})")
@@ -40,6 +41,7 @@ def check_input(norm: BatchNorm, dims: int, x: Tensor) -> None:
 
 
 def check_poolable(norm: BatchNorm | None, x: Tensor) -> None:
+    """What the 2x2 pooling of a transition would raise; nothing without its ``norm``."""
     if norm is not None and min(x.shape[2:]) < 2:
         size, pooled = (
             "x".join(map(str, (norm.num_features, *lengths)))
@@ -51,8 +53,9 @@ def check_poolable(norm: BatchNorm | None, x: Tensor) -> None:
         )
 
 
-def check_count(norms: list[BatchNorm], x: Tensor) -> None:
-    if pixels(x) == 1 and any(map(fusion.uses_batch_statistics, norms)):
+def check_count(norms: list[BatchNorm], count: int, x: Tensor) -> None:
+    """What a norm would raise that takes its statistics over ``count`` values per channel, made from ``x``."""
+    if count == 1 and any(map(fusion.uses_batch_statistics, norms)):
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
 
 

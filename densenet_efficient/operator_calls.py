@@ -84,7 +84,7 @@ def run_stage(
     count = pixels(x)
     counts = exchange_counts(count, group, x)
     if counts is None:
-        check_count(norms, x)
+        check_count(norms, count, x)
     x = as_compute_dtype(x, convolution_weights(layers, exit_parameters))
     drop_rate, masks = draw_masks(layers, exit_conv if stage_exit == TRANSITION_DOWN else None, x)
     out, features, statistics, bottleneck_statistics, _ = operators.dense_stage(
@@ -136,15 +136,14 @@ def run_plan(plan: inference.Plan, x: Tensor, keep_features: bool) -> tuple[Tens
 def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool) -> Tensor:
     """Runs (conv, norm, relu, max pool) as one operator and updates the norm's running statistics."""
     check_images(conv, x)
-    batch = fusion.uses_batch_statistics(norm)
-    running = [] if batch else running_of(norm)
+    running = [] if fusion.uses_batch_statistics(norm) else running_of(norm)
     check_devices(x, (conv.weight, norm.weight, norm.bias, *running))
     x = as_compute_dtype(x, [conv.weight])
     group = group_of_all([norm])
     count = x.shape[0] * convolved_pixels(conv, x)
     counts = exchange_counts(count, group, x)
-    if batch and count == 1 and counts is None:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    if counts is None:
+        check_count([norm], count, x)
     out, statistics, _ = operators.stem(
         x, conv.weight, norm.weight, norm.bias, running, list(conv.stride), list(conv.padding), norm.eps,
         save_conv and torch.is_grad_enabled(), counts, group,
@@ -163,6 +162,7 @@ def _announce(block: nn.Module, reason: str) -> None:
 
 
 def describe_exit(consumer: nn.Module | None) -> tuple[str, BatchNorm | None, Convolution | None]:
+    """What of exit ``consumer`` is, as `stage.Stage` has it, with its norm and its convolution."""
     if consumer is None:
         return NO_EXIT, None, None
     if isinstance(consumer, BatchNorm):

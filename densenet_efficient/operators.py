@@ -7,8 +7,8 @@ autograd formula stand beside it. Running statistics are updated outside, once p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,21 +24,12 @@ from .synchronisation import Synchronisation
 NAMESPACE = "densenet_efficient"
 PARAMETERS_WITH_BOTTLENECK, PARAMETERS_WITHOUT = 6, 3
 
-P = ParamSpec("P")
-R = TypeVar("R")
+T = TypeVar("T")
 
 
-def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Inside an operator the dtypes are settled: autocast must not cast once more."""
-
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        device = next(value for value in args if isinstance(value, Tensor)).device.type
-        if not torch.amp.is_autocast_available(device):
-            return function(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
-
-    return run
+def _without_autocast(device: str) -> AbstractContextManager:
+    """Inside an operator the dtypes are settled: autocast of this type of device must not cast once more."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _norm(
@@ -84,9 +75,6 @@ def _of_plane(weight: Tensor) -> Tensor:
     return weight.view(*weight.shape[:2], 1, 1)
 
 
-T = TypeVar("T")
-
-
 def _by_layer(values: list[T], bottleneck: bool) -> list[list[T]]:
     size = PARAMETERS_WITH_BOTTLENECK if bottleneck else PARAMETERS_WITHOUT
     return [list(values[start : start + size]) for start in range(0, len(values), size)]
@@ -128,25 +116,11 @@ def dense_stage(
         counts, group: those of a `Synchronisation`; None and empty for a process by itself.
     """
     stage = _unflatten(
-        parameters,
-        exit_parameters,
-        running,
-        masks,
-        epsilons,
-        uses_running,
-        bottleneck,
-        dilations,
-        stage_exit,
-        drop_rate,
-        counts,
-        group,
-    )
-    return _run_stage(x, stage, save_bottlenecks)
-
-
-@_without_autocast
-def _run_stage(x: Tensor, stage: Stage, save_bottlenecks: bool) -> StageOutput:
-    return forward_stage(stage, x, save_bottlenecks)
+        parameters, exit_parameters, running, masks, epsilons, uses_running, bottleneck, dilations, stage_exit,
+        drop_rate, counts, group,
+    )  # fmt: skip
+    with _without_autocast(x.device.type):
+        return forward_stage(stage, x, save_bottlenecks)
 
 
 @dense_stage.register_fake
@@ -209,39 +183,17 @@ def dense_stage_backward(
 ) -> list[Tensor]:
     """The gradients of (x, *parameters, *exit_parameters) for which ``needed`` is true, in this order."""
     stage = _unflatten(
-        parameters,
-        exit_parameters,
-        running,
-        masks,
-        epsilons,
-        uses_running,
-        bottleneck,
-        dilations,
-        stage_exit,
-        drop_rate,
-        counts,
-        group,
-    )
+        parameters, exit_parameters, running, masks, epsilons, uses_running, bottleneck, dilations, stage_exit,
+        drop_rate, counts, group,
+    )  # fmt: skip
     saved = StageOutput(features.new_empty(0), features, statistics, bottleneck_statistics, bottlenecks)
     count = 1 + len(parameters)
-    gradients = _run_stage_backward(
-        features,
-        stage,
-        out_grad,
-        features_grad,
-        saved,
-        needed[0],
-        _by_layer(needed[1:count], bottleneck),
-        needed[count:],
-    )
-    values = [gradients[0], *(grad for layer in gradients[1] for grad in layer), *gradients[2]]
+    layers_needed = _by_layer(needed[1:count], bottleneck)
+    with _without_autocast(features.device.type):
+        gradients = backward_stage(stage, out_grad, features_grad, saved, needed[0], layers_needed, needed[count:])
+    values = [gradients.input, *(grad for layer in gradients.layers for grad in layer), *gradients.exit]
     x = features[:, : _input_channels(features, parameters, bottleneck)]
     return _needed_gradients(values, [x, *parameters, *exit_parameters], needed)
-
-
-@_without_autocast
-def _run_stage_backward(features: Tensor, stage: Stage, *args: Any) -> Any:
-    return backward_stage(stage, *args)
 
 
 def _needed_gradients(grads: list[Tensor | None], parameters: list[Tensor], needed: list[bool]) -> list[Tensor]:
@@ -346,12 +298,8 @@ def stem(
     ``running`` is (mean, variance) where the norm uses its running statistics, else empty.
     """
     description = _describe_stem(conv, weight, bias, running, stride, padding, epsilon, counts, group)
-    return _run_stem(x, description, save_conv)
-
-
-@_without_autocast
-def _run_stem(x: Tensor, description: Stem, save_conv: bool) -> StemOutput:
-    return forward_stem(description, x, save_conv)
+    with _without_autocast(x.device.type):
+        return forward_stem(description, x, save_conv)
 
 
 def _describe_stem(
@@ -415,15 +363,9 @@ def stem_backward(
 ) -> list[Tensor]:
     """The gradients of (x, conv, weight, bias) for which ``needed`` is true, in this order."""
     description = _describe_stem(conv, weight, bias, running, stride, padding, epsilon, counts, group)
-    gradients = _run_stem_backward(out_grad, x, description, StemOutput(out_grad, statistics, conv_out), needed)
+    with _without_autocast(x.device.type):
+        gradients = backward_stem(description, out_grad, x, StemOutput(out_grad, statistics, conv_out), needed)
     return _needed_gradients(gradients, [x, conv, weight, bias], needed)
-
-
-@_without_autocast
-def _run_stem_backward(
-    out_grad: Tensor, x: Tensor, description: Stem, saved: StemOutput, needed: list[bool]
-) -> list[Tensor | None]:
-    return backward_stem(description, out_grad, x, saved, needed)
 
 
 @stem_backward.register_fake

@@ -147,8 +147,9 @@ class Dangerous:
 def test_no_code_is_executed(tmp_path, content):
     path = tmp_path / "weights.pth"
     torch.save(content, path)
-    with pytest.raises(ValueError, match=r"weights\.pth holds something else than tensors"):
+    with pytest.raises(ValueError, match=r"weights\.pth holds something else than tensors \(.*pytest") as raised:
         load_weights(small(), path)
+    assert "weights_only" not in str(raised.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps({"a": 1})])
@@ -156,8 +157,29 @@ def test_no_code_is_executed(tmp_path, content):
 def test_files_of_another_format(tmp_path, content, suffix):
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"weights\..*(no safetensors file|something else)|no state_dict"):
+    with pytest.raises(ValueError, match=r"weights\..*(no safetensors file|damaged, or no file)|no state_dict"):
         load_weights(small(), path)
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_half_a_download(tmp_path, kept, suffix):
+    """A file that was cut off is named, and so is the remedy; torch's advice to run what is in it is not repeated."""
+    path = tmp_path / f"weights{suffix}"
+    save = safetensors.torch.save_file if suffix == ".safetensors" else torch.save
+    save(small().state_dict(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    model = small()
+    with pytest.raises(ValueError, match=r"weights\.(safetensors is no|pth is damaged, or no file)") as raised:
+        load_weights(model, path)
+    assert "weights_only" not in str(raised.value)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".h5"])
+def test_an_absent_file_is_named(tmp_path, suffix):
+    with pytest.raises(FileNotFoundError, match=rf"absent\{suffix}"):
+        load_weights(small(), tmp_path / f"absent{suffix}")
 
 
 @pytest.mark.parametrize("content", [{}, {"epoch": 3}, [1, 2]])

@@ -24,6 +24,8 @@ from ..layout import as_images, as_rows
 
 Size = tuple[int, ...]
 
+ALONG_DEPTH = ([3, 1], [2, 1], [1, 0])  # window, stride and padding of a pooling of [N, 1, D, H' * W' * C]
+
 
 def has_kernel(weight: Tensor, dilation: int) -> bool:
     """Whether a convolution with ``weight`` is the 3x3 one that the backends have kernels for."""
@@ -175,9 +177,6 @@ def bn_relu_max_pool_backward(
         )
         out_grad = planes_grad.view(-1, x.shape[1])
     backend.bn_relu_max_pool_backward(out_grad, x, mean, scale, shift, *_plane(size), grad, sum_grad, sum_grad_x)
-
-
-ALONG_DEPTH = ([3, 1], [2, 1], [1, 0])  # window, stride and padding of a pooling of [N, 1, D, H' * W' * C]
 
 
 def _max_pooled_planes(backend: ModuleType, x: Tensor, scale: Tensor, shift: Tensor, size: Size) -> Tensor:

@@ -6,12 +6,9 @@ A checkpoint is Lightning's, of tensors and plain values only, with one entry mo
 from __future__ import annotations
 
 import errno
-import lzma
 import os
 import pickle
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +20,10 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from densenet_efficient.models import EfficientDenseNet
 from densenet_efficient.training.files import atomic_write
 from densenet_efficient.training.preprocessing import Preprocessing
+from densenet_efficient.weights.checkpoints import DAMAGED
 
 ENTRY = "densenet_efficient"
 REMEDY = "expected a checkpoint written by densenet-efficient fit"
-# What reading an archive whose bytes are not those written may raise.
-DAMAGED = (
-    *(RuntimeError, OSError, EOFError, ValueError, KeyError, NotImplementedError, struct.error, zipfile.BadZipFile),
-    *(zlib.error, lzma.LZMAError),  # where a flipped bit says that a part is compressed
-)
 # What a file system without hard links says, such as that of many an external drive.
 WITHOUT_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 MODEL_PREFIX = "model."

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import lzma
 import pickle
 import re
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,12 @@ from .keras_files import KERAS_SUFFIXES, read_keras
 
 CONTAINERS = ("state_dict", "model_state_dict", "model")  # under which checkpoints keep a model's state
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", *KERAS_SUFFIXES)
+# What reading an archive whose bytes are not those written may raise.
+DAMAGED = (
+    *(RuntimeError, OSError, EOFError, ValueError, KeyError, NotImplementedError, struct.error, zipfile.BadZipFile),
+    *(zlib.error, lzma.LZMAError),  # where a flipped bit says that a part is compressed
+)
+_REFUSED = re.compile(r"GLOBAL (\S+)")  # what torch's reader says of a class or function
 _PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")
 _OTHER_NAMES = {
     "class_layers.out.": "classifier.",  # MONAI's
@@ -30,7 +40,8 @@ def read_checkpoint(path: str | Path) -> Any:
 
     Raises:
         ImportError: the package that reads this format is not installed.
-        ValueError: the file is of another format, or holds objects that need code.
+        OSError: the file cannot be opened; FileNotFoundError where there is none.
+        ValueError: the file is damaged, of another format, or holds objects that need code.
     """
     suffix = Path(path).suffix
     if suffix in KERAS_SUFFIXES:
@@ -39,10 +50,23 @@ def read_checkpoint(path: str | Path) -> Any:
         return _read_safetensors(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(
-            f"{path} holds something else than tensors, which would run code; save a state_dict: {error}"
-        ) from error
+    except (pickle.UnpicklingError, *DAMAGED) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # it could not be opened
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | Path, error: Exception) -> ValueError:
+    """What to say of ``error``; nothing of torch's unpickler, which advises to run the code in the file."""
+    refused = _REFUSED.search(str(error))
+    if refused is not None:
+        reason = f"holds something else than tensors ({refused[1]}), which would run code"
+        return ValueError(f"{path} {reason}; save the model's state_dict()")
+    cause = "" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
+    return ValueError(
+        f"{path} is damaged, or no file of torch.save with tensors alone; copy it anew, or save the model's "
+        f"state_dict(){cause and ': '}{cause}"
+    )
 
 
 def _read_safetensors(path: str | Path) -> Any:

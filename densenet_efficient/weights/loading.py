@@ -40,8 +40,8 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> li
         TypeError: ``model`` is not a module.
         ImportError: the package that reads this format is not installed.
         FileNotFoundError: there is no such file.
-        ValueError: keys are missing, unknown or of another shape, all of which it names; or the file holds something
-            else than tensors. ``model`` is as it was.
+        ValueError: keys are missing, unknown or of another shape, all of which it names; or the file is damaged or
+            holds something else than tensors. ``model`` is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module to load weights into, got a {type(model).__name__}")
