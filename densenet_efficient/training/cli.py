@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import numbers
 import sys
-import warnings
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
-from jsonargparse.typing import register_type
+from jsonargparse.typing import OpenUnitInterval, PositiveFloat, PositiveInt, register_type
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
@@ -27,7 +25,7 @@ from densenet_efficient.models import EfficientDenseNet
 from densenet_efficient.training import datasets  # noqa: F401, so that --data knows them
 from densenet_efficient.training.averaging import AveragedWeights
 from densenet_efficient.training.batch_size import available_memory, largest_batch, measure_training
-from densenet_efficient.training.check import examine, print_data_report
+from densenet_efficient.training.check import examine_data, print_data_report
 from densenet_efficient.training.checkpoint import (
     BEST,
     LAST,
@@ -45,6 +43,7 @@ from densenet_efficient.training.finish import report_run
 from densenet_efficient.training.history import History
 from densenet_efficient.training.interruption import Interrupted, SaveLast
 from densenet_efficient.training.progress import Progress
+from densenet_efficient.training.quiet import quieten_lightning
 from densenet_efficient.training.recipes import describe_recipes
 from densenet_efficient.training.report import write_text
 from densenet_efficient.training.samples import Splits
@@ -52,19 +51,10 @@ from densenet_efficient.training.sharding import FSDP, FullySharded
 from densenet_efficient.training.shorthands import expand_shorthands
 from densenet_efficient.visualize import draw_learning_rates
 
-# Of Lightning, about what is as it should be here.
-EXPECTED_WARNINGS = (
-    "does not have many workers",
-    "exists and is not empty",
-    "is smaller than the logging interval",
-    "LeafSpec",
-    "No positive samples in targets",  # of the few images that are tried before the training
-    "WeightAveraging doesn't support sharding",  # and nothing is sharded then
-)
 # The type of many an augmentation's argument, which config.yaml is to hold as the number it is.
 register_type(numbers.Number, serializer=lambda value: value, deserializer=float, type_check=isinstance)
 COPIES = {"adamw": 2, "adam": 2, "sgd": 1}  # of the parameters, that the optimizers keep
-DTYPES = {"32": "float32", "bf16": "bfloat16", "16": "float16"}  # of --trainer.precision
+DTYPES = {"32": "float32", "bf16": "bfloat16", "16": "float16", "64": "float64"}  # of --trainer.precision
 DESCRIPTIONS = {
     "fit": "Train a classifier of images, then report on it.",
     "validate": "Evaluate a checkpoint on the validation images.",
@@ -77,9 +67,7 @@ DESCRIPTIONS = {
 
 def run(command: str, arguments: Sequence[str]) -> int:
     """Run a training command with the arguments that follow it on the command line, and return its exit status."""
-    for logger in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(logger).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=f".*({'|'.join(EXPECTED_WARNINGS)})")
+    quieten_lightning()
     given = expand_shorthands(arguments)
     try:
         if command == "check-data":
@@ -106,7 +94,7 @@ def check_data(arguments: list[str]) -> int:
     )
     parser.add_subclass_arguments(ImageData, "data", required=True)
     data: ImageData = parser.instantiate(parser.parse_args(arguments)).data
-    return print_data_report(examine(data.splits, data.read_source), in_memory=data.in_memory)
+    return print_data_report(examine_data(data.splits, data.read_source), in_memory=data.in_memory)
 
 
 class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -156,19 +144,19 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("data.task", "model.task", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
-        add("threads", int | None, None, "CPU threads; torch decides if not given")
+        add("threads", PositiveInt | None, None, "CPU threads; torch decides if not given")
         if self.command == "find-batch-size":
-            add("memory", float | None, None, "GiB to stay within; all that are free if not given")
+            add("memory", PositiveFloat | None, None, "GiB to stay within; all that are free if not given")
         parser.add_argument("--output", type=Path, required=True, help="the directory of the run")
         add("ckpt_path", str | None, None, "a checkpoint, or last or best of --output; of fit, to continue from")
         add("report", bool, True, "write report.html, its pictures and metrics.json into --output")
         add("overwrite", bool, False, "of fit: replace the run that --output holds")
         best = "of fit: what the best checkpoint is best in: val_loss, val_accuracy, val_auroc, ..."
         add("monitor", str, "val_loss", best)
-        add("patience", int | None, None, "of fit: stop after so many epochs without a better --monitor")
+        add("patience", PositiveInt | None, None, "of fit: stop after so many epochs without a better --monitor")
         average = "of fit: validate and save an exponential moving average of the weights (not with fsdp)"
-        add("ema_decay", float | None, None, average)
-        add("save_every_n_steps", int | None, None, "of fit: write the last checkpoint within an epoch too")
+        add("ema_decay", OpenUnitInterval | None, None, average)
+        add("save_every_n_steps", PositiveInt | None, None, "of fit: write the last checkpoint within an epoch too")
         add("compare", bool, False, "of fit: finally measure the naive implementation beside the efficient one")
 
     # ---- what is built ----
@@ -217,9 +205,12 @@ class TrainingCLI(LightningCLI):
         elif self.config.trainer.logger is None:
             board = TensorBoardLogger(output, "logs")
             kwargs["logger"] = [board, CSVLogger(output, "logs", board.version)]
-        trainer = super().instantiate_trainer(
-            **kwargs, default_root_dir=output, plugins=plugins, use_distributed_sampler=False
-        )
+        try:
+            trainer = super().instantiate_trainer(
+                **kwargs, default_root_dir=output, plugins=plugins, use_distributed_sampler=False
+            )
+        except TypeError as error:  # Lightning's word for many a wrong value
+            raise ValueError(f"--trainer: {error}") from error
         if isinstance(trainer.strategy, DDPStrategy) and self.config.model.head_epochs > 0:
             trainer.strategy._ddp_kwargs["find_unused_parameters"] = True  # those of all but the head, at first
         return trainer
