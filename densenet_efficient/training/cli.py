@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import sys
 from argparse import RawDescriptionHelpFormatter
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
-from jsonargparse.typing import OpenUnitInterval, PositiveFloat, PositiveInt, register_type
+from jsonargparse.typing import register_type
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
@@ -53,6 +54,8 @@ from densenet_efficient.visualize import draw_learning_rates
 
 # The type of many an augmentation's argument, which config.yaml is to hold as the number it is.
 register_type(numbers.Number, serializer=lambda value: value, deserializer=float, type_check=isinstance)
+# With their limits. (As the parser's own types they would stand in checkpoints, which hold plain values only.)
+NUMBERS_ABOVE_ZERO = dict.fromkeys(("threads", "memory", "patience", "save_every_n_steps"), math.inf) | {"ema_decay": 1}
 COPIES = {"adamw": 2, "adam": 2, "sgd": 1}  # of the parameters, that the optimizers keep
 DTYPES = {"32": "float32", "bf16": "bfloat16", "16": "float16", "64": "float64"}  # of --trainer.precision
 DESCRIPTIONS = {
@@ -144,25 +147,30 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("data.task", "model.task", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
-        add("threads", PositiveInt | None, None, "CPU threads; torch decides if not given")
+        add("threads", int | None, None, "CPU threads; torch decides if not given")
         if self.command == "find-batch-size":
-            add("memory", PositiveFloat | None, None, "GiB to stay within; all that are free if not given")
+            add("memory", float | None, None, "GiB to stay within; all that are free if not given")
         parser.add_argument("--output", type=Path, required=True, help="the directory of the run")
         add("ckpt_path", str | None, None, "a checkpoint, or last or best of --output; of fit, to continue from")
         add("report", bool, True, "write report.html, its pictures and metrics.json into --output")
         add("overwrite", bool, False, "of fit: replace the run that --output holds")
         best = "of fit: what the best checkpoint is best in: val_loss, val_accuracy, val_auroc, ..."
         add("monitor", str, "val_loss", best)
-        add("patience", PositiveInt | None, None, "of fit: stop after so many epochs without a better --monitor")
+        add("patience", int | None, None, "of fit: stop after so many epochs without a better --monitor")
         average = "of fit: validate and save an exponential moving average of the weights (not with fsdp)"
-        add("ema_decay", OpenUnitInterval | None, None, average)
-        add("save_every_n_steps", PositiveInt | None, None, "of fit: write the last checkpoint within an epoch too")
+        add("ema_decay", float | None, None, average)
+        add("save_every_n_steps", int | None, None, "of fit: write the last checkpoint within an epoch too")
         add("compare", bool, False, "of fit: finally measure the naive implementation beside the efficient one")
 
     # ---- what is built ----
 
     def before_instantiate_classes(self) -> None:
         """Nothing is written before everything else is known to be in order."""
+        for name, below in NUMBERS_ABOVE_ZERO.items():
+            number = self.config.get(name)
+            if number is not None and not 0 < number < below:
+                limit = "" if below == math.inf else f" and below {below:g}"
+                raise ValueError(f"--{name}: expected a number above 0{limit}, got {number}")
         if self.config.trainer.strategy == FSDP and self.config.get("ema_decay") is not None:
             raise ValueError(
                 "--ema_decay keeps all weights in each process, which --trainer.strategy fsdp divides; take ddp"

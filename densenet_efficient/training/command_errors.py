@@ -22,8 +22,6 @@ WORDS = {
     "NoneType": "null",
     "PositiveInt": "a whole number above 0",
     "NonNegativeInt": "a whole number of at least 0",
-    "PositiveFloat": "a number above 0",
-    "OpenUnitInterval": "a number between 0 and 1",
 }
 
 
