@@ -10,9 +10,10 @@ import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 FAILED, INTERRUPTED = 2, 130
-# Of the commands whose options may stand in YAML files too.
+# Of the commands of `densenet_efficient.training`, whose options its parsers know.
 CONFIGURED_COMMANDS = {
     "fit": "train a classifier on images, or continue to",
     "validate": "evaluate a checkpoint on the validation images",
@@ -26,7 +27,7 @@ CONFIGURED_COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 after an error of one line, 130 after Ctrl-C, or its own."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = [with_underscores(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     try:
         if given and given[0] == "predict":
             from densenet_efficient.training.prediction_command import run_predict
@@ -50,10 +51,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+def with_underscores(argument: str) -> str:
+    """An option as it is called here, however it was written: --batch-size is --batch_size."""
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error here."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(FAILED, f"error: {message}; {self.prog} --help lists the options\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="densenet-efficient", description="Train, use and examine memory-efficient DenseNets."
-    )
+    parser = Parser(prog="densenet-efficient", description="Train, use and examine memory-efficient DenseNets.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, text in CONFIGURED_COMMANDS.items():  # only for the list of commands
         commands.add_parser(name, help=text, add_help=False)
@@ -64,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_summary(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_summary(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
         "summary",
         help="print the layers of a network",
@@ -75,7 +87,7 @@ def add_summary(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(command=run_summary)
 
 
-def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
     from densenet_efficient.argument_checks import CHECKPOINTING_LEVELS
     from densenet_efficient.planning.planner import DTYPES
     from densenet_efficient.planning.timeline import OPTIMIZERS
@@ -97,7 +109,7 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.set_defaults(command=run_plan)
 
 
-def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_doctor(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
         "doctor",
         help="check this installation: backends, results, memory and speed",
@@ -108,7 +120,7 @@ def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(command=run_doctor)
 
 
-def add_visualize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_visualize(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
         "visualize",
         help="draw what a network has learned, as a PNG",
@@ -123,7 +135,7 @@ def add_visualize(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         source.add_argument("--model", help="name of a network, such as densenet201")
         picture.add_argument("--weights", help="torchvision's, such as IMAGENET1K_V1; fresh ones if not given")
         picture.add_argument(
-            "--image-size", help="pixels per side, without a checkpoint (default: 224)", type=positive_int, default=224
+            "--image_size", help="pixels per side, without a checkpoint (default: 224)", type=positive_int, default=224
         )
         picture.add_argument("--output", type=Path, required=True, metavar="PNG", help="the file to write")
         return picture

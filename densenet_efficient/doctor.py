@@ -27,6 +27,7 @@ from .argument_checks import CHECKPOINTING_LEVELS
 from .measure import make_step, peak_memory_per_image, step_times
 from .models import EfficientDenseNet, create_model
 from .reference import NaiveDenseNet
+from .summary import TABLE_WIDTH
 
 SMALL: dict[str, Any] = {"growth_rate": 8, "block_config": (3, 2), "num_init_features": 12, "num_classes": 10}
 IMAGES = (4, 3, 40, 36)
@@ -38,7 +39,6 @@ TIMED_SHAPE = (3, 112, 112)
 TIMED_BATCH = 8
 MEMORY_BATCHES = (8, 40)
 Results = dict[str, Tensor]  # outputs, gradients and buffers, by name
-TABLE_WIDTH = 120
 
 
 @dataclass(frozen=True)

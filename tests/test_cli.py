@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from training_cases import fit, fit_arguments, make_cifar, make_images
 
-from densenet_efficient.cli import CONFIGURED_COMMANDS, main
+from densenet_efficient.cli import CONFIGURED_COMMANDS, main, with_underscores
 from densenet_efficient.models import create_model, model_names
 from densenet_efficient.training import batch_size, finish
 from densenet_efficient.training.batch_size import (
@@ -245,6 +245,22 @@ def test_an_image_that_disappears_in_the_middle_of_an_epoch(
         (["--config", "nothing"], "nothing: no such file, and no such recipe; the recipes are cifar10, demo"),
         (["--ckpt_path", "none.ckpt"], "none.ckpt"),
         (["--model.weights", "IMAGENET22K"], "torchvision has no weights for densenet-bc-40-12"),
+        (["--model.weights", "mine.pth"], "--model.weights mine.pth: no such file; expected one, or a name such as"),
+        (
+            ["--model.network", "densenet121", "--data.image_size", "28"],
+            "--data.image_size: densenet121 needs images of",
+        ),
+        (["--ema_decay", "3"], "--ema_decay: expected a number above 0 and below 1, got 3"),
+        (["--model.warmup", "3"], "--model.warmup: expected a number of 0 to 1, got 3"),
+        (["--model.mixup", "-1"], "--model.mixup: expected a number of at least 0, got -1"),
+        (["--model.optimizer", "lion"], "--model.optimizer: expected one of 'adamw', 'adam', 'sgd', got lion;"),
+        (["--data.batch_sise", "4"], "--data.batch_sise: DigitsData has no such option;"),
+        (["--data.batch_size", "many"], "--data.batch_size: expected int, got many;"),
+        (["--data.channels", "2"], "--data.channels: expected one of 1, 3 or null, got 2;"),
+        (["--data", "MedMNISTData"], "--data.name: MedMNISTData needs it;"),
+        (["--trainer.max_epochs", "two"], "--trainer.max_epochs: expected int or null, got two;"),
+        (["--trainer.devices", "many"], "--trainer: `devices`"),
+        (["--patience", "0"], "--patience: expected a number above 0, got 0"),
     ],
 )
 def test_fit_refuses_before_it_trains(
@@ -261,6 +277,43 @@ def test_a_config_with_an_unknown_key(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "netwerk" in error and str(tmp_path / "mine.yaml") in error and "--help lists the options" in error
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            "data: {class_path: DigitsData, init_args: {batch_sise: 4}}",
+            "--data.batch_sise: DigitsData has no such option",
+        ),
+        ("data: {class_path: DigitData}", "--data DigitData: there is no such class"),
+        ("data: DigitsData\ntrainer: {max_epoch: 3}", "--trainer.max_epoch: there is no such option"),
+        ("models: {network: densenet121}", "--models.network: there is no such option"),
+        ("data: [", "Problems parsing config"),
+    ],
+)
+def test_what_a_config_says_wrong(
+    config: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(config)
+    error = fails(["fit", "--config", str(path), "--output", str(tmp_path / "run")], capsys)
+    assert message in error and f"(in {path}, or on the command line); densenet-efficient fit --help" in error
+
+
+def test_options_of_data_come_after_its_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = fails(["fit", "--data.batch_size", "4", "--data", "digits", "--output", str(tmp_path)], capsys)
+    assert error.startswith("error: --data: name the kind first, the options of its kind after it;")
+
+
+def test_options_may_be_written_with_dashes(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-data", "--data", str(images), "--data.validation-fraction", "0.5"]) == 0
+    assert "--data.validation-fraction" not in capsys.readouterr().out
+    for spelling in ("--batch-size", "--batch_size"):
+        error = fails(["predict", "--checkpoint", str(tmp_path / "none.ckpt"), "any.png", f"{spelling}=0"], capsys)
+        assert error.startswith("error: --batch_size: expected a whole number above 0;")
+    assert with_underscores("--a-b.c-d=e-f") == "--a_b.c_d=e-f"
+    assert [with_underscores(text) for text in ("-1", "a-b.png", "--")] == ["-1", "a-b.png", "--"]
+
+
 def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("mine")
     for output in (tmp_path / "file", tmp_path / "file" / "run"):
@@ -270,16 +323,41 @@ def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_predict_without_its_files(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = fails(["predict", "--checkpoint", str(tmp_path / "none.ckpt"), "image.png"], capsys)
-    assert f"{tmp_path / 'none.ckpt'}: No such file" in error
-    error = fails(["predict", "--checkpoint", str(demo / "best.ckpt"), "none.png"], capsys)
-    assert "none.png: No such file" in error
+    assert f"{tmp_path / 'none.ckpt'}: No such file; expected a checkpoint written by densenet-efficient fit" in error
+    predict = ["predict", "--checkpoint", str(demo / "best.ckpt")]
+    error = fails([*predict, "none.png", "--bad_files", "skip"], capsys)
+    assert "none.png: No such file; expected an image, a folder or a CSV table" in error
+    (tmp_path / "file").write_text("mine")
+    error = fails([*predict, str(demo / "memory.png"), "--output", str(tmp_path / "file" / "out.csv")], capsys)
+    assert f"cannot write into {tmp_path / 'file'}" in error
 
 
-@pytest.mark.parametrize("shape", ["4x3x224", "4,3,224,224", "4x3x0x224"])
-def test_summary_refuses_a_malformed_input(shape: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(
+            (["summary", "densenet201", "--input", shape], "argument --input: input")
+            for shape in ("4x3x224", "4,3,224,224", "4x3x0x224")
+        ),
+        (
+            ["plan", "densenet201", "--input", "1x3x64x64", "--dtype", "int8"],
+            "argument --dtype: invalid choice",
+        ),
+        (["plan", "densenet201"], "the following arguments are required: --input"),
+        (["doctor", "--jsn", "x"], "unrecognized arguments: --jsn x"),
+        (["train"], "argument COMMAND: invalid choice: 'train'"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_wrong_arguments_are_named_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_status:
-        main(["summary", "densenet201", "--input", shape])
+        main(arguments)
     assert exit_status.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.endswith("--help lists the options\n")
+    assert error.count("\n") == 1
 
 
 # ---- recipes and finders ----

@@ -196,7 +196,7 @@ def test_pictures_of_a_checkpoint(checkpoint, arguments, printed, tmp_path, caps
 def test_pictures_of_a_fresh_network(checkpoint, tmp_path):
     output = tmp_path / "picture.png"
     image = str(checkpoint.with_name("image.png"))
-    arguments = ["--model", "densenet-bc-40-12", "--image-size", "32", "--output", str(output)]
+    arguments = ["--model", "densenet-bc-40-12", "--image_size", "32", "--output", str(output)]
     assert main(["visualize", "grad-cam", image, *arguments]) == 0
     assert output.is_file()
 
@@ -205,7 +205,7 @@ def test_pictures_of_pretrained_weights(tmp_path, monkeypatch, capsys):
     """Their class names are known; the download is in test_weights.py."""
     monkeypatch.setattr(pretrained, "download", lambda *_: models.EfficientDenseNet121().state_dict())
     Image.new("RGB", (40, 30), "red").save(tmp_path / "image.png")
-    arguments = [str(tmp_path / "image.png"), "--model", "densenet121", "--weights", "DEFAULT", "--image-size", "32"]
+    arguments = [str(tmp_path / "image.png"), "--model", "densenet121", "--weights", "DEFAULT", "--image_size", "32"]
     output = ["--output", str(tmp_path / "picture.png")]
     assert main(["visualize", "grad-cam", *arguments, "--class", "tench", *output]) == 0
     assert "for tench (" in capsys.readouterr().out

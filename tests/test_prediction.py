@@ -50,7 +50,7 @@ def own_probabilities(classifier: SavedClassifier, path: str) -> torch.Tensor:
 def test_a_folder_becomes_a_table_of_the_models_own_probabilities(
     folder: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    assert predict(checkpoint, folder / "images", "--output", tmp_path / "out.csv", "--batch-size", 5) == 0
+    assert predict(checkpoint, folder / "images", "--output", tmp_path / "out.csv", "--batch_size", 5) == 0
     rows = rows_of(tmp_path / "out.csv")
     assert [row["path"] for row in rows] == sorted(map(str, (folder / "images").rglob("*.png")))
     classifier = load_classifier(checkpoint)
@@ -84,7 +84,7 @@ def test_slices_in_hounsfield_units_are_seen_as_in_training(tmp_path: Path) -> N
 def test_a_table_of_paths(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     table = folder / "images" / "table.csv"
     table.write_text("file,age\nbright/0.png,40\ndark/1.png,50\n")
-    assert predict(checkpoint, table, "--path-column", "file", "--output", tmp_path / "out.csv") == 0
+    assert predict(checkpoint, table, "--path_column", "file", "--output", tmp_path / "out.csv") == 0
     names = [Path(row["path"]).name for row in rows_of(tmp_path / "out.csv")]
     assert names == ["0.png", "1.png"]
 
@@ -98,7 +98,7 @@ def test_an_interrupted_table_is_continued(
     assert predict(checkpoint, folder / "images", "--output", output, "--views", views) == 0
     whole = output.read_bytes()
     output.write_bytes(whole[: len(whole) * 2 // 3])  # in the middle of a row
-    again = ("--output", output, "--views", views, "--num-workers", 1)
+    again = ("--output", output, "--views", views, "--num_workers", 1)
     assert predict(checkpoint, folder / "images", *again) == 0
     assert output.read_bytes() == whole
     assert "7 predictions are in" in capsys.readouterr().out
@@ -143,11 +143,11 @@ def test_bad_files_stop_or_are_left_out(checkpoint: Path, tmp_path: Path, capsys
     Image.new("L", (9, 9), 200).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no image")
     Image.new("L", (9, 9), 20).save(tmp_path / "c.png")
-    assert predict(checkpoint, tmp_path, "--batch-size", 1) == 2
+    assert predict(checkpoint, tmp_path, "--batch_size", 1) == 2
     captured = capsys.readouterr()
     assert captured.out.startswith(f"{tmp_path / 'a.png'}: ")
     assert f"error: {tmp_path / 'b.png'}: expected an undamaged image" in captured.err
-    assert predict(checkpoint, tmp_path, "--bad-files", "skip", "--output", tmp_path / "out.csv") == 0
+    assert predict(checkpoint, tmp_path, "--bad_files", "skip", "--output", tmp_path / "out.csv") == 0
     assert [Path(row["path"]).name for row in rows_of(tmp_path / "out.csv")] == ["a.png", "c.png"]
     assert f"skipped: {tmp_path / 'b.png'}" in capsys.readouterr().err
 

@@ -83,7 +83,7 @@ class DataReport:
     repeated: list[list[str]]  # the same file under several paths of one split
 
 
-def examine(splits: Splits, read: Read) -> DataReport:
+def examine_data(splits: Splits, read: Read) -> DataReport:
     """Count the images, and of files read each one and look for the same file in several places."""
     parts = splits.parts()
     counts = {

@@ -78,6 +78,8 @@ def load_classifier(path: str | Path) -> SavedClassifier:
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
     """The content of a checkpoint; raises as `load_classifier`."""
+    if not Path(path).exists():
+        raise FileNotFoundError(errno.ENOENT, f"No such file; {REMEDY}", str(path))
     with open(path, "rb") as file:
         if not _is_archive(file):  # its index stands at its end, so a truncated file has none
             raise RuntimeError(f"{path}: truncated, or not a checkpoint at all; {REMEDY}")

@@ -23,6 +23,7 @@ from torchvision.transforms import v2
 
 from densenet_efficient.dimensions import BatchNorm
 from densenet_efficient.models import create_model
+from densenet_efficient.summary import minimum_size
 from densenet_efficient.training.checkpoint import ENTRY, SavedClassifier, check_class_names, describe_classifier
 from densenet_efficient.training.data import Task
 from densenet_efficient.training.parameter_groups import parameter_groups
@@ -88,6 +89,8 @@ class Classifier(LightningModule):
         super().__init__()
         if not 0 < learning_rate < math.inf:
             raise ValueError(f"--model.learning_rate: expected a number above 0, got {learning_rate}")
+        _check_ranges(1.0, warmup=warmup, label_smoothing=label_smoothing, layer_decay=layer_decay, momentum=momentum)
+        _check_ranges(math.inf, mixup=mixup, cutmix=cutmix, weight_decay=weight_decay, head_epochs=head_epochs)
         self.task, self.network, self.seed = task, network, seed
         self.optimizer, self.learning_rate, self.momentum = optimizer, learning_rate, momentum
         self.weight_decay, self.decay_norms, self.layer_decay = weight_decay, decay_norms, layer_decay
@@ -105,6 +108,10 @@ class Classifier(LightningModule):
             checkpointing=checkpointing,
             drop_rate=drop_rate,
         )
+        least = minimum_size(self.model)
+        if task.preprocessing.image_size < least:
+            size = task.preprocessing.image_size
+            raise ValueError(f"--data.image_size: {network} needs images of at least {least} pixels a side, got {size}")
         if weights is not None:
             self._start_from(network, weights)
         self.train_metrics = _metrics(task, "train_", ranking=False)
@@ -114,8 +121,12 @@ class Classifier(LightningModule):
         if Path(weights).exists():
             notes = load_weights(self.model, weights)
         else:
-            from densenet_efficient.weights.from_torchvision import download, find_weights
+            from densenet_efficient.weights.from_torchvision import download, find_weights, names_torchvision_weights
 
+            if not names_torchvision_weights(weights):
+                raise FileNotFoundError(
+                    f"--model.weights {weights}: no such file; expected one, or a name such as IMAGENET1K_V1"
+                )
             notes = load_weights(self.model, download(find_weights(network, weights)))
         for note in notes:
             print(f"{weights}: {note}")
@@ -237,6 +248,13 @@ class Classifier(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         theirs = checkpoint.get(ENTRY, {}).get("class_names", [])
         check_class_names(self.trainer.ckpt_path or "", theirs, self.task.class_names)
+
+
+def _check_ranges(most: float, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= most:
+            expected = "at least 0" if most == math.inf else f"0 to {most:g}"
+            raise ValueError(f"--model.{name}: expected a number of {expected}, got {value}")
 
 
 def _metrics(task: Task, prefix: str, ranking: bool) -> MetricCollection:

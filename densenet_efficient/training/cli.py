@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import numbers
 import sys
-import warnings
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from densenet_efficient.models import EfficientDenseNet
 from densenet_efficient.training import datasets  # noqa: F401, so that --data knows them
 from densenet_efficient.training.averaging import AveragedWeights
 from densenet_efficient.training.batch_size import available_memory, largest_batch, measure_training
-from densenet_efficient.training.check import examine, print_data_report
+from densenet_efficient.training.check import examine_data, print_data_report
 from densenet_efficient.training.checkpoint import (
     BEST,
     LAST,
@@ -45,6 +44,7 @@ from densenet_efficient.training.finish import report_run
 from densenet_efficient.training.history import History
 from densenet_efficient.training.interruption import Interrupted, SaveLast
 from densenet_efficient.training.progress import Progress
+from densenet_efficient.training.quiet import quieten_lightning
 from densenet_efficient.training.recipes import describe_recipes
 from densenet_efficient.training.report import write_text
 from densenet_efficient.training.samples import Splits
@@ -52,19 +52,12 @@ from densenet_efficient.training.sharding import FSDP, FullySharded
 from densenet_efficient.training.shorthands import expand_shorthands
 from densenet_efficient.visualize import draw_learning_rates
 
-# Of Lightning, about what is as it should be here.
-EXPECTED_WARNINGS = (
-    "does not have many workers",
-    "exists and is not empty",
-    "is smaller than the logging interval",
-    "LeafSpec",
-    "No positive samples in targets",  # of the few images that are tried before the training
-    "WeightAveraging doesn't support sharding",  # and nothing is sharded then
-)
 # The type of many an augmentation's argument, which config.yaml is to hold as the number it is.
 register_type(numbers.Number, serializer=lambda value: value, deserializer=float, type_check=isinstance)
+# With their limits. (As the parser's own types they would stand in checkpoints, which hold plain values only.)
+NUMBERS_ABOVE_ZERO = dict.fromkeys(("threads", "memory", "patience", "save_every_n_steps"), math.inf) | {"ema_decay": 1}
 COPIES = {"adamw": 2, "adam": 2, "sgd": 1}  # of the parameters, that the optimizers keep
-DTYPES = {"32": "float32", "bf16": "bfloat16", "16": "float16"}  # of --trainer.precision
+DTYPES = {"32": "float32", "bf16": "bfloat16", "16": "float16", "64": "float64"}  # of --trainer.precision
 DESCRIPTIONS = {
     "fit": "Train a classifier of images, then report on it.",
     "validate": "Evaluate a checkpoint on the validation images.",
@@ -77,9 +70,7 @@ DESCRIPTIONS = {
 
 def run(command: str, arguments: Sequence[str]) -> int:
     """Run a training command with the arguments that follow it on the command line, and return its exit status."""
-    for logger in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(logger).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=f".*({'|'.join(EXPECTED_WARNINGS)})")
+    quieten_lightning()
     given = expand_shorthands(arguments)
     try:
         if command == "check-data":
@@ -106,7 +97,7 @@ def check_data(arguments: list[str]) -> int:
     )
     parser.add_subclass_arguments(ImageData, "data", required=True)
     data: ImageData = parser.instantiate(parser.parse_args(arguments)).data
-    return print_data_report(examine(data.splits, data.read_source), in_memory=data.in_memory)
+    return print_data_report(examine_data(data.splits, data.read_source), in_memory=data.in_memory)
 
 
 class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -175,6 +166,11 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Nothing is written before everything else is known to be in order."""
+        for name, below in NUMBERS_ABOVE_ZERO.items():
+            number = self.config.get(name)
+            if number is not None and not 0 < number < below:
+                limit = "" if below == math.inf else f" and below {below:g}"
+                raise ValueError(f"--{name}: expected a number above 0{limit}, got {number}")
         if self.config.trainer.strategy == FSDP and self.config.get("ema_decay") is not None:
             raise ValueError(
                 "--ema_decay keeps all weights in each process, which --trainer.strategy fsdp divides; take ddp"
@@ -217,9 +213,12 @@ class TrainingCLI(LightningCLI):
         elif self.config.trainer.logger is None:
             board = TensorBoardLogger(output, "logs")
             kwargs["logger"] = [board, CSVLogger(output, "logs", board.version)]
-        trainer = super().instantiate_trainer(
-            **kwargs, default_root_dir=output, plugins=plugins, use_distributed_sampler=False
-        )
+        try:
+            trainer = super().instantiate_trainer(
+                **kwargs, default_root_dir=output, plugins=plugins, use_distributed_sampler=False
+            )
+        except TypeError as error:  # Lightning's word for many a wrong value
+            raise ValueError(f"--trainer: {error}") from error
         if isinstance(trainer.strategy, DDPStrategy) and self.config.model.head_epochs > 0:
             trainer.strategy._ddp_kwargs["find_unused_parameters"] = True  # those of all but the head, at first
         return trainer

@@ -45,7 +45,7 @@ def compare(
     accuracy = {name: _accuracy(other, batches, device) for name, other in models.items()}
     # Only now, since these steps train the models.
     steps = {name: make_step(other, input_shape, batch_size, device=device) for name, other in models.items()}
-    return Comparison(accuracy, step_times(steps), peak_memory(model.config, input_shape, device))
+    return Comparison(accuracy, step_times(steps), compare_memory(model.config, input_shape, device))
 
 
 @torch.inference_mode()
@@ -61,7 +61,7 @@ def _accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device
     return right / count
 
 
-def peak_memory(config: dict[str, Any], input_shape: tuple[int, int, int], device: str) -> PerImplementation:
+def compare_memory(config: dict[str, Any], input_shape: tuple[int, int, int], device: str) -> PerImplementation:
     """MiB per image of a training step. Small images come in larger batches, to rise above the noise."""
     batches = (8, 24) if input_shape[-1] >= 32 else (32, 96)
 

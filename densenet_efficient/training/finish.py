@@ -19,9 +19,9 @@ from densenet_efficient.training.comparison import (
     CURVE_INPUT_SHAPE,
     PerImplementation,
     compare,
+    compare_memory,
     comparison_table,
     configs_by_depth,
-    peak_memory,
 )
 from densenet_efficient.training.data import ImageData
 from densenet_efficient.training.evaluation import Evaluation, summarise
@@ -129,7 +129,7 @@ def _compare(classifier: Classifier, data: ImageData, output: Path, console: Con
     level = levels_of(classifier.model.checkpointing, len(classifier.model.config["block_config"]))[0]
     configs = configs_by_depth(MEMORY_DEPTHS, level)
     for depth, config in track(configs.items(), "Measuring memory against depth", console=console, transient=True):
-        memory[depth] = peak_memory(config, CURVE_INPUT_SHAPE, device)
+        memory[depth] = compare_memory(config, CURVE_INPUT_SHAPE, device)
     draw_memory(memory, level, output / MEMORY_PICTURE)
     console.print(comparison_table(result))
     return {"comparison": asdict(result), "mib_per_image_at_depth": memory}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier
-from densenet_efficient.training.files import atomic_write
+from densenet_efficient.training.files import atomic_write, prepare_directory
 from densenet_efficient.training.images import read_image
 from densenet_efficient.training.progress import Progress
 from densenet_efficient.training.samples import list_files, read_rows
@@ -112,6 +113,7 @@ def predict(
         raise ValueError(f"{', '.join(map(str, inputs))}: found no image; expected image files, folders or CSV tables")
     writer: BasePredictionWriter = LineWriter(classifier, bad_files)
     if output is not None:
+        prepare_directory(output.parent)
         writer = CSVWriter(classifier, bad_files, output, views)
         paths = [path for path in paths if path not in writer.done]
         print(f"{len(writer.done)} predictions are in {output}; {len(paths)} to go")
@@ -133,11 +135,13 @@ def predict(
 
 
 def expand(given: Path, path_column: str) -> list[str]:
-    """The image files that a folder holds or a CSV table lists, relative to the table; anything else is an image."""
+    """The image files that a folder holds or a CSV table lists, relative to the table; any other file is an image."""
     if given.is_dir():
         return [str(path) for path in list_files(given)[0]]
     if given.suffix.lower() == ".csv":
         return [str(given.parent / row[path_column]) for row in read_rows(given, [path_column])]
+    if not given.exists():
+        raise FileNotFoundError(errno.ENOENT, "No such file; expected an image, a folder or a CSV table", str(given))
     return [str(given)]
 
 
@@ -163,7 +167,7 @@ class LineWriter(BasePredictionWriter):
             self.write(batch.paths, prediction.cpu())
         for problem in batch.problems:
             if self.bad_files == "refuse":
-                raise ValueError(f"{problem}; leave such files out with --bad-files skip")
+                raise ValueError(f"{problem}; leave such files out with --bad_files skip")
             print(f"skipped: {problem}", file=sys.stderr)
 
     def write(self, paths: list[str], probabilities: Tensor) -> None:

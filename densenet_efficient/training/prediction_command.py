@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from densenet_efficient.training.command_errors import say_what_is_wrong
 
@@ -18,7 +18,9 @@ def run_predict(arguments: Sequence[str]) -> int:
     except ArgumentError as error:
         return say_what_is_wrong("predict", arguments, error)
     from densenet_efficient.training.prediction import predict
+    from densenet_efficient.training.quiet import quieten_lightning
 
+    quieten_lightning()
     options = given.as_dict()
     del options["config"]
     predict(**options)
@@ -38,11 +40,11 @@ def build_parser() -> ArgumentParser:
     add("--output", type=Path, metavar="CSV", help="write all probabilities there; what it holds is not computed again")
     views = "average over the image alone, its mirror image too, or all 8 symmetries"
     add("--views", choices=("none", "mirror", "dihedral"), default="none", help=views)
-    add("--batch-size", type=PositiveInt, default=32, help="images at once")
-    add("--path-column", default="path", help="of a CSV table")
-    add("--num-workers", type=int, default=0, help="processes that read images")
+    add("--batch_size", type=PositiveInt, default=32, help="images at once")
+    add("--path_column", default="path", help="of a CSV table")
+    add("--num_workers", type=NonNegativeInt, default=0, help="processes that read images")
     add("--accelerator", default="auto", help="auto, cpu or gpu")
     add("--precision", default="32-true", help="such as 32-true, bf16-mixed, 16-mixed")
     bad = "stop at a file that is no undamaged image, or name and leave it out"
-    add("--bad-files", choices=("refuse", "skip"), default="refuse", help=bad)
+    add("--bad_files", choices=("refuse", "skip"), default="refuse", help=bad)
     return parser
