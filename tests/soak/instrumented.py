@@ -46,8 +46,8 @@ INSTRUMENTS = {
         ["-O1", "-fexpensive-optimizations", "-g1", f"-I{THREADS}", "-fsanitize=thread"],
         ["default"],
         "libtsan.so",
-        # One thread for OpenMP: MKL, called from threads that are not OpenMP's, would take more, and some products would
-        # have other bits.
+        # One thread for OpenMP: MKL, called from threads that are not OpenMP's, would take more, and its products then
+        # have other bits on some CPUs.
         {"TSAN_OPTIONS": f"halt_on_error=0:exitcode=66:suppressions={SUPPRESSIONS}", "OMP_THREAD_LIMIT": "1"},
     ),
     "coverage": Instrument(
