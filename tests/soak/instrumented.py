@@ -46,9 +46,7 @@ INSTRUMENTS = {
         ["-O1", "-fexpensive-optimizations", "-g1", f"-I{THREADS}", "-fsanitize=thread"],
         ["default"],
         "libtsan.so",
-        # One thread for OpenMP: MKL, called from threads that are not OpenMP's, would take more, and its products then
-        # have other bits on some CPUs.
-        {"TSAN_OPTIONS": f"halt_on_error=0:exitcode=66:suppressions={SUPPRESSIONS}", "OMP_THREAD_LIMIT": "1"},
+        {"TSAN_OPTIONS": f"halt_on_error=0:exitcode=66:suppressions={SUPPRESSIONS}"},
     ),
     "coverage": Instrument(
         ["-O0", "-g1", "-fopenmp", "--coverage"], ["default", "avx2", "avx512", "avx512_bf16", "amx"]

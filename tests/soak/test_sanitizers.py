@@ -19,6 +19,9 @@ SHORT = "small_images or loop_in_python or share_a_model"
 # The tests of the choice of a capability start processes of their own, with other extensions than this one; and a
 # process that forks must not have ThreadSanitizer's threads.
 ALL = "not cpu_capability and not means_far_from_zero and not forked"
+# MKL takes one thread within a region of OpenMP; in ThreadSanitizer's threads, which are not OpenMP's, it takes more, and
+# its products then have other bits on some CPUs.
+SELECTIONS = {"address": ALL, "thread": f"{ALL} and not same_bits_in_every_run"}
 
 
 def passed(name, capability, which):
@@ -50,5 +53,5 @@ def test_kernels_run_clean(name, in_full, record):
     elif not is_built(name):
         pytest.skip("`make soak` compiles the extension with sanitizers, which takes minutes")
     capabilities = capabilities_of(name) if in_full else capabilities_of(name)[-1:]
-    counts = [passed(name, capability, ALL if in_full else SHORT) for capability in capabilities]
+    counts = [passed(name, capability, SELECTIONS[name] if in_full else SHORT) for capability in capabilities]
     record(**{f"{name}_sanitizer_tests": sum(counts)})
