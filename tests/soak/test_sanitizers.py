@@ -19,8 +19,8 @@ SHORT = "small_images or loop_in_python or share_a_model"
 # The tests of the choice of a capability start processes of their own, with other extensions than this one; and a
 # process that forks must not have ThreadSanitizer's threads.
 ALL = "not cpu_capability and not means_far_from_zero and not forked"
-# MKL takes one thread within a region of OpenMP; in ThreadSanitizer's threads, which are not OpenMP's, it takes more, and
-# its products then have other bits on some CPUs.
+# MKL takes one thread within a region of OpenMP; in ThreadSanitizer's threads, which are not OpenMP's, it takes more,
+# and its products then have other bits on some CPUs.
 SELECTIONS = {"address": ALL, "thread": f"{ALL} and not same_bits_in_every_run"}
 
 
