@@ -26,6 +26,7 @@ from densenet_efficient.models import create_model
 from densenet_efficient.summary import minimum_size
 from densenet_efficient.training.checkpoint import ENTRY, SavedClassifier, check_class_names, describe_classifier
 from densenet_efficient.training.data import Task
+from densenet_efficient.training.option_checks import check_above_zero, check_at_least_zero
 from densenet_efficient.training.parameter_groups import parameter_groups
 from densenet_efficient.training.schedules import Schedule, rate_factor
 from densenet_efficient.training.sharding import shard
@@ -87,10 +88,15 @@ class Classifier(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 < learning_rate < math.inf:
-            raise ValueError(f"--model.learning_rate: expected a number above 0, got {learning_rate}")
-        _check_ranges(1.0, warmup=warmup, label_smoothing=label_smoothing, layer_decay=layer_decay, momentum=momentum)
-        _check_ranges(math.inf, mixup=mixup, cutmix=cutmix, weight_decay=weight_decay, head_epochs=head_epochs)
+        check_above_zero("--model.learning_rate", learning_rate)
+        check_at_least_zero("--model.warmup", warmup, most=1)
+        check_at_least_zero("--model.label_smoothing", label_smoothing, most=1)
+        check_at_least_zero("--model.layer_decay", layer_decay, most=1)
+        check_at_least_zero("--model.momentum", momentum, most=1)
+        check_at_least_zero("--model.mixup", mixup)
+        check_at_least_zero("--model.cutmix", cutmix)
+        check_at_least_zero("--model.weight_decay", weight_decay)
+        check_at_least_zero("--model.head_epochs", head_epochs)
         self.task, self.network, self.seed = task, network, seed
         self.optimizer, self.learning_rate, self.momentum = optimizer, learning_rate, momentum
         self.weight_decay, self.decay_norms, self.layer_decay = weight_decay, decay_norms, layer_decay
@@ -248,13 +254,6 @@ class Classifier(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         theirs = checkpoint.get(ENTRY, {}).get("class_names", [])
         check_class_names(self.trainer.ckpt_path or "", theirs, self.task.class_names)
-
-
-def _check_ranges(most: float, **values: float) -> None:
-    for name, value in values.items():
-        if not 0 <= value <= most:
-            expected = "at least 0" if most == math.inf else f"0 to {most:g}"
-            raise ValueError(f"--model.{name}: expected a number of {expected}, got {value}")
 
 
 def _metrics(task: Task, prefix: str, ranking: bool) -> MetricCollection:

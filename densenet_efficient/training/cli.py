@@ -43,6 +43,7 @@ from densenet_efficient.training.files import prepare_directory
 from densenet_efficient.training.finish import report_run
 from densenet_efficient.training.history import History
 from densenet_efficient.training.interruption import Interrupted, SaveLast
+from densenet_efficient.training.option_checks import check_above_zero
 from densenet_efficient.training.progress import Progress
 from densenet_efficient.training.quiet import quieten_lightning
 from densenet_efficient.training.recipes import describe_recipes
@@ -168,9 +169,8 @@ class TrainingCLI(LightningCLI):
         """Nothing is written before everything else is known to be in order."""
         for name, below in NUMBERS_ABOVE_ZERO.items():
             number = self.config.get(name)
-            if number is not None and not 0 < number < below:
-                limit = "" if below == math.inf else f" and below {below:g}"
-                raise ValueError(f"--{name}: expected a number above 0{limit}, got {number}")
+            if number is not None:
+                check_above_zero(f"--{name}", number, below)
         if self.config.trainer.strategy == FSDP and self.config.get("ema_decay") is not None:
             raise ValueError(
                 "--ema_decay keeps all weights in each process, which --trainer.strategy fsdp divides; take ddp"
