@@ -32,12 +32,18 @@ def picture_path(results: dict[str, Any]) -> Path:
     return Path("benchmarks", "results", f"{results['header']['machine']}.png")
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw the training rows that have both a time and a memory into `path`; nothing if there are none."""
+def panels_of(results: dict[str, Any]) -> dict[tuple[str, str, int, int], list[dict[str, Any]]]:
+    """The training rows that have both a time and a memory, by (model, dtype, batch, size)."""
     panels: dict[tuple[str, str, int, int], list[dict[str, Any]]] = {}
     for row in results["rows"]:
         if row["task"] == "train" and row["step_ms"] and row["mib_per_image"]:
             panels.setdefault((row["model"], row["dtype"], row["batch"], row["size"]), []).append(row)
+    return panels
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw `panels_of` the results into `path`; nothing if there are none."""
+    panels = panels_of(results)
     if not panels:
         return
     columns = min(len(panels), 2)

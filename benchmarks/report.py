@@ -18,7 +18,7 @@ from typing import Any
 from . import blocking, coverage, markdown
 from .conversion import table as conversion_table
 from .evidence import pictures, sections
-from .picture import draw, picture_path
+from .picture import draw, panels_of, picture_path
 from .planner import table as planner_table
 from .results import MEASURED, RESULTS, ROOT, write_atomically
 from .roofline import COLUMNS as ROOFLINE_COLUMNS
@@ -166,8 +166,9 @@ def summary(results: Results) -> str:
     """One machine in two tables, a line per workload: ours beside the fastest of torchvision and of everything else."""
     lines = [markdown.figures_line(results), ""]
     workloads = {task: _workloads(results, task) for task in ("train", "infer")}
-    if workloads["train"]:
+    if panels_of(results):
         lines += [f"![step time against memory]({picture_path(results).as_posix()})", ""]
+    if workloads["train"]:
         lines += [*markdown.table(("training step", *TRAINING_COLUMNS), map(_training_cells, workloads["train"])), ""]
     if workloads["infer"]:
         lines += [*markdown.table(("inference", *INFERENCE_COLUMNS), map(_inference_cells, workloads["infer"])), ""]

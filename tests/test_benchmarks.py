@@ -417,6 +417,19 @@ def test_the_report_draws_the_picture_it_shows(published: tuple[Path, list[str]]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_report_shows_no_picture_where_none_is_drawn(published: tuple[Path, list[str]]) -> None:
+    """Times were measured, memory was not."""
+    readme, arguments = published
+    path = readme.parent / "results" / "machine.json"
+    results = json.loads(path.read_text())
+    for row in results["rows"]:
+        row["mib_per_image"] = None
+    results_file.save(path, results)
+    report.main(arguments)
+    assert "some-cpu-2-cores.png" not in readme.read_text()
+    assert not (path.parent / "some-cpu-2-cores.png").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
