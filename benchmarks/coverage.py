@@ -36,10 +36,8 @@ def main(arguments: Sequence[str]) -> None:
     for part in names:
         row = {"part": part, **PARTS[part]()}
         results = results_file.load(path, header)
-        others = [other for other in results["rows"] if other["part"] != part]
-        results_file.save(
-            path, results | {"rows": sorted([*others, row], key=lambda row: list(PARTS).index(row["part"]))}
-        )
+        results_file.replace_row(results, row, "part", PARTS)
+        results_file.save(path, results)
     print(*lines(json.loads(path.read_text())["rows"]), f"wrote {path}", sep="\n")
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,13 @@ def record(results: dict[str, Any], key: dict[str, Any], **measured: float) -> N
         row = {name: key[name] for name in KEY} | dict.fromkeys(MEASURED)
         results["rows"].append(row)
     row.update(measured)
+
+
+def replace_row(results: dict[str, Any], row: dict[str, Any], key: str, order: Iterable[str]) -> None:
+    """Set the row whose ``key`` is that of ``row``; the rows stand in the ``order`` of their keys."""
+    names = list(order)
+    others = [other for other in results["rows"] if other[key] != row[key]]
+    results["rows"] = sorted([*others, row], key=lambda row: names.index(row[key]))
 
 
 def save(path: Path, results: dict[str, Any]) -> None:

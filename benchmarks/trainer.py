@@ -49,8 +49,7 @@ def main(arguments: Sequence[str]) -> None:
             row = {"name": name, **MEASUREMENTS[name](Path(folder))}
         print(row, flush=True)
         results = results_file.load(path, header)
-        rows = [other for other in results["rows"] if other["name"] != name]
-        results["rows"] = sorted([*rows, row], key=lambda row: list(MEASUREMENTS).index(row["name"]))
+        results_file.replace_row(results, row, "name", MEASUREMENTS)
         results_file.save(path, results)
     print(f"wrote {path}", flush=True)
 
