@@ -195,6 +195,21 @@ def test_non_finite_values_come_out(operation, value, dtype):
 
 
 @needs_native
+@pytest.mark.parametrize("operation", [name for name in CONTRACT if "conv" in name])
+def test_no_pair_of_bfloat16_is_flushed_as_a_denormal_float(operation):
+    """Two values in 32 bits are one where the second is zero, as half of the activations are."""
+    case = getattr(Factory(2, 5, 4, 32, 48), operation)()
+    expected = run(cpu, case, cast(case, torch.bfloat16))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush denormal numbers")
+    try:
+        flushed = run(cpu, case, cast(case, torch.bfloat16))
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(torch.equal(flushed[name], value) for name, value in expected.items())
+
+
+@needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operation", CONTRACT)
 def test_the_same_bits_in_every_run_and_with_any_number_of_threads(operation, dtype):

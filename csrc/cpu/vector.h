@@ -60,7 +60,7 @@ ALWAYS_INLINE DoubleWords widen(Words words) {
 
 template <typename A>
 ALWAYS_INLINE Vector<A> broadcast(A value) {
-  return Vector<A>{} + value;
+  return value - Vector<A>{};  // without an operation, for all bits of value stay; an addition would turn -0 into 0
 }
 
 // ---- full vectors

@@ -14,9 +14,10 @@ constexpr bool fills_blocks(int64_t rows) { return rows == 7 || rows % 14 == 0; 
 
 namespace detail {
 
-// One step of the depth: a float, or a pair of bfloat16 in 32 bits.
+// One step of the depth: a float, or a pair of bfloat16 in 32 bits, which as a float would often be denormal.
 struct FloatStep {
   using T = float;
+  using Element = float;
   static constexpr int64_t depth = 1;
   static ALWAYS_INLINE Vector<float> add(Vector<float> sum, float left, Vector<float> right) {
     return sum + left * right;
@@ -26,9 +27,10 @@ struct FloatStep {
 #if defined(CPU_CAPABILITY_AVX512_BF16)
 struct BFloat16Step {
   using T = BFloat16;
+  using Element = int32_t;
   static constexpr int64_t depth = 2;
-  static ALWAYS_INLINE Vector<float> add(Vector<float> sum, float left, Vector<float> right) {
-    const auto pairs = bit_cast<__m512bh>(broadcast(left));
+  static ALWAYS_INLINE Vector<float> add(Vector<float> sum, int32_t left, Vector<float> right) {
+    const auto pairs = bit_cast<__m512bh>(_mm512_set1_epi32(left));
     return bit_cast<Vector<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), pairs, bit_cast<__m512bh>(right)));
   }
 };
@@ -47,7 +49,7 @@ ALWAYS_INLINE void multiply_block(const Product<typename Step::T, float>& p, Pre
       for (int v = 0; v < V; v++) std::memcpy(&row[v], right + (k * p.b_stride + v * 16) * Step::depth, sizeof(row[v]));
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
-        float element;
+        typename Step::Element element;
         std::memcpy(&element, left + r * p.a_stride + k * Step::depth, sizeof(element));
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) sums[r][v] = Step::add(sums[r][v], element, row[v]);
