@@ -67,7 +67,7 @@ void forward(const Conv3x3Forward& p) {
         for (int64_t ky = 0; ky < 3; ky++) {
           // Three horizontal neighbours are contiguous in the scratch: one product takes all three taps.
           for (int64_t row = 0; row < rows; row += step) {
-            multiply(Product<T, A>{.rows = round_up(step * pitch - 1, kProductRows<T>),
+            multiply(Product<T, A>{.rows = tiles.product_rows<T>(step),
                                    .columns = p.outputs,
                                    .depth = 3 * chunk.padded,
                                    .a = padded.get() + (row + ky) * pitch * chunk.padded,

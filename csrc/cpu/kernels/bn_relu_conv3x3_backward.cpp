@@ -15,9 +15,8 @@ namespace {
 constexpr int64_t kMostGroups = 32;  // of tiles; each group has partial sums of its own
 constexpr int64_t kColumns = 32;     // channels per product of the weight's gradient
 
-// Pixels per product of the weight's gradient: of AMX all that a tile has, for its sums are costly to take up again.
-template <typename T>
-constexpr int64_t kDepth = kProductRows<T> > 1 ? 1024 : 128;
+// Pixels per product of the weight's gradient: all of a tile, mostly, for sums are costly to take up again.
+constexpr int64_t kDepth = 1024;
 
 // What the groups leave: the weight's gradient as [9, outputs, channels], and the sums.
 template <typename A>
@@ -129,7 +128,7 @@ class Backward {
     const int64_t step = tiles_.rows_of_a_product<T>(tile), segments = kProductRows<T> > 1 ? 3 : 1;
     for (int64_t vertical = 0; vertical < 3; vertical += segments) {
       for (int64_t row = 0; row < tiles_.rows(tile); row += step) {
-        multiply(Product<T, A>{.rows = round_up(step * pitch - 1, kProductRows<T>),
+        multiply(Product<T, A>{.rows = tiles_.product_rows<T>(step),
                                .columns = chunk.channels,
                                .depth = 3 * stride,
                                .a = workspace.out_grad.get() + (row + vertical) * pitch * stride,
@@ -191,14 +190,14 @@ class Backward {
   void add_weight_gradient(int64_t group, int64_t tile, const ChannelChunk& chunk, bool accumulate,
                            Workspace<T, A>& workspace) {
     const int64_t pitch = tiles_.pitch(), pixels = round_up(tiles_.rows(tile) * pitch, kProductDepth<T>);
-    for (int64_t first = 0; first < pixels; first += kDepth<T>) {
+    for (int64_t first = 0; first < pixels; first += kDepth) {
       for (int64_t column = 0; column < chunk.channels; column += kColumns) {
         for (int64_t tap = 0; tap < 9; tap++) {
           const int64_t shift = pitch + 1 - (tap / 3 - 1) * pitch - (tap % 3 - 1);
           const int64_t paired_column = (kPairedRows<T> ? 2 : 1) * column;
           multiply(Product<T, A>{.rows = p_.outputs,
                                  .columns = std::min(kColumns, chunk.channels - column),
-                                 .depth = std::min(kDepth<T>, pixels - first),
+                                 .depth = std::min(kDepth, pixels - first),
                                  .a = workspace.transposed.get() + first + shift,
                                  .a_stride = workspace.transposed_stride(),
                                  .b = workspace.activations.get() + first * workspace.channels + paired_column,

@@ -23,7 +23,7 @@ class ImageTiles {
     if (images > 1 && whole <= wanted_pixels) {
       stack(std::clamp<int64_t>(images / wanted_tiles, 1, wanted_pixels / whole));
     } else {
-      int64_t parts = ceil_div(whole, wanted_pixels);
+      int64_t parts = (whole + wanted_pixels / 2) / wanted_pixels;
       if (images * parts < wanted_tiles) parts = std::min(wanted_tiles, height / least_rows);
       tiles_per_image_ = std::clamp<int64_t>(parts, 1, std::max<int64_t>(height, 1));
       tiles_ = images * tiles_per_image_;
@@ -49,6 +49,12 @@ class ImageTiles {
   template <typename T>
   int64_t rows_of_a_product(int64_t tile) const {
     return kProductRows<T> == 1 && fills_blocks(width_) ? 1 : rows(tile);
+  }
+
+  // The pixels of a product that takes ``rows`` rows: of a single one without its padding.
+  template <typename T>
+  int64_t product_rows(int64_t rows) const {
+    return round_up(rows == 1 ? width_ : rows * pitch_ - 1, kProductRows<T>);
   }
 
   // The number of a tile's pixels that belong to images.
