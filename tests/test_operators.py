@@ -214,6 +214,22 @@ def test_opcheck_of_the_inference(dtype):
     torch.library.opcheck(operator, tuple(inference_arguments(dtype).values()), test_utils="test_schema")
 
 
+# Of memory, of the machine's speed, and of weights before an inference: neither autograd nor a trace sees them.
+OUTSIDE_TRACES = {
+    "packed_weight": (torch.rand(4, 6, 3, 3), torch.bfloat16),
+    "empty_kept": (torch.rand(1), [2, 3]),
+    "return_freed_memory": (),
+    "cpu_product_rate": (torch.float32, 1e-3),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("name", OUTSIDE_TRACES)
+def test_opcheck_outside_traces(name):
+    operator = getattr(torch.ops.densenet_efficient, name).default
+    torch.library.opcheck(operator, OUTSIDE_TRACES[name], test_utils="test_schema")
+
+
 @needs_native
 @pytest.mark.parametrize(
     ("name", "value", "message"),
@@ -249,9 +265,8 @@ def test_every_operator_is_checked_above():
     """Against the registry, so that a new operator cannot be forgotten."""
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "densenet_efficient" in name}
     ours = {"dense_stage", "dense_stage_backward", "stem", "stem_backward"}
-    memory = {"empty_kept", "return_freed_memory", "cpu_product_rate"}  # in test_measure.py, test_roofline.py
     loops = {"dense_layers", "dense_layers_backward"}  # in test_native_layers.py
-    assert registered <= ours | set(CONTRACT) | {"dense_stage_inference", "packed_weight"} | loops | memory
+    assert registered <= ours | set(CONTRACT) | {"dense_stage_inference"} | OUTSIDE_TRACES.keys() | loops
     assert ours <= registered
 
 
