@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import planner
 from benchmarks.planner import GRID, MIXED, Workload
+from benchmarks.results import RESULTS
 
 
 @pytest.mark.parametrize("workload", GRID[::6], ids=str)
@@ -58,3 +59,13 @@ def test_the_table_has_a_line_for_every_workload() -> None:
         "| train | densenet121 | 224x224 | float32 | bottleneck, bottleneck, bottleneck, none | 10, 30 "
         f"| {predicted:.2f} | 12.00 | {predicted / 12 - 1:+.1%} |"
     )
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*-planner.json")), ids=lambda path: path.stem)
+def test_what_is_predicted_now_is_within_five_percent_of_what_was_measured(path: Path) -> None:
+    rows = rows_of(path)
+    assert len(rows) == len(GRID)
+    for row in rows:
+        *key, level = (row[name] for name in Workload.__dataclass_fields__)
+        workload = Workload(*key, level if isinstance(level, str) else tuple(level))
+        assert abs(planner.row_of(workload, tuple(row["batches"]), row["measured"])["error"]) <= 0.05, workload
