@@ -32,9 +32,10 @@ VARIABLE = "DENSENET_EFFICIENT_SOAK"  # of tests/soak/conftest.py
 SENTENCES = {
     "property_cases": "{:,.0f} random networks, images, layouts, dtypes and modes against the reference: no mismatch",
     "address_sanitizer_tests": "{:,.0f} kernel tests clean under AddressSanitizer and UndefinedBehaviorSanitizer",
-    "thread_sanitizer_tests": "{:,.0f} kernel tests clean under ThreadSanitizer",
-    "allocation_failures": "{:,.0f} allocations of a training step failed, each in turn: an exception each time, "
-    "consistent buffers, the next step to the same bits",
+    "thread_sanitizer_tests": "{:,.0f} kernel tests clean under ThreadSanitizer, which watches this package's code and "
+    "not torch's",
+    "allocation_failures": "{:,.0f} allocations of a training step, all but oneDNN's own, failed, each in turn: an "
+    "exception each time, consistent buffers, the next step to the same bits",
     "leaked_bytes": "at most {:,.0f} bytes more in use after all failures of a model",
     "training_steps": "{:,.0f} training steps in one process",
     "memory_growth": "its memory grew by {:.2%} from the first tenth to the end",
