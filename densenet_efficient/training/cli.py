@@ -42,7 +42,7 @@ from densenet_efficient.training.data import ImageData
 from densenet_efficient.training.files import prepare_directory
 from densenet_efficient.training.finish import report_run
 from densenet_efficient.training.history import History
-from densenet_efficient.training.interruption import Interrupted, SaveLast
+from densenet_efficient.training.interruption import Interrupted, SaveLast, is_of_a_lost_process
 from densenet_efficient.training.option_checks import check_above_zero
 from densenet_efficient.training.progress import Progress
 from densenet_efficient.training.quiet import quieten_lightning
@@ -84,6 +84,11 @@ def run(command: str, arguments: Sequence[str]) -> int:
     except ValueError as error:
         if error.__cause__ is not None and str(error).startswith("Does not validate"):
             raise error.__cause__ from error  # what a data module said, which the parser has wrapped
+        raise
+    except RuntimeError as error:
+        if is_of_a_lost_process(error):
+            reason = "another process of this training has ended, and what it printed says why"
+            raise RuntimeError(f"{reason}; the same command with --ckpt_path last goes on ({error})") from error
         raise
     except Interrupted as interrupt:
         print(interrupt, file=sys.stderr)

@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -22,6 +23,11 @@ class Interrupted(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+def is_of_a_lost_process(error: RuntimeError) -> bool:
+    """Whether it is what torch raises in a process whose training has lost another one."""
+    return isinstance(error, dist.DistBackendError) or "/gloo/" in str(error)
 
 
 class SaveLast(Callback):

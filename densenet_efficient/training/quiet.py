@@ -21,4 +21,6 @@ def quieten_lightning() -> None:
     """Its notes on the hardware and on other products, and the warnings above."""
     for logger in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(logger).setLevel(logging.WARNING)
+    # It tells that a process of several has ended, before it kills the others.
+    logging.getLogger("lightning_fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", message=f".*({'|'.join(EXPECTED_WARNINGS)})")
