@@ -138,6 +138,33 @@ def test_keys_that_do_not_fit(change, message):
     assert_close(model.state_dict(), before, 0)
 
 
+def test_one_weight_under_two_keys():
+    """Which of them to load is the user's to say."""
+    state = make_model("torchvision").state_dict()
+    state |= {"model.classifier.bias": torch.ones(5), "features.norm_final.bias": torch.ones(17)}
+    model = small()
+    before = copy.deepcopy(model.state_dict())
+    twice = r"features\.norm5\.bias: features\.norm5\.bias, features\.norm_final\.bias"
+    with pytest.raises(ValueError, match=rf"keep one of each: {twice}; classifier\.bias: .*, model\.classifier\.bias$"):
+        load_weights(model, state)
+    assert_close(model.state_dict(), before, 0)
+
+
+def test_what_stands_beside_the_weights():
+    """torchxrayvision's thresholds, and torch's average of a model."""
+    xray = make_model("torchxrayvision", "eval")
+    expected = copy.deepcopy(xray.state_dict())
+    xray.op_threshs = torch.rand(5)
+    model = small()
+    notes = load_weights(model, xray.state_dict())
+    assert notes == ["op_threshs was not loaded: it is the thresholds by which torchxrayvision scales its outputs"]
+    assert_close(model.state_dict(), expected, 0)
+    average = torch.optim.swa_utils.AveragedModel(make_model("torchvision", "eval"))
+    notes = load_weights(model, average.state_dict())
+    assert notes == ["n_averaged was not loaded: it is the count of torch's AveragedModel"]
+    assert_close(model.state_dict(), average.module.state_dict(), 0)
+
+
 class Dangerous:
     def __reduce__(self):
         return pytest.fail, ("code was executed",)

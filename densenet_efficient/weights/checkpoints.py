@@ -85,7 +85,23 @@ def state_of(checkpoint: Any) -> dict[str, Tensor]:
             content = content[name]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"found no state_dict, a mapping of names to tensors, in a {type(checkpoint).__name__}")
-    return {own_name(key): value for key, value in content.items()}
+    return {name: content[key] for key, name in _own_names(content).items()}
+
+
+def _own_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The own name of each key. Of two keys with one name, which to load is not guessed."""
+    names = {key: own_name(key) for key in state}
+    clashes = [f"{name}: {', '.join(keys)}" for name, keys in _keys_by_name(names).items() if len(keys) > 1]
+    if clashes:
+        raise ValueError(f"several keys are one weight here; keep one of each: {'; '.join(clashes)}")
+    return names
+
+
+def _keys_by_name(names: Mapping[str, str]) -> dict[str, list[str]]:
+    keys: dict[str, list[str]] = {}
+    for key, name in names.items():
+        keys.setdefault(name, []).append(key)
+    return keys
 
 
 def own_name(key: str) -> str:

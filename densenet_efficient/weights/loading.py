@@ -16,6 +16,11 @@ from .keras_files import KerasWeights
 
 FIRST_CONVOLUTION = "features.conv0.weight"
 CLASSIFIER = ("classifier.weight", "classifier.bias")
+# What others keep beside the weights, and what it is.
+NO_WEIGHTS = {
+    "op_threshs": "the thresholds by which torchxrayvision scales its outputs",
+    "n_averaged": "the count of torch's AveragedModel",
+}
 _FIRST_NORM = re.compile(r"features\.denseblock(\d+)\.denselayer\d+\.norm1\.weight")
 
 
@@ -40,15 +45,15 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> li
         TypeError: ``model`` is not a module.
         ImportError: the package that reads this format is not installed.
         FileNotFoundError: there is no such file.
-        ValueError: keys are missing, unknown or of another shape, all of which it names; or the file is damaged or
-            holds something else than tensors. ``model`` is as it was.
+        ValueError: keys are missing, unknown, of another shape or there twice with different prefixes, all of which it
+            names; or the file is damaged or holds something else than tensors. ``model`` is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module to load weights into, got a {type(model).__name__}")
     checkpoint = read_checkpoint(source) if isinstance(source, str | Path) else source
     state = checkpoint.state_for(model) if isinstance(checkpoint, KerasWeights) else state_of(checkpoint)
     own = model.state_dict()
-    notes = [*_keep_classifier(state, own), *_adapt_first_convolution(state, own)]
+    notes = [*_leave_no_weights(state, own), *_keep_classifier(state, own), *_adapt_first_convolution(state, own)]
     problems = _problems(state, own)
     if problems:
         reasons = "; ".join([*_other_topology(state, own), *problems])
@@ -57,6 +62,14 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> li
     if isinstance(checkpoint, KerasWeights):
         _set_epsilon(model, checkpoint.epsilon)
     return notes
+
+
+def _leave_no_weights(state: dict[str, Tensor], own: dict[str, Any]) -> list[str]:
+    """Takes out of ``state`` what is known to be none of a network's weights."""
+    left = [key for key in NO_WEIGHTS if key in state and key not in own]
+    for key in left:
+        del state[key]
+    return [f"{key} was not loaded: it is {NO_WEIGHTS[key]}" for key in left]
 
 
 def _keep_classifier(state: dict[str, Tensor], own: dict[str, Any]) -> list[str]:
