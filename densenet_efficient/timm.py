@@ -8,15 +8,18 @@ weights. ``memory_efficient=False`` or ``checkpointing="none"`` saves the bottle
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from .conversion import convert
+from .conversion.modules import ConvertedBlock
 from .optional import needed
 
 timm = needed("timm.models", "timm")
 hub_errors = needed("huggingface_hub.errors", "timm")
+timm.register_notrace_module(ConvertedBlock)  # torch.fx, where timm calls it, keeps these blocks whole
 
 __all__: list[str] = []  # of which register_model makes the list
 
@@ -50,6 +53,8 @@ def _register(network: str, original: str, differences: dict[str, Any]) -> None:
     ) -> nn.Module:
         level = checkpointing or ("bottleneck" if memory_efficient else "none")
         cfg = timm.resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
+        if _is_graph(kwargs.get("feature_cls")):
+            kwargs["feature_cls"] = partial(_converted_graph, name, level)
         try:
             model: nn.Module = timm.model_entrypoint(original)(pretrained, pretrained_cfg=cfg, **differences | kwargs)
         except hub_errors.LocalEntryNotFoundError as error:
@@ -57,7 +62,8 @@ def _register(network: str, original: str, differences: dict[str, Any]) -> None:
                 f"cannot download the weights of {cfg.hf_hub_id}, and they are not in the cache; put them anywhere and "
                 f"pass pretrained_cfg_overlay={{'file': their path}}"
             ) from error
-        _convert_all(name, model, level)
+        if not isinstance(model, timm.FeatureGraphNet):
+            _convert_all(name, model, level)
         return model
 
     build.__name__ = build.__qualname__ = name
@@ -65,10 +71,20 @@ def _register(network: str, original: str, differences: dict[str, Any]) -> None:
     globals()[name] = timm.register_model(build)
 
 
+def _is_graph(feature_cls: Any) -> bool:
+    """Whether features are to come from torch.fx's graph of the network."""
+    return feature_cls is timm.FeatureGraphNet or (isinstance(feature_cls, str) and feature_cls.lower() == "fx")
+
+
+def _converted_graph(name: str, level: str, model: nn.Module, **kwargs: Any) -> nn.Module:
+    """timm's graph of a network that is converted before it is traced."""
+    _convert_all(name, model, level)
+    graph: nn.Module = timm.FeatureGraphNet(model, **kwargs)
+    return graph
+
+
 def _convert_all(name: str, model: nn.Module, level: str) -> None:
     """Converts ``model``, or raises where a dense block of it cannot be."""
-    if isinstance(model, timm.FeatureGraphNet):
-        raise ValueError(f"{name}: feature_cls='fx' takes the dense blocks apart; choose 'list', 'dict' or 'getter'")
     left = [entry for entry in convert(model, level).left if entry.kind == "DenseBlock"]
     if left:
         raise ValueError(f"{name} cannot be built with these arguments: {left[0].path}: {left[0].note}")

@@ -7,7 +7,7 @@ import timm
 import torch
 import torchvision
 from cases import LEVELS, assert_close, make_images, randomise, step
-from timm.models import get_pretrained_cfg
+from timm.models import FeatureGraphNet, get_pretrained_cfg
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import densenet_efficient
@@ -143,7 +143,7 @@ def test_intermediates_of_a_pruned_model():
     assert_close(*results)
 
 
-@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter"])
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter", "fx", FeatureGraphNet])
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_features_only(feature_cls, checkpointing):
     theirs, ours = make_pair(features_only=True, feature_cls=feature_cls, out_indices=(1, 2))
@@ -160,6 +160,17 @@ def test_features_only(feature_cls, checkpointing):
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         results.append(dict(zip("12", tensors, strict=True)) | gradients | dict(model.named_buffers()))
     assert_close(*results)
+
+
+def test_a_graph_keeps_the_blocks_whole():
+    arguments = {"features_only": True, "out_indices": (1, 2), "checkpointing": "none"} | TINY
+    graph = timm.create_model("efficient_densenet121", feature_cls="fx", **arguments)
+    assert {block.checkpointing for block in blocks_of(graph)} == {"none"}
+    model = timm.create_model("efficient_densenet121", **TINY)
+    extractor = timm.models.create_feature_extractor(model, {"features.denseblock1": "block"})
+    for traced in (graph.graph_module, extractor):
+        assert isinstance(traced.get_submodule("features.denseblock1"), ConvertedBlock)
+        assert not [node for node in traced.graph.nodes if "denselayer" in node.name]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +226,7 @@ def test_offline(monkeypatch, tmp_path):
     [
         ({"norm_layer": "groupnorm1"}, r"features\.denseblock1: denselayer1\.norm1 is a GroupNorm"),
         ({"act_layer": "silu"}, r"features\.denseblock1: .* holds a SiLU"),
-        ({"features_only": True, "feature_cls": "fx", "out_indices": (1, 2)}, "feature_cls='fx' takes"),
+        ({"features_only": True, "feature_cls": "fx", "out_indices": (1, 2), "act_layer": "silu"}, "holds a SiLU"),
         ({"checkpointing": "everything"}, "checkpointing must be one of none, bottleneck, got 'everything'"),
     ],
 )
