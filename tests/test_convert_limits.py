@@ -92,6 +92,27 @@ def test_what_is_left(make, path, reason):
     assert_close(step(model, images), step(original, images))
 
 
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("features.denseblock1", ["features.denseblock1", "features.transition1"]),
+        ("features.denseblock2", ["features.denseblock2", "features.norm5"]),
+        ("", [f"features.{name}" for name in ("denseblock1", "transition1", "denseblock2", "norm5")]),
+    ],
+)
+@pytest.mark.parametrize("make", [torchvision_densenet, timm_densenet, monai_densenet2d])
+def test_nothing_of_a_densenet_is_missing_in_the_report(make, path, expected):
+    """Of a block that is left, what would be one operator with it is left too, and named."""
+    model = make()
+    for name, block in model.features.named_children():
+        if path in ("", f"features.{name}") and name.startswith("denseblock"):
+            block.denselayer1.register_forward_hook(lambda *_: None)
+    report = convert(model)
+    assert [entry.path for entry in report.left] == expected
+    parts = {f"features.{name}" for name in ("denseblock1", "transition1", "denseblock2", "norm5")}
+    assert parts <= {entry.path for entry in (*report.left, *report.replaced)}
+
+
 def test_the_report_is_a_table():
     lines = str(convert(UNet())).splitlines()
     assert lines[0].split() == ["module", "class"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import cast
 
 from torch import nn
@@ -52,6 +53,7 @@ class Survey:
         roles: the modules to convert, with what each becomes.
         converted: the paths of blocks that are converted already.
         own_blocks: the paths of blocks of an EfficientDenseNet.
+        left_blocks: the blocks that stay as they are.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,11 +61,15 @@ class Survey:
         self.roles: dict[nn.Module, type[Converted]] = {}
         self.converted: list[str] = []
         self.own_blocks: list[str] = []
+        self.left_blocks: set[nn.Module] = set()
         self.paths = {module: path for path, module in model.named_modules() if not isinstance(module, ScriptModule)}
         for module in self.paths:
             self._look_at_block(module)
         for module in self.paths:
-            if any(child in self.roles for child in module.children()):
+            children = set(module.children())
+            if children & self.left_blocks:
+                self._leave_neighbours(module)
+            if children & self.roles.keys():
                 self._look_at_parent(module)
         for module in self.paths:
             self._look_at_network(module)
@@ -83,16 +89,25 @@ class Survey:
         elif library is not None:
             block = cast(type, base_class(type(module), library.module, library.block))
             if not has_methods_of(module, block, ("forward",)):
-                self._leave(module, f"its forward is not that of {library.name}'s {library.block}")
+                self._leave_block(module, f"its forward is not that of {library.name}'s {library.block}")
                 return
             self._judge(module, fusion.read_block(module, library.read_layer))
 
     def _judge(self, block: nn.Module, layers: list[LayerParts] | str) -> None:
         if isinstance(layers, str):
-            self._leave(block, layers)
+            self._leave_block(block, layers)
         else:
             self.roles[block] = ConvertedBlock
             self._replace(block, f"{len(layers)} layers over one storage")
+
+    def _leave_neighbours(self, parent: nn.Module) -> None:
+        """What would be one operator with the blocks in ``parent`` that stay as they are."""
+        children = [child for child in parent._modules.values() if child is not None]
+        is_sequence = role_of(parent, SEQUENCES) is not None
+        for block, child in pairwise(children):
+            is_last = is_sequence and child is children[-1] and child not in self.left_blocks
+            if block in self.left_blocks and (isinstance(child, nn.Sequential) or is_last):
+                self._leave(child, "its block is left")
 
     def _look_at_parent(self, parent: nn.Module) -> None:
         """The neighbours of converted blocks, and their parent where it is known to run its children in order."""
@@ -149,6 +164,10 @@ class Survey:
             return
         self.roles[module] = role
         self._replace(children[-1], "the head: one operator with the last block, where average pooling follows")
+
+    def _leave_block(self, block: nn.Module, note: str) -> None:
+        self.left_blocks.add(block)
+        self._leave(block, note)
 
     def _replace(self, module: nn.Module, note: str) -> None:
         self.report.replaced.append(Entry(self.paths[module], type(module).__name__, note))
