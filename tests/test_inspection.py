@@ -1,12 +1,14 @@
 """Feature maps, Grad-CAM, filters and the reuse of features, as of the naive model; and their pictures."""
 
+import copy
+
 import pytest
 import torch
-from cases import LEVELS, assert_close, make_images, make_pair
-from conversion_cases import make_models
+from cases import LEVELS, SMALL, assert_close, make_images, make_pair
+from conversion_cases import make_models, monai_densenet2d
 from PIL import Image
 
-from densenet_efficient import convert, models
+from densenet_efficient import EfficientDenseNet, convert, load_weights, models
 from densenet_efficient.cli import main
 from densenet_efficient.inspection import feature_maps, feature_reuse, first_filters, grad_cam
 from densenet_efficient.models import create_model
@@ -62,6 +64,30 @@ def test_grad_cam_of_a_converted_model(backend, library, layer, level):
     images, classes = make_images(*IMAGES), torch.tensor([1, 4, 0])
     maps = [grad_cam(model, images, layer, classes) for model in (converted, original)]
     assert_close({"": maps[0]}, {"": maps[1]})
+
+
+@every_level
+@pytest.mark.parametrize(("dims", "size"), [(1, (70,)), (3, (17, 19, 33))])
+def test_signals_and_volumes(backend, dims, size, level):
+    """All four, as of MONAI's network, which is converted too."""
+    torch.manual_seed(0)
+    original = monai_densenet2d(dims).double().eval()
+    converted, own = copy.deepcopy(original), EfficientDenseNet(**SMALL, spatial_dims=dims, checkpointing=level)
+    load_weights(own.double().eval(), original.state_dict())
+    convert(converted, checkpointing=level)
+    images = make_images(2, 3, *size)
+    maps, cams = (
+        [inspect(model, images, "features.denseblock1") for model in (original, converted, own)]
+        for inspect in (feature_maps, grad_cam)
+    )
+    assert maps[0].dim() == cams[0].dim() + 1 == 2 + dims
+    for values in (maps, cams):
+        assert_close({"": values[1]}, {"": values[0]})
+        assert_close({"": values[2]}, {"": values[0]})
+    assert torch.equal(first_filters(own), original.features.conv0.weight)
+    reuses = [feature_reuse(model) for model in (converted, own)]
+    for name, reuse in reuses[0].items():
+        torch.testing.assert_close(reuse, reuses[1][name], rtol=0, atol=0, equal_nan=True)
 
 
 def test_grad_cam_by_hand():

@@ -14,11 +14,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..dimensions import Convolution
 from ..operator_calls import StageBlock
 
 
 def feature_maps(model: nn.Module, images: Tensor, layer: str) -> Tensor:
     """The output [N, C, H, W] of the module named ``layer``, such as "features.denseblock2", for ``images``.
+
+    Of signals it is [N, C, L], of volumes [N, C, D, H, W].
 
     Raises:
         ValueError: there is no such module, the forward does not call it, or its output is no feature maps.
@@ -30,7 +33,7 @@ def feature_maps(model: nn.Module, images: Tensor, layer: str) -> Tensor:
 
 def grad_cam(
     model: nn.Module,
-    images: Tensor,  # [N, C, H, W]
+    images: Tensor,  # [N, C, H, W], or of one or three dimensions
     layer: str = "features",
     classes: Tensor | None = None,  # [N], int64; the predicted ones if not given
 ) -> Tensor:
@@ -50,19 +53,20 @@ def grad_cam(
             raise ValueError(f"expected classes from 0 to {logits.shape[1] - 1}, got {chosen.tolist()}")
         scores = logits.gather(1, chosen[:, None]).sum()
         (gradient,) = torch.autograd.grad(scores, maps)
-    weights = gradient.mean((2, 3), keepdim=True)
-    cam = (weights * maps.detach()).sum(1).relu()
-    return cam / cam.amax((1, 2), keepdim=True).clamp_min(torch.finfo(cam.dtype).tiny)
+    weights = gradient.flatten(2).mean(2)
+    cam = torch.einsum("nc,nc...->n...", weights, maps.detach()).relu()
+    largest = cam.flatten(1).amax(1).reshape(-1, *[1] * (cam.dim() - 1))
+    return cam / largest.clamp_min(torch.finfo(cam.dtype).tiny)
 
 
 def first_filters(model: nn.Module) -> Tensor:
-    """The weight [K, C, kh, kw] of the first convolution.
+    """The weight [K, C, kh, kw] of the first convolution, or of one or three dimensions.
 
     Raises:
         ValueError: the model has no convolution.
     """
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, Convolution):
             return module.weight.detach()
     raise ValueError(f"a {type(model).__name__} has no convolution whose filters could be shown")
 
@@ -84,11 +88,16 @@ def feature_reuse(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(block, StageBlock):
             behind = children[index + 1 : index + 2]
             is_last = not any(isinstance(child, StageBlock) for _, child in children[index + 1 :])
-            consumer = getattr(model, "classifier", None) if is_last else behind[0][1] if behind else None
+            consumer = _classifier(model) if is_last else behind[0][1] if behind else None
             reuse[name] = _block_reuse(name, block, consumer)
     if not reuse:
         raise ValueError(f"found no dense block among the features of a {type(model).__name__}")
     return reuse
+
+
+def _classifier(model: nn.Module) -> nn.Module | None:
+    """What the last block's features go to, under MONAI's name too."""
+    return model._modules.get("classifier") or model._modules.get("class_layers")
 
 
 def _block_reuse(name: str, block: StageBlock, consumer: nn.Module | None) -> Tensor:
@@ -108,7 +117,7 @@ def _block_reuse(name: str, block: StageBlock, consumer: nn.Module | None) -> Te
 def _weight_of(consumer: nn.Module | None, channels: int, name: str) -> Tensor:
     """[K, C, ...] of the convolution or linear map that reads all channels of a block."""
     for module in consumer.modules() if consumer is not None else ():
-        if isinstance(module, nn.Conv2d | nn.Linear) and module.weight.shape[1] == channels:
+        if isinstance(module, Convolution | nn.Linear) and module.weight.shape[1] == channels:
             return module.weight
     raise ValueError(f"nothing behind {name} has weights for its {channels} channels")
 
@@ -125,7 +134,7 @@ def _captured(model: nn.Module, layer: str) -> Iterator[list[Tensor]]:
     outputs: list[Tensor] = []
 
     def keep(_: nn.Module, __: object, output: Tensor) -> Tensor:
-        if not isinstance(output, Tensor) or output.dim() != 4:
+        if not isinstance(output, Tensor) or output.dim() < 3:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"{layer} gives no feature maps [N, C, H, W] but {shape}; name a layer before the pooling")
         outputs.append(output)
