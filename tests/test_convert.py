@@ -324,7 +324,7 @@ def test_compiles_to_a_full_graph(native_backend, name):
 NODES = {"features.denseblock1": "block", "features.transition1": "transition", "features.norm5": "last"}
 
 
-@pytest.mark.parametrize("name", ["torchvision", "MONAI", "torchxrayvision"])
+@every_library
 @every_level
 def test_fx_extracts_features(backend, name, level):
     """torch.fx sees the modules: the same features, which train alike, at the original's cost."""
