@@ -149,6 +149,20 @@ def test_kill_minus_nine(images: Path, whole: Path, tmp_path: Path) -> None:
     assert_same_bits(weights(tmp_path), weights(whole))
 
 
+def test_a_signal_to_the_whole_group_saves_too(images: Path, whole: Path, tmp_path: Path) -> None:
+    """As `timeout` and many a queue send it: to the processes that read images, too, which the step still needs."""
+    more = (*AVERAGED, "--data.num_workers", "2", "--save_every_n_steps", "1")
+    command = [sys.executable, "-m", "densenet_efficient.cli", *fit_arguments(images, tmp_path, *more)]
+    process = subprocess.Popen(command, start_new_session=True)
+    while not (tmp_path / "last.ckpt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(120) == 128 + signal.SIGTERM
+    assert fit(images, tmp_path, *AVERAGED, "--ckpt_path", "last") == 0
+    assert_same_bits(weights(tmp_path), weights(whole))
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_previous_one(
     images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from densenet_efficient.training.check import keep_readable
 from densenet_efficient.training.images import read_image
+from densenet_efficient.training.interruption import end_with_the_run
 from densenet_efficient.training.loading import EpochSampler, LabelledImages, TrainingLoader
 from densenet_efficient.training.preprocessing import Preprocessing, Transform, normalisation
 from densenet_efficient.training.samples import Columns, Samples, Splits, read_folder, read_table
@@ -171,6 +172,7 @@ class ImageData(LightningDataModule, ABC):
         return {
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": end_with_the_run,
             "pin_memory": torch.cuda.is_available(),
         }
 

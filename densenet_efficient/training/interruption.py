@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,6 +14,22 @@ import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def end_with_the_run(worker: int) -> None:
+    """For a process that reads images: signals are for the run alone, which needs it until its step has ended.
+
+    They reach it where they are sent to a whole group, as by Ctrl-C, `timeout` and many a queue.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for the thread to see who has sent it
+    threading.Thread(target=_wait_for_the_run, daemon=True).start()
+
+
+def _wait_for_the_run() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class Interrupted(SystemExit):
