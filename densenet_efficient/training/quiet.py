@@ -11,7 +11,7 @@ EXPECTED_WARNINGS = (
     "exists and is not empty",
     "is smaller than the logging interval",
     "LeafSpec",
-    "No positive samples in targets",  # of the few images that are tried before the training
+    "No (positive|negative) samples in targets",  # of the few images that are tried before the training
     "WeightAveraging doesn't support sharding",  # and nothing is sharded then
     "predict returned None",  # of a batch whose files were all skipped
 )
