@@ -102,8 +102,9 @@ def run_commands(rank: int, folder: Path) -> None:
         stopping_at(patch, 2, lambda trainer: signal.raise_signal(signal.SIGTERM) if rank == 1 else None)
         assert fit(images, folder / "stopped", *common, *fsdp) == 128 + signal.SIGTERM
     assert fit(images, folder / "stopped", *common, *fsdp, "--ckpt_path", "last") == 0
-    synchronised = (*common[:2], *fsdp, "--trainer.sync_batchnorm", "true")
-    assert fit(images, folder / "synchronised", *synchronised, *WITHOUT_CHANCE) == 0
+    synchronised = (*common[:2], "--trainer.sync_batchnorm", "true", *WITHOUT_CHANCE)
+    for name, strategy in (("ddp", ddp), ("fsdp", fsdp)):
+        assert fit(images, folder / f"synchronised-{name}", *synchronised, *strategy) == 0
 
 
 def work(rank: int, folder: Path) -> None:

@@ -60,9 +60,12 @@ def test_fit_by_fsdp_is_fit_by_ddp(results: Path) -> None:
     assert (results / "fsdp" / "report.html").exists()
 
 
-def test_synchronised_norms_train_as_one_process_with_the_whole_batch(results: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_synchronised_norms_train_as_one_process_with_the_whole_batch(
+    strategy: str, results: Path, tmp_path: Path
+) -> None:
     assert fit(results / "images", tmp_path, *WITHOUT_CHANCE, "--data.batch_size", "8") == 0
-    assert_nearly_equal(weights(results / "synchronised"), weights(tmp_path))
+    assert_nearly_equal(weights(results / f"synchronised-{strategy}"), weights(tmp_path))
 
 
 def test_a_sharded_run_is_continued_with_the_same_bits(results: Path) -> None:

@@ -51,6 +51,7 @@ from densenet_efficient.training.report import write_text
 from densenet_efficient.training.samples import Splits
 from densenet_efficient.training.sharding import FSDP, FullySharded
 from densenet_efficient.training.shorthands import expand_shorthands
+from densenet_efficient.training.synchronised import SynchronisedOnCPUs
 from densenet_efficient.visualize import draw_learning_rates
 
 # The type of many an augmentation's argument, which config.yaml is to hold as the number it is.
@@ -208,9 +209,11 @@ class TrainingCLI(LightningCLI):
         plugins: list[Any] = [AtomicCheckpointIO()]
         if self.config.trainer.strategy == FSDP:
             kwargs["strategy"] = FullySharded()
-        elif self._wants_float16_on_the_cpu():  # Lightning would take bfloat16 instead
+        elif self._on_cpu and str(self.config.trainer.precision) in ("16", "16-mixed"):  # Lightning takes bfloat16
             plugins.append(MixedPrecision("16-mixed", "cpu"))
             kwargs["precision"] = None
+        if self._on_cpu and self.config.trainer.strategy == "ddp" and self.config.trainer.sync_batchnorm:
+            kwargs |= {"strategy": SynchronisedOnCPUs(), "sync_batchnorm": False}
         prepare_directory(output)
         self.trainer_defaults["callbacks"] = self._fit_callbacks() if self.command == "fit" else self._progress()
         if self.command != "fit":
@@ -234,10 +237,10 @@ class TrainingCLI(LightningCLI):
         if self.config.monitor not in known:
             raise ValueError(f"--monitor {self.config.monitor}: expected one of {', '.join(known)}")
 
-    def _wants_float16_on_the_cpu(self) -> bool:
-        given = self.config.trainer
-        on_cpu = given.accelerator == "cpu" or (given.accelerator == "auto" and not torch.accelerator.is_available())
-        return on_cpu and str(given.precision) in ("16", "16-mixed")
+    @property
+    def _on_cpu(self) -> bool:
+        given = self.config.trainer.accelerator
+        return given == "cpu" or (given == "auto" and not torch.accelerator.is_available())
 
     def _progress(self) -> list[Callback]:
         return [] if self.config.trainer.enable_progress_bar is False else [Progress()]
