@@ -94,13 +94,16 @@ def test_discriminative_learning_rates_cover_every_parameter_once() -> None:
 
 
 class Watch(Callback):
-    """Remembers the weights at the end of each epoch."""
+    """Remembers the weights, and the head's weight decay, at the end of each epoch."""
 
     def __init__(self) -> None:
         self.states: list[dict[str, torch.Tensor]] = []
+        self.decays: list[float] = []
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self.states.append({name: value.clone() for name, value in pl_module.model.state_dict().items()})
+        groups = trainer.optimizers[0].param_groups
+        self.decays.append(next(group["weight_decay"] for group in groups if group["name"] == "head"))
 
 
 def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
@@ -113,6 +116,7 @@ def test_the_head_alone_then_everything(tmp_path: Path) -> None:
     train(module, folder(tmp_path), watch, epochs=2)
     assert changed(start, watch.states[0]) == {"classifier.weight", "classifier.bias"}
     assert changed(watch.states[0], watch.states[1]) == set(start)
+    assert watch.decays == [0, 0.05]  # Adam, then AdamW
 
 
 def test_frozen_batch_norms_keep_their_statistics(tmp_path: Path) -> None:

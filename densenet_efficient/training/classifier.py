@@ -27,7 +27,7 @@ from densenet_efficient.summary import minimum_size
 from densenet_efficient.training.checkpoint import ENTRY, SavedClassifier, check_class_names, describe_classifier
 from densenet_efficient.training.data import Task
 from densenet_efficient.training.option_checks import check_above_zero, check_at_least_zero
-from densenet_efficient.training.parameter_groups import parameter_groups
+from densenet_efficient.training.parameter_groups import HEAD, parameter_groups
 from densenet_efficient.training.schedules import Schedule, rate_factor
 from densenet_efficient.training.sharding import shard
 from densenet_efficient.weights import load_weights
@@ -54,7 +54,8 @@ class Classifier(LightningModule):
         milestones: of steps, as fractions of the run.
         warmup: the fraction of the run in which the learning rate rises.
         layer_decay: the learning rate of a stage is that of the next stage times this.
-        head_epochs: train the classifier alone for so many epochs first, with the rest frozen in evaluation mode.
+        head_epochs: train the classifier alone for so many epochs first, without weight decay, with the rest frozen in
+            evaluation mode.
         head_learning_rate: of the classifier in those epochs.
         frozen_batch_norm: keep the running statistics of the weights given, and normalise with them.
         label_smoothing: in [0, 1).
@@ -169,7 +170,13 @@ class Classifier(LightningModule):
         torch.manual_seed(hash((self.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)) & (2**63 - 1))
 
     def _set_modes(self) -> None:
-        """Frozen parts stay in evaluation mode: batch norms alone, or everything but the head."""
+        """Frozen parts stay in evaluation mode: batch norms alone, or everything but the head.
+
+        By itself the head is trained without weight decay: AdamW is then Adam.
+        """
+        for group in self.trainer.optimizers[0].param_groups:
+            if group["name"] == HEAD:
+                group["weight_decay"] = 0.0 if self.trains_head_alone else self.weight_decay
         self.model.train()
         if self.trains_head_alone:
             self.model.features.eval()
@@ -231,7 +238,7 @@ class Classifier(LightningModule):
             optimizer = kind(groups, self.learning_rate, weight_decay=self.weight_decay)
         total = max(int(self.trainer.estimated_stepping_batches), 1)
         head = round(total * self.head_epochs / (self.trainer.max_epochs or 1)) if self.head_epochs else 0
-        factors = [self._factor(group["name"].startswith("head"), head, total) for group in optimizer.param_groups]
+        factors = [self._factor(group["name"].startswith(HEAD), head, total) for group in optimizer.param_groups]
         schedule = {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 

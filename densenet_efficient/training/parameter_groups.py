@@ -9,11 +9,13 @@ from torch import nn
 from densenet_efficient.models import EfficientDenseNet
 from densenet_efficient.modules import DenseBlock
 
+HEAD = "head"
+
 
 def parameter_groups(
     model: EfficientDenseNet, learning_rate: float, layer_decay: float, decay_norms: bool
 ) -> list[dict[str, Any]]:
-    """Groups whose names begin with "head" or "stage N".
+    """Groups whose names begin with `HEAD` or "stage N".
 
     The learning rate of a stage is `layer_decay` times that of the next one.
 
@@ -29,7 +31,7 @@ def parameter_groups(
         members = [parameter for parameter, number in stage_of.items() if number == stage]
         rate = learning_rate * layer_decay ** (len(blocks) + 1 - stage)
         groups += _with_and_without_decay(f"stage {stage}", members, rate, decay_norms)
-    return groups + _with_and_without_decay("head", list(model.classifier.parameters()), learning_rate, decay_norms)
+    return groups + _with_and_without_decay(HEAD, list(model.classifier.parameters()), learning_rate, decay_norms)
 
 
 def _with_and_without_decay(
