@@ -81,6 +81,17 @@ def test_slices_in_hounsfield_units_are_seen_as_in_training(tmp_path: Path) -> N
         torch.testing.assert_close(given, own_probabilities(classifier, row["path"]), atol=2e-6, rtol=0)
 
 
+def test_what_is_no_image_in_a_folder_is_named(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("L", (9, 9), 200).save(tmp_path / "a.jfif", "JPEG")
+    (tmp_path / "notes.txt").write_text("text")
+    assert predict(checkpoint, tmp_path) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{tmp_path / 'a.jfif'}: ")
+    assert f"left out as of another type, by its name: {tmp_path / 'notes.txt'}" in captured.err
+
+
 def test_a_table_of_paths(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     table = folder / "images" / "table.csv"
     table.write_text("file,age\nbright/0.png,40\ndark/1.png,50\n")

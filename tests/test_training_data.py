@@ -103,7 +103,10 @@ def unknown_class_in_validation(folder: Path) -> None:
         (empty_class_in_validation, r"val/dark: no image in this class folder"),
         (class_missing_in_validation, r"val: class dark of .*train is missing; add images"),
         (unknown_class_in_validation, r"val/grey: class grey is not in .*train; add it there or remove it"),
-        (lambda folder: make_images(folder, per_class=1), r"class bright, dark: no image in the validation split"),
+        (
+            lambda folder: make_images(folder, per_class=1),
+            r"^/.*: class bright, dark: no image in the validation split; it needs more",
+        ),
         (lambda folder: make_images(folder, names=("one",)), "at least 2 classes"),
         (lambda folder: None, "one subfolder of images per class, found none"),
     ],
@@ -174,7 +177,11 @@ def test_table_of_several_labels(layout: str, rows: list[dict[str, Any]], tmp_pa
             {"split_column": "split", "group_column": "patient"},
             r"group bright 1 is in the train and the validation split",
         ),
-        (lambda rows: rows[3].update(split="val"), {"split_column": "split"}, "class dark: no image in the validation"),
+        (
+            lambda rows: rows[3].update(split="val"),
+            {"split_column": "split"},
+            r"table.csv: class dark: no image in the valid",
+        ),
         (lambda rows: None, {"label_columns": ["patient"]}, "column patient must be 0 or 1, got 'bright 0'"),
     ],
 )
@@ -257,6 +264,23 @@ def test_bad_files_are_named_and_refused_or_skipped(tmp_path: Path, capsys: pyte
     data.setup("fit")
     assert sum(map(len, data.splits.parts().values())) == 20
     assert "Skipping 5 of 25 files" in capsys.readouterr().out
+
+
+def test_an_image_in_no_class_folder_is_named(tmp_path: Path) -> None:
+    Image.new("L", (9, 9)).save(make_images(tmp_path) / "stray.png")
+    (tmp_path / "README.txt").write_text("where these are from")
+    with pytest.raises(ValueError, match=r"1 of 13 files .*stray.png: in no class folder\. "):
+        FolderData(tmp_path, **SMALL).setup("fit")
+
+
+def test_names_of_images(tmp_path: Path) -> None:
+    """All that Pillow writes under these names is read by them."""
+    make_images(tmp_path)
+    for suffix in ("jfif", "jpe", "jp2", "j2k", "pnm", "pbm", "webp", "gif", "bmp", "tiff"):
+        Image.new("RGB", (9, 9), (200,) * 3).save(tmp_path / "bright" / f"image.{suffix}")
+    data = FolderData(tmp_path, **SMALL)
+    data.setup("fit")
+    assert sum(map(len, data.splits.parts().values())) == 22
 
 
 def test_check_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

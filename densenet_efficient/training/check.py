@@ -43,10 +43,10 @@ def keep_readable(splits: Splits, read: Read, skip: bool) -> Splits:
     Raises ValueError naming them if they are not to be skipped, or if a class has no other image.
     """
     paths = [path for samples in splits.parts().values() for path in samples.sources]
-    bad = find_unreadable(paths, read) | of_another_type(splits)
+    bad = find_unreadable(paths, read) | dict(splits.strays)
     if not bad:
         return splits
-    count = len(paths) + len(splits.foreign)
+    count = len(paths) + len(splits.strays)
     if not skip:
         raise ValueError(
             f"{len(bad)} of {count} files cannot be read as images: {listing(bad.values())}. "
@@ -58,13 +58,8 @@ def keep_readable(splits: Splits, read: Read, skip: bool) -> Splits:
         return samples.subset([index for index, path in enumerate(samples.sources) if path not in bad])
 
     splits = splits.map(readable)
-    require_every_class(splits, "images that can be read")
+    require_every_class(splits, "--data.bad_files skip", "images that can be read")
     return splits
-
-
-def of_another_type(splits: Splits) -> dict[str, str]:
-    """What is wrong with the files among the images that do not say they are images, by path."""
-    return {path: f"{path}: of another type, by its name" for path in splits.foreign}
 
 
 def listing(problems: Iterable[str]) -> str:
@@ -78,7 +73,7 @@ class DataReport:
     """What `check-data` found."""
 
     counts: dict[str, dict[str, int]]  # images by split and class
-    unreadable: dict[str, str]  # why, by path; files of another type too
+    unreadable: dict[str, str]  # why, by path; files of another type, or in no class folder, too
     leaks: list[list[str]]  # the same file under several paths, in more than one split
     repeated: list[list[str]]  # the same file under several paths of one split
 
@@ -98,7 +93,7 @@ def examine_data(splits: Splits, read: Read) -> DataReport:
     repeated: list[list[str]] = []
     for paths in _same_content(path for path in split_of if path not in unreadable):
         (leaks if len({split_of[path] for path in paths}) > 1 else repeated).append(paths)
-    return DataReport(counts, unreadable | of_another_type(splits), leaks, repeated)
+    return DataReport(counts, unreadable | dict(splits.strays), leaks, repeated)
 
 
 def _same_content(paths: Iterable[str]) -> list[list[str]]:

@@ -15,7 +15,8 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import Image as ImageTensor
 
 IMAGE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp", ".dcm", ".dicom"}
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".bmp", ".gif", ".pbm", ".pgm", ".ppm", ".pnm"}
+    | {".tif", ".tiff", ".webp", ".avif", ".dcm", ".dicom"}
 )
 DICOM_MAGIC = b"DICM"  # at byte 128
 UNREADABLE = "expected an undamaged image such as PNG, JPEG, TIFF or DICOM"

@@ -18,11 +18,12 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from densenet_efficient.training.check import listing
 from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier
 from densenet_efficient.training.files import atomic_write, prepare_directory
 from densenet_efficient.training.images import read_image
 from densenet_efficient.training.progress import Progress
-from densenet_efficient.training.samples import list_files, read_rows
+from densenet_efficient.training.samples import OTHER_TYPE, list_files, read_rows
 
 FIRST_COLUMNS = ("path", "prediction")
 
@@ -135,9 +136,15 @@ def predict(
 
 
 def expand(given: Path, path_column: str) -> list[str]:
-    """The image files that a folder holds or a CSV table lists, relative to the table; any other file is an image."""
+    """The image files that a folder holds or a CSV table lists, relative to the table; any other file is an image.
+
+    What a folder holds besides, such as an earlier table, is named.
+    """
     if given.is_dir():
-        return [str(path) for path in list_files(given)[0]]
+        images, others = list_files(given)
+        if others:
+            print(f"left out as {OTHER_TYPE}: {listing(map(str, others))}", file=sys.stderr)
+        return [str(path) for path in images]
     if given.suffix.lower() == ".csv":
         return [str(given.parent / row[path_column]) for row in read_rows(given, [path_column])]
     if not given.exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from densenet_efficient.training.images import is_image
 from densenet_efficient.training.splits import stratified_split
 
 SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # which file managers leave in folders of images
+OTHER_TYPE = "of another type, by its name"
 SPLIT_NAMES = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 
 
@@ -52,7 +53,7 @@ class Splits:
     train: Samples
     validation: Samples
     test: Samples | None = None
-    foreign: Sequence[str] = field(default=(), kw_only=True)  # files of another type among the images
+    strays: Mapping[str, str] = field(default_factory=dict, kw_only=True)  # why other files are left out, by path
 
     def map(self, function: Callable[[Samples], Samples]) -> Splits:
         test = None if self.test is None else function(self.test)
@@ -64,9 +65,14 @@ class Splits:
 
 
 def split(
-    class_names: list[str], samples: Samples, validation_fraction: float, test_fraction: float, seed: int
+    class_names: list[str],
+    samples: Samples,
+    validation_fraction: float,
+    test_fraction: float,
+    seed: int,
+    where: object = "--data",
 ) -> Splits:
-    """Divide the samples so that each split has its share of each class, and groups stay whole.
+    """Divide the samples, which are `where`, so that each split has its share of each class, and groups stay whole.
 
     Raises ValueError if a class would be missing in the training or the validation images.
     """
@@ -83,17 +89,17 @@ def split(
         samples.subset(part) for part in stratified_split(labels, fractions, seed, samples.groups)
     )
     splits = Splits(class_names, train, validation, test if test_fraction else None)
-    require_every_class(splits, "more images (or patients) of it, or another validation_fraction")
+    require_every_class(splits, where, "more images (or patients) of it, or another validation_fraction")
     return splits
 
 
-def require_every_class(splits: Splits, remedy: str) -> None:
+def require_every_class(splits: Splits, where: object, remedy: str) -> None:
     """Raise ValueError if a class has no image in one of the splits."""
     for part, samples in splits.parts().items():
         counts = samples.indicators(len(splits.class_names)).sum(0)
         missing = [name for name, count in zip(splits.class_names, counts, strict=True) if count == 0]
         if missing:
-            raise ValueError(f"class {', '.join(missing)}: no image in the {part} split; it needs {remedy}")
+            raise ValueError(f"{where}: class {', '.join(missing)}: no image in the {part} split; it needs {remedy}")
 
 
 # ---- folders ----
@@ -108,23 +114,23 @@ def read_folder(folder: Path, validation_fraction: float, test_fraction: float, 
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected one with a subfolder of images per class")
     has_splits = (folder / "train").is_dir()
-    names, train, foreign = _list_classes(folder / "train" if has_splits else folder)
+    names, train, strays = _list_classes(folder / "train" if has_splits else folder)
     if len(names) < 2:
         raise ValueError(f"{folder}: expected at least 2 classes, found only {names[0]}")
     if not has_splits:
-        return replace(split(names, train, validation_fraction, test_fraction, seed), foreign=foreign)
+        return replace(split(names, train, validation_fraction, test_fraction, seed, folder), strays=strays)
     parts = {}
     for path in sorted(folder.iterdir()):
         part = SPLIT_NAMES.get(path.name.lower())
         if path.is_dir() and part in ("validation", "test"):
             other_names, parts[part], others = _list_classes(path)
-            foreign += others
+            strays |= others
             _require_same_classes(folder / "train", names, path, other_names)
     if "validation" not in parts:
         raise FileNotFoundError(
             f"{folder}: found train, but no val beside it; add one, or give {folder / 'train'} itself"
         )
-    return Splits(names, train, **parts, foreign=foreign)
+    return Splits(names, train, **parts, strays=strays)
 
 
 def _require_same_classes(train: Path, names: list[str], other: Path, other_names: list[str]) -> None:
@@ -136,22 +142,31 @@ def _require_same_classes(train: Path, names: list[str], other: Path, other_name
         raise ValueError(f"{other}: class {', '.join(missing)} of {train} is missing; add images of it")
 
 
-def _list_classes(folder: Path) -> tuple[list[str], Samples, list[str]]:
-    """Class names in alphabetical order, the images of each class in order of their paths, and what is no image."""
+def _list_classes(folder: Path) -> tuple[list[str], Samples, dict[str, str]]:
+    """Class names in alphabetical order, the images of each class in order of their paths, and why others are none."""
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
         raise ValueError(f"{folder}: expected one subfolder of images per class, found none")
     paths: list[str] = []
     labels: list[int] = []
-    foreign: list[str] = []
+    strays = {str(path): f"{path}: in no class folder" for path in sorted(folder.iterdir()) if _is_stray_image(path)}
     for label, directory in enumerate(classes):
         images, others = list_files(directory)
         if not images:
             raise ValueError(f"{directory}: no image in this class folder; add images of it, or remove the folder")
         paths += map(str, images)
         labels += [label] * len(images)
-        foreign += map(str, others)
-    return [path.name for path in classes], Samples(paths, torch.tensor(labels)), foreign
+        strays |= {str(path): f"{path}: {OTHER_TYPE}" for path in others}
+    return [path.name for path in classes], Samples(paths, torch.tensor(labels)), strays
+
+
+def _is_stray_image(path: Path) -> bool:
+    """Whether a file beside the class folders is an image. (Beside them there may well be other files.)"""
+    return path.is_file() and not _is_hidden(path) and is_image(path)
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".") or path.name in SYSTEM_FILES
 
 
 def list_files(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -159,7 +174,7 @@ def list_files(folder: Path) -> tuple[list[Path], list[Path]]:
     images: list[Path] = []
     others: list[Path] = []
     for path in sorted(folder.rglob("*")):
-        if not path.name.startswith(".") and path.name not in SYSTEM_FILES and path.is_file():
+        if not _is_hidden(path) and path.is_file():
             (images if is_image(path) else others).append(path)
     return images, others
 
@@ -213,7 +228,7 @@ def read_table(
         [row[columns.group] for row in rows] if columns.group else None,
     )
     if columns.split is None:
-        return split(names, samples, validation_fraction, test_fraction, seed)
+        return split(names, samples, validation_fraction, test_fraction, seed, table)
     return _as_told(table, names, samples, parts)
 
 
@@ -282,5 +297,5 @@ def _as_told(table: Path, names: list[str], samples: Samples, parts: list[str]) 
     if "validation" not in chosen:
         raise ValueError(f"{table}: no row of the validation split; name some val, or leave the split column out")
     splits = Splits(names, chosen["train"], chosen["validation"], chosen.get("test"))
-    require_every_class(splits, f"rows in {table}")
+    require_every_class(splits, table, "rows of that split")
     return splits
