@@ -409,6 +409,9 @@ def test_recipes_train(recipe_with_data: tuple[str, list[str]], tmp_path: Path) 
     assert main(["fit", "--config", name, *data, *options, "--output", str(tmp_path / "run")]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["evaluation"]["split"] == ("test" if name in ("lung-disease", "cifar10") else "validation")
+    flattered = name != "lung-disease"  # which alone has test images of its own
+    assert metrics["evaluation"]["chose_epoch"] is flattered
+    assert ("they flatter it a little" in (tmp_path / "run" / "report.html").read_text()) is flattered
     assert len(metrics["history"]) == epochs
     classes = load_classifier(tmp_path / "run" / "best.ckpt").class_names
     assert classes == list(metrics["evaluation"]["classes"])

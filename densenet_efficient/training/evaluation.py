@@ -29,6 +29,7 @@ class Evaluation:
     labels: Array  # [N, K], zeros and ones
     sources: Sequence[Any]  # N paths, or images as arrays
     split: str  # which images these are
+    chose_epoch: bool = False  # whether the best epoch was chosen by them
 
     @property
     def decisions(self) -> Array:
@@ -59,6 +60,7 @@ def summarise(evaluation: Evaluation, seed: int = 0) -> dict[str, Any]:
     overall = {name: entries[0] for name, entries in intervals.items() if name not in per_class}
     return {
         "split": evaluation.split,
+        "chose_epoch": evaluation.chose_epoch,
         "images": len(evaluation.labels),
         **overall,
         "macro_auroc": float(np.mean(areas)) if areas else None,

@@ -78,7 +78,7 @@ def evaluate(trainer: Trainer, classifier: Classifier, data: ImageData) -> Evalu
     finally:
         trainer.callbacks.remove(collector)  # type: ignore[attr-defined]
     logits, labels = collector.gathered()
-    task = data.task
+    task, splits = data.task, data.splits
     probabilities = logits.double().sigmoid() if task.multi_label else logits.double().softmax(1)
     indicators = labels if task.multi_label else torch.nn.functional.one_hot(labels, len(task.class_names))
     return Evaluation(
@@ -87,7 +87,8 @@ def evaluate(trainer: Trainer, classifier: Classifier, data: ImageData) -> Evalu
         probabilities.numpy(),
         indicators.double().numpy(),
         list(data.test_samples.sources),
-        "validation" if data.splits.test is None else "test",
+        "validation" if splits.test is None else "test",
+        splits.test is None or splits.test is splits.validation,
     )
 
 
