@@ -28,6 +28,9 @@ from densenet_efficient.reference import NaiveDenseNet
 PARTS: dict[str, type[nn.Module] | None] = {"whole": None, "blocks": DenseBlock, "layers": DenseLayer}
 # One epoch in which no step draws what several processes would draw otherwise than one.
 WITHOUT_CHANCE = ("--trainer.max_epochs", "1", "--model.mixup", "0", "--model.drop_rate", "0")
+TWO_DEVICES = ("--trainer.devices", "2")
+COMMON = (*TWO_DEVICES, "--trainer.max_epochs", "2", "--model.head_epochs", "1")
+DDP, FSDP = ("--trainer.strategy", "ddp"), ("--trainer.strategy", "fsdp")
 FULL = StateDictOptions(full_state_dict=True)
 
 
@@ -93,17 +96,15 @@ def evaluate_between_steps(model: nn.Module) -> list[Tensor]:
 
 def run_commands(rank: int, folder: Path) -> None:
     """Runs of fit by DDP and by FSDP, and one by FSDP that is told to stop in one process, then continued."""
-    common = ("--trainer.devices", "2", "--trainer.max_epochs", "2", "--model.head_epochs", "1")
-    ddp, fsdp = ("--trainer.strategy", "ddp"), ("--trainer.strategy", "fsdp")
     images = folder / "images"
-    assert fit(images, folder / "ddp", *common, *ddp) == 0
-    assert fit(images, folder / "fsdp", *common, *fsdp, "--report", "true") == 0
+    assert fit(images, folder / "ddp", *COMMON, *DDP) == 0
+    assert fit(images, folder / "fsdp", *COMMON, *FSDP, "--report", "true") == 0
     with pytest.MonkeyPatch.context() as patch:
         stopping_at(patch, 2, lambda trainer: signal.raise_signal(signal.SIGTERM) if rank == 1 else None)
-        assert fit(images, folder / "stopped", *common, *fsdp) == 128 + signal.SIGTERM
-    assert fit(images, folder / "stopped", *common, *fsdp, "--ckpt_path", "last") == 0
-    synchronised = (*common[:2], "--trainer.sync_batchnorm", "true", *WITHOUT_CHANCE)
-    for name, strategy in (("ddp", ddp), ("fsdp", fsdp)):
+        assert fit(images, folder / "stopped", *COMMON, *FSDP) == 128 + signal.SIGTERM
+    assert fit(images, folder / "stopped", *COMMON, *FSDP, "--ckpt_path", "last") == 0
+    synchronised = (*TWO_DEVICES, "--trainer.sync_batchnorm", "true", *WITHOUT_CHANCE)
+    for name, strategy in (("ddp", DDP), ("fsdp", FSDP)):
         assert fit(images, folder / f"synchronised-{name}", *synchronised, *strategy) == 0
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from sharded_training import PARTS, WITHOUT_CHANCE, evaluate_between_steps, work
+from sharded_training import COMMON, DDP, PARTS, WITHOUT_CHANCE, evaluate_between_steps, work
 from synchronised_training import CONFIG, train_whole
 from torch import Tensor
 from training_cases import assert_same_bits, fit, fit_arguments, make_images, weights
@@ -58,6 +60,13 @@ def test_fit_by_fsdp_is_fit_by_ddp(results: Path) -> None:
     """The head alone, then everything."""
     assert_nearly_equal(weights(results / "fsdp"), weights(results / "ddp"))
     assert (results / "fsdp" / "report.html").exists()
+
+
+def test_torchrun_starts_the_processes(results: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    arguments = fit_arguments(results / "images", tmp_path, *COMMON, *DDP)
+    subprocess.run([*torchrun, "densenet_efficient.cli", *arguments], check=True)
+    assert_nearly_equal(weights(tmp_path), weights(results / "ddp"))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
