@@ -321,6 +321,14 @@ def test_compiles_to_a_full_graph(native_backend, name):
         assert_close({"": compiled(images)}, {"": original(images)})
 
 
+@pytest.mark.filterwarnings("ignore:.*trac", "ignore::DeprecationWarning")
+def test_a_feature_net_is_traced(backend):
+    original, converted = make_models("timm features", "eval")
+    convert(converted)
+    images = make_images(*IMAGES)
+    assert_close({"": torch.jit.trace(converted, images)(images)}, {"": original(images)})
+
+
 NODES = {"features.denseblock1": "block", "features.transition1": "transition", "features.norm5": "last"}
 
 

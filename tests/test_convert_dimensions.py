@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import LEVELS, MODES, assert_close, group_errors, make_images, randomise, set_mode, step, trained
 from conversion_cases import monai_densenet2d as monai_densenet
-from handwritten_densenets import FailingBlock, HandwrittenDenseNet, LateBlock, ListBlock, ResidualBlock
+from handwritten_densenets import FailingBlock, HandwrittenDenseNet, LateBlock, ListBlock, ResidualBlock, TupleBlock
 from monai.networks import nets
 from test_convert import blocks_of, classes_of, saved_bytes, seeded
 from test_exactness import assert_errors_at_most_twice, low_precision_step
@@ -134,6 +134,7 @@ def test_saves_a_tenth_of_the_memory(native_backend, dims, size):
         (ResidualBlock, "not that of a dense block"),
         (LateBlock, "not that of a dense block"),
         (FailingBlock, "raises TypeError: .*mask"),
+        (TupleBlock, "not that of a dense block"),
     ],
 )
 def test_what_only_looks_like_a_dense_block_is_left(block, reason):
@@ -144,6 +145,24 @@ def test_what_only_looks_like_a_dense_block_is_left(block, reason):
     assert torch.equal(torch.random.get_rng_state(), state)
     assert re.search(reason, report.left[0].note), report
     assert not report.replaced
+
+
+def of_two_dimensions(block):
+    block.denselayer2 = type(block.denselayer2)(2, 10, 4, 3, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda block: setattr(block, "forward", block.forward), "its forward is set on the instance"),
+        (lambda block: setattr(block.denselayer2, "drop_rate", "0.1"), "denselayer2 has a str as its drop_rate"),
+        (of_two_dimensions, "denselayer2 has 2 spatial dimensions, the layers before it 3"),
+    ],
+)
+def test_why_a_handwritten_block_is_left(change, reason):
+    model = HandwrittenDenseNet()
+    change(model.features.denseblock1)
+    assert reason in [entry.note for entry in convert(model).left]
 
 
 def test_the_trial_leaves_the_model_alone():

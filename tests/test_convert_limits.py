@@ -8,7 +8,17 @@ import timm
 import torch
 import torchvision
 from cases import assert_close, make_images, step
-from conversion_cases import MODELS, OwnForward, UNet, make_model, monai_densenet2d, timm_densenet, torchvision_densenet
+from conversion_cases import (
+    MODELS,
+    OwnForward,
+    UNet,
+    make_model,
+    make_models,
+    monai_densenet2d,
+    timm_densenet,
+    torchvision_densenet,
+    xray,
+)
 from test_convert import IMAGES, blocks_of, classes_of
 from timm.layers import BlurPool2d
 from torch import nn
@@ -90,6 +100,82 @@ def test_what_is_left(make, path, reason):
     assert re.search(rf"^left +{path} +{entry.kind} +{re.escape(entry.note)}$", str(report), re.MULTILINE)
     images = make_images(*IMAGES)
     assert_close(step(model, images), step(original, images))
+
+
+def layer2_of(make, change):
+    def changed():
+        model = make()
+        change(model.features.denseblock1.denselayer2)
+        return model
+
+    return changed
+
+
+def hook(module):
+    module.register_forward_hook(lambda *_: None)
+
+
+def with_other_bottleneck():
+    model = torchvision_densenet()
+    block = model.features.denseblock1
+    block.denselayer2 = type(block.denselayer2)(10, 4, 2, 0.0)
+    return model
+
+
+REASONS = {
+    "own layer": (
+        layer2_of(torchvision_densenet, lambda layer: setattr(layer, "__class__", type("Mine", (type(layer),), {}))),
+        "denselayer2 is a Mine, not torchvision's _DenseLayer",
+    ),
+    "other widths": (
+        with_other_bottleneck,
+        "denselayer2 has other channel counts than its place in the block asks for",
+    ),
+    "own dropout": (
+        layer2_of(torchvision_densenet, lambda layer: setattr(layer, "drop_rate", 0.5)),
+        "denselayer2 has a dropout of its own",
+    ),
+    "widths of a layer": (
+        layer2_of(torchvision_densenet, lambda layer: setattr(layer, "conv1", nn.Conv2d(9, 12, 1, bias=False))),
+        "denselayer2 has other channel counts than its norms",
+    ),
+    "stride": (
+        layer2_of(torchvision_densenet, lambda layer: setattr(layer.conv2, "stride", (2, 2))),
+        "denselayer2.conv2 is replaced, observed or of another geometry",
+    ),
+    "another module of torchxrayvision": (
+        layer2_of(xray, lambda layer: layer.add_module("extra", nn.Identity())),
+        "denselayer2 has other submodules than its norms, ReLUs and convolutions, or in another order",
+    ),
+    "MONAI's layers": (
+        layer2_of(monai_densenet2d, lambda layer: hook(layer.layers)),
+        "denselayer2.layers is replaced or observed",
+    ),
+    "another module of MONAI": (
+        layer2_of(monai_densenet2d, lambda layer: layer.layers.add_module("extra", nn.Identity())),
+        "denselayer2.layers has other modules than norms, ReLUs, convolutions and dropout, or in another order",
+    ),
+    "MONAI's dropout": (
+        layer2_of(lambda: monai_densenet2d(dropout_prob=0.3), lambda layer: hook(layer.layers.dropout)),
+        "denselayer2.layers.dropout is replaced or observed",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), REASONS.values(), ids=REASONS)
+def test_why_a_block_is_left(make, reason):
+    notes = {entry.path: entry.note for entry in convert(make()).left}
+    assert notes[BLOCK1] == reason
+
+
+@pytest.mark.parametrize("path", ["class_layers", "class_layers.pool", "features.denseblock2.denselayer1"])
+@pytest.mark.filterwarnings("ignore:a dense block runs layer by layer")
+def test_what_is_observed_after_the_conversion_runs_by_its_modules(path):
+    original, converted = make_models("MONAI")
+    convert(converted)
+    hook(converted.get_submodule(path))
+    images = make_images(*IMAGES)
+    assert_close(step(converted, images), step(original, images))
 
 
 @pytest.mark.parametrize(
