@@ -19,6 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from training_cases import fit, fit_arguments, make_cifar, make_images
 
+from densenet_efficient import summary
 from densenet_efficient.cli import CONFIGURED_COMMANDS, main, with_underscores
 from densenet_efficient.models import create_model, model_names
 from densenet_efficient.training import batch_size, finish
@@ -113,6 +114,11 @@ print(*sys.modules)
     assert "densenet_efficient.cli" in modules.split()
     heavy = {"torchvision", "sklearn", "matplotlib", "rich", "pytorch_lightning", "torchmetrics", "jsonargparse"}
     assert not heavy & set(modules.split())
+
+
+def test_summary_prints_the_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["summary", "densenet121", "--input", "1x3x64x64"]) == 0
+    assert "denseblock4" in capsys.readouterr().out
 
 
 # ---- the demo ----
@@ -344,6 +350,7 @@ def test_predict_without_its_files(demo: Path, tmp_path: Path, capsys: pytest.Ca
             "argument --dtype: invalid choice",
         ),
         (["plan", "densenet201"], "the following arguments are required: --input"),
+        (["visualize", "filters", "--image_size", "0"], "argument --image_size: expected a whole number of at least 1"),
         (["doctor", "--jsn", "x"], "unrecognized arguments: --jsn x"),
         (["train"], "argument COMMAND: invalid choice: 'train'"),
         ([], "the following arguments are required: COMMAND"),
@@ -358,6 +365,23 @@ def test_wrong_arguments_are_named_in_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.endswith("--help lists the options\n")
     assert error.count("\n") == 1
+
+
+def test_ctrl_c_ends_a_command_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(summary, "print_summary", interrupted)
+    assert main(["summary", "densenet121", "--input", "1x3x64x64"]) == 130
+    assert capsys.readouterr().err == "Interrupted\n"
+
+
+def test_a_missing_package_of_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "densenet_efficient.summary")
+    for module in [module for module in sys.modules if module.partition(".")[0] == "rich"]:
+        monkeypatch.setitem(sys.modules, module, None)  # its import raises ModuleNotFoundError
+    error = fails(["summary", "densenet121", "--input", "1x3x64x64"], capsys)
+    assert error.startswith("error: import of rich") and "pip install 'densenet-efficient[train]' brings it" in error
 
 
 # ---- recipes and finders ----
