@@ -199,6 +199,20 @@ def test_other_sizes_are_refused(text):
         parse_bytes(text)
 
 
+@pytest.mark.parametrize("value", [1.5, True, None])
+def test_what_is_no_size(value):
+    with pytest.raises(TypeError, match="budget must be an int"):
+        parse_bytes(value)
+
+
+@pytest.mark.parametrize(("optimizer", "copies"), [("sgd", 0), ("adamw", 1)])
+def test_on_a_gpu_the_optimizer_steps_all_parameters_at_once(optimizer, copies):
+    shape = shape_of(EfficientDenseNet(**NETWORK), SHAPE, torch.float32, "cuda")
+    step = TrainingStep(shape, ("none",) * 3, OPTIMIZERS[optimizer], "cuda")
+    *_, moment = step.moments()
+    assert step.memory(moment).workspace == copies * moment.gradients
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -227,6 +241,8 @@ def test_the_command_prints_a_plan(capsys):
     assert "denseblock3" in out and "fits into 1.0 GiB" in out and "…" not in out
     assert main(["plan", "densenet201", "--input", "32x3x224x224", "--checkpointing", *LEVELS, *LEVELS]) == 0
     assert "fits" not in capsys.readouterr().out
+    assert main(["plan", "densenet201", "--input", "32x3x224x224", "--checkpointing", "none"]) == 0
+    assert "denseblock3" in capsys.readouterr().out
 
 
 def test_the_command_fails_where_nothing_fits(capsys):
