@@ -230,6 +230,12 @@ def test_files_of_another_format(tmp_path, suffix):
         load_weights(EfficientDenseNet121(), tmp_path / f"missing{suffix}")
 
 
+def test_a_file_without_layers(tmp_path):
+    with h5py.File(tmp_path / "model.weights.h5", "w") as file:
+        file.create_group("layers")
+    assert_refused(EfficientDenseNet121(), tmp_path / "model.weights.h5", "it holds no layers with weights$")
+
+
 @pytest.mark.parametrize("link", ["external link", "external data", "virtual"])
 def test_nothing_is_read_from_other_files(tmp_path, link):
     with h5py.File(tmp_path / "secret.h5", "w") as file:

@@ -18,7 +18,7 @@ from densenet_efficient import (
     EfficientDenseNet201,
     EfficientDenseNet264,
 )
-from densenet_efficient.models import cifar_densenet, create_model, model_names
+from densenet_efficient.models import cifar_densenet, create_model, model_names, rename_old_keys
 from densenet_efficient.reference import NaiveDenseNet
 
 PRESETS = {
@@ -126,6 +126,12 @@ def test_keys_of_old_checkpoints_load(prefix):
     assert f"{prefix}features.denseblock1.denselayer1.norm.1.weight" in old
     model.load_state_dict(old, strict=True)
     assert all((tensor == 3).all() for tensor in model.state_dict().values())
+
+
+def test_keys_of_other_modules_keep_their_names():
+    state = {"net.module.features.norm5.bias": 1, "module.features.norm5.bias": 2}
+    rename_old_keys(state, "net.")
+    assert state == {"net.features.norm5.bias": 1, "module.features.norm5.bias": 2}
 
 
 def test_another_architecture_is_refused():

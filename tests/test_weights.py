@@ -117,6 +117,11 @@ def changed(change):
 
 MISFITS = {
     "missing": (lambda state: state.pop("features.norm5.bias"), r"missing features\.norm5\.bias$"),
+    "half a classifier": (lambda state: state.pop("classifier.weight"), r"missing classifier\.weight$"),
+    "two input channels": (
+        lambda state: state.update({"features.conv0.weight": torch.ones(6, 2, 7, 7)}),
+        r"features\.conv0\.weight of shape \[6, 2, 7, 7\] instead of \[6, 3, 7, 7\]$",
+    ),
     "unknown": (lambda state: state.update({"head.bias": torch.ones(2)}), r"unknown head\.bias$"),
     "shape": (
         lambda state: state.update({"features.norm5.bias": torch.ones(2)}),
