@@ -5,6 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from cases import needs_native
 
 from densenet_efficient import kernels
 from densenet_efficient.kernels import BACKEND_VARIABLE, cpu, cuda, gpu
@@ -160,3 +161,31 @@ def test_every_operation_of_the_contract_has_its_place():
     assert set(cuda.NATIVE) == {name for name in kernels.CONTRACT if "conv" not in name}
     with pytest.raises(AttributeError, match="bn_relu_conv7x7"):
         getattr(cuda, "bn_relu_conv7x7")  # noqa: B009
+
+
+def test_a_native_extension_that_is_missing_or_of_another_torch(machine, monkeypatch):
+    machine.build(None)
+    sys.modules["densenet_efficient._C"].build_info = lambda: {"torch": "1.2.3"}
+    assert "was built for torch 1.2, this is torch" in cpu._why_unavailable()
+    monkeypatch.delattr("densenet_efficient._C")
+    monkeypatch.setitem(sys.modules, "densenet_efficient._C", None)
+    assert "densenet_efficient._C could not be imported" in cpu._why_unavailable()
+
+
+@needs_native
+def test_capabilities_end_with_the_one_in_use():
+    from densenet_efficient import _C
+
+    assert cpu.capabilities()[-1] == _C.cpu_capability()
+
+
+@needs_native
+def test_operations_of_the_cuda_backend_are_native_or_triton_s(machine, monkeypatch):
+    convolution = next(name for name in kernels.CONTRACT if name not in cuda.NATIVE)
+    for name in (cuda.NATIVE[0], convolution):
+        monkeypatch.delitem(vars(cuda), name, raising=False)
+    monkeypatch.setattr(sys.modules[TRITON], convolution, "the Triton kernel", raising=False)
+    assert getattr(cuda, convolution) == "the Triton kernel"
+    assert getattr(cuda, cuda.NATIVE[0]) is getattr(torch.ops.densenet_efficient, cuda.NATIVE[0]).default
+    for name in (cuda.NATIVE[0], convolution):
+        del vars(cuda)[name]

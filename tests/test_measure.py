@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from cases import needs_native
 from torch import Tensor, nn
 
 from densenet_efficient import kernels, measure
-from densenet_efficient.measure import make_step, peak_memory, peak_memory_per_image, step_times
+from densenet_efficient.measure import first_step_seconds, make_step, peak_memory, peak_memory_per_image, step_times
 
 SHAPE = (3, 8, 8)
 
@@ -81,6 +82,12 @@ def test_memory_is_not_inherited_from_this_process() -> None:
 def test_a_failing_process_says_why() -> None:
     with pytest.raises(RuntimeError, match=r"torch\.nn:Missing with batch 2 .* no attribute 'Missing'"):
         peak_memory("torch.nn:Missing", {}, SHAPE, 2)
+
+
+def test_the_first_step_is_timed_with_the_start_of_its_process() -> None:
+    start = time.perf_counter()
+    seconds = first_step_seconds("test_measure:KnownMemory", {"mib": 1}, SHAPE, 2)
+    assert 0.1 < seconds <= time.perf_counter() - start
 
 
 @pytest.mark.parametrize("batches", [(0, 4), (4, 4), (8, 4)])
@@ -201,3 +208,8 @@ def test_empty_kept_is_an_ordinary_tensor(size: tuple[int, ...]) -> None:
     tensor = kernels.empty_kept(torch.empty(1, dtype=torch.bfloat16), *size)
     assert tensor.shape == size and tensor.dtype == torch.bfloat16 and tensor.is_contiguous()
     assert torch.equal(tensor.fill_(2).clone(), torch.full(size, 2, dtype=torch.bfloat16))
+
+
+def test_empty_kept_of_another_device() -> None:
+    tensor = kernels.empty_kept(torch.empty(1, dtype=torch.bfloat16, device="meta"), 2, 3)
+    assert (tensor.shape, tensor.dtype, tensor.device.type) == ((2, 3), torch.bfloat16, "meta")
