@@ -221,11 +221,18 @@ def test_a_change_in_place_before_the_backward_is_refused():
 
 @pytest.mark.parametrize(
     "tensors",
-    [[], [1.0], None, [torch.zeros(1, 2, 3), torch.zeros(1, 2, 4)], [torch.zeros(1, 2, 3), torch.zeros(1, 2)]],
+    [
+        [],
+        [1.0],
+        None,
+        [torch.zeros(1, 2, 3), torch.zeros(1, 2, 4)],
+        [torch.zeros(1, 2, 3), torch.zeros(1, 2)],
+        [torch.zeros(3)],
+    ],
     ids=str,
 )
 def test_errors_are_those_of_cat(tensors):
-    with pytest.raises((RuntimeError, TypeError, ValueError)) as expected:
+    with pytest.raises((RuntimeError, TypeError, ValueError, IndexError)) as expected:
         torch.cat(tensors, 1)
     with pytest.raises(type(expected.value)):
         concatenate(tensors)

@@ -77,6 +77,12 @@ def test_a_missing_backend_is_named(monkeypatch, without_measuring):
     assert "wrong: backend cpu: it was not built. Remedy: build it" in text.getvalue()
 
 
+def test_a_missing_gradient_is_an_infinite_error():
+    truth = {name: torch.ones(2) for name in ("outputs", "gradients a", "gradients b", "buffers")}
+    results = {name: value for name, value in truth.items() if name != "gradients b"}
+    assert doctor._errors(results, truth) == {"outputs": 0.0, "gradients": float("inf"), "buffers": 0.0}
+
+
 def test_memory_without_gain_is_named():
     problems = Performance("a network", {"naive": 1.0}, {"naive": 10.0, "bottleneck": 12.0}).problems
     assert problems == ["memory: bottleneck takes 12.0 MiB per image, the naive model 10.0"]

@@ -257,6 +257,7 @@ REPLACEMENTS = {
     "conv2 -> dilation": replace(f"{LAYER}.conv2", lambda old: convolution_like(old, dilation=2, padding=2)),
     "conv2 -> same": replace(f"{LAYER}.conv2", lambda old: convolution_like(old, padding="same")),
     "conv2 -> 1x1": replace(f"{LAYER}.conv2", lambda old: convolution_like(old, kernel_size=1, padding=0)),
+    "another module": lambda model: model.get_submodule(LAYER).add_module("extra", nn.Identity()),
     "conv1 -> parametrized": parametrized(f"{LAYER}.conv1"),
     "conv2 -> pruned": pruned(f"{LAYER}.conv2"),
     "norm1 -> pruned": pruned(f"{LAYER}.norm1"),

@@ -174,6 +174,13 @@ def test_feature_reuse_of_a_changed_block():
         feature_reuse(model)
 
 
+def test_feature_reuse_without_a_classifier():
+    _, model = make_pair()
+    model.classifier = torch.nn.Identity()
+    with pytest.raises(ValueError, match="nothing behind denseblock2 has weights for its 17 channels"):
+        feature_reuse(model)
+
+
 def test_first_filters():
     _, model = make_pair()
     assert torch.equal(first_filters(model), model.features.conv0.weight)

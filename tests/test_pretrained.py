@@ -21,6 +21,7 @@ from torchvision.models import DenseNet121_Weights, DenseNet201_Weights
 import densenet_efficient.timm  # noqa: F401 (registers)
 from densenet_efficient import EfficientDenseNet, EfficientDenseNet121, EfficientDenseNet201, load_weights
 from densenet_efficient.models import cifar_densenet
+from densenet_efficient.optional import needed
 from densenet_efficient.weights.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -379,6 +380,13 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch, tmp_path, name,
     monkeypatch.setattr(sys, "meta_path", [Missing(package), *sys.meta_path])
     with pytest.raises(ImportError, match=rf"needs {package}, which is not installed: pip install 'densenet-eff.*\["):
         use(tmp_path)
+
+
+def test_an_installed_package_that_is_broken(monkeypatch, tmp_path):
+    (tmp_path / "broken_package.py").write_text("import missing_in_a_broken_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'missing_in_a_broken_package'$"):
+        needed("broken_package", "train")
 
 
 class Missing:

@@ -152,6 +152,17 @@ def test_another_dropout_in_a_transition_down(backend):
     assert_close(*(step(model, images, seed=1) for model in reversed(pair)))
 
 
+@pytest.mark.parametrize(
+    ("name", "module"), [("drop", nn.Identity()), ("pool", nn.MaxPool2d(2, ceil_mode=True))], ids=["drop", "pool"]
+)
+def test_a_changed_transition_down(backend, name, module):
+    pair = make_pair()
+    for model in pair:
+        setattr(model.transitions_down[0], name, module)
+    images = make_images(2, 3, 13, 15)
+    assert_close(*(step(model, images) for model in reversed(pair)))
+
+
 def test_compiles_to_a_full_graph(backend):
     _, efficient = make_pair()
     compiled = torch.compile(copy.deepcopy(efficient), fullgraph=True, backend="aot_eager")

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from synchronised_training import SHARES, train_whole, work
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from densenet_efficient import EfficientDenseNet
 from densenet_efficient.reference import NaiveDenseNet
@@ -59,3 +61,17 @@ def test_a_process_by_itself_needs_no_group() -> None:
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(plain(images), synchronised(images))
     assert torch.equal(plain.eval()(images), synchronised.eval()(images))
+
+
+def test_norms_of_a_block_in_different_groups_are_refused() -> None:
+    model = EfficientDenseNet(4, (2, 2), 4, num_classes=2)
+    block = model.features.denseblock1
+    block["denselayer1"] = nn.SyncBatchNorm.convert_sync_batchnorm(block["denselayer1"])
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # none that is asked to exchange
+    try:
+        with pytest.raises(
+            ValueError, match=r"synchronised in different groups; convert all of them, by torch\.nn\.Sync"
+        ):
+            model(torch.randn(2, 3, 32, 32))
+    finally:
+        dist.destroy_process_group()
