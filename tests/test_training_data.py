@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from densenet_efficient.training.loading import EpochSampler
 from densenet_efficient.training.splits import stratified_split
 
 SMALL: dict[str, Any] = {"image_size": 8, "batch_size": 4, "num_workers": 0}
+LUMINANCE = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue; it cuts off the fraction
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -117,6 +119,28 @@ def test_folders_that_cannot_be_trained_on(make: Any, message: str, tmp_path: Pa
         FolderData(tmp_path, **SMALL)
 
 
+def test_folders_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none: no such folder; expected one with a subfolder of images per"):
+        FolderData(tmp_path / "none", **SMALL)
+    make_images(tmp_path / "train")
+    with pytest.raises(FileNotFoundError, match=r"found train, but no val beside it; add one, or give .*/train itself"):
+        FolderData(tmp_path, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("validation", "test", "message"),
+    [
+        (1.0, 0.0, "^validation_fraction: expected a number of at least 0 and below 1, got 1.0"),
+        (0.2, -0.1, "^test_fraction: expected a number of at least 0 and below 1, got -0.1"),
+        (0.6, 0.4, "^validation_fraction must be above 0 and leave images to train on, together with test_fraction"),
+        (0.0, 0.4, "^validation_fraction must be above 0"),
+    ],
+)
+def test_fractions_that_leave_a_split_empty(validation: float, test: float, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        FolderData(make_images(tmp_path), validation_fraction=validation, test_fraction=test, **SMALL)
+
+
 # ---- tables ----
 
 
@@ -182,6 +206,11 @@ def test_table_of_several_labels(layout: str, rows: list[dict[str, Any]], tmp_pa
             {"split_column": "split"},
             r"table.csv: class dark: no image in the valid",
         ),
+        (
+            lambda rows: None,
+            {"split_column": "split"},
+            r"table.csv: no row of the validation split; name some val, or leave the split column out",
+        ),
         (lambda rows: None, {"label_columns": ["patient"]}, "column patient must be 0 or 1, got 'bright 0'"),
     ],
 )
@@ -192,6 +221,12 @@ def test_tables_that_cannot_be_trained_on(
     table = write_table(tmp_path / "table.csv", rows)
     with pytest.raises(ValueError, match=message):
         CSVData(table, **options, **SMALL)
+
+
+def test_a_table_without_rows(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("path,label\n")
+    with pytest.raises(ValueError, match=r"table.csv: no row below its header"):
+        CSVData(tmp_path / "table.csv", **SMALL)
 
 
 # ---- image files ----
@@ -214,6 +249,31 @@ def test_dicom(elements: dict[str, Any], value_range: Any, expected: np.ndarray,
     image = read_image(write_dicom(tmp_path / "slice", PIXELS, **elements), 3, value_range)
     assert image.shape == (3, 6, 8)
     np.testing.assert_allclose(image[1].numpy(), expected, atol=1e-6)
+
+
+def test_dicom_in_colour(tmp_path: Path) -> None:
+    pixels = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+    colours = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
+    bits = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelData": pixels.tobytes()}
+    path = write_dicom(tmp_path / "slice", pixels, **colours, **bits)
+    np.testing.assert_array_equal(read_image(path, 3).numpy(), pixels.transpose(2, 0, 1))
+    grey = read_image(path, 1)
+    assert grey.shape == (1, 6, 8) and grey.dtype == torch.uint8
+    np.testing.assert_allclose(grey[0].numpy(), pixels @ LUMINANCE, atol=1)
+
+
+def test_dicom_of_several_frames(tmp_path: Path) -> None:
+    frames = {"NumberOfFrames": 2, "PixelData": PIXELS.astype("<u2").tobytes() * 2}
+    path = write_dicom(tmp_path / "slice", PIXELS, **frames)
+    with pytest.raises(ValueError, match=r"slice: expected a DICOM file of one frame, got 2; export the frames"):
+        read_image(path, 1)
+
+
+def test_dicom_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_dicom(tmp_path / "slice", PIXELS)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(ValueError, match=r"slice: DICOM needs pydicom; pip install pydicom"):
+        read_image(path, 1)
 
 
 def test_a_dicom_file_needs_no_name_of_its_kind(tmp_path: Path) -> None:
@@ -384,6 +444,10 @@ def test_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(samples) for samples in data.splits.parts().values()] == [20, 10, 30]
     image = data.read_source(data.splits.test.sources[7])  # type: ignore[union-attr]
     np.testing.assert_array_equal(image.numpy(), pixels[..., 7].transpose(2, 0, 1))
+    grey = SVHNData(tmp_path, download=False, channels=1, batch_size=4)
+    image = grey.read_source(grey.splits.test.sources[7])  # type: ignore[union-attr]
+    np.testing.assert_allclose(image[0].numpy(), pixels[..., 7] @ LUMINANCE, atol=1)
+    assert next(iter(grey.val_dataloader()))[0].shape == (4, 1, 32, 32)
 
 
 @pytest.mark.parametrize(("name", "channels", "classes"), [("pneumoniamnist", 1, 2), ("chestmnist", 1, 14)])
@@ -402,6 +466,12 @@ def test_medmnist(name: str, channels: int, classes: int, tmp_path: Path) -> Non
     assert images.shape == (4, channels, 28, 28) and labels.shape == ((4, 14) if classes == 14 else (4,))
     with pytest.raises(ValueError, match="expected one of pathmnist"):
         MedMNISTData("mnist", root=tmp_path, download=False)
+
+
+def test_medmnist_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "medmnist", None)
+    with pytest.raises(ModuleNotFoundError, match=r"medmnist.*; pip install 'densenet-efficient\[medmnist\]'"):
+        MedMNISTData("pneumoniamnist", root=tmp_path, download=False)
 
 
 def test_every_data_module_is_documented() -> None:

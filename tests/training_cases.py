@@ -32,13 +32,13 @@ def make_images(folder: Path, per_class: int = 6, names: tuple[str, ...] = ("bri
 
 
 def write_dicom(path: Path, pixels: NDArray[Any], **elements: Any) -> Path:
-    """A slice of 16 bits [H, W], with these further elements."""
+    """A slice of 16 bits [H, W], with these further elements, which may make another image of it."""
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
-    dataset.Rows, dataset.Columns = pixels.shape
+    dataset.Rows, dataset.Columns = pixels.shape[:2]
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
     dataset.BitsAllocated = dataset.BitsStored = 16
     dataset.HighBit, dataset.PixelRepresentation = 15, 0
