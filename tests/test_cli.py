@@ -178,6 +178,12 @@ def test_the_weights_to_start_from_are_not_needed_again(images: Path, tmp_path: 
     assert str(start) in (run / "test" / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_takes_the_threads_it_is_given(images: Path, tmp_path: Path) -> None:
+    assert fit(images, tmp_path / "run", "--threads", "2", "--trainer.fast_dev_run", "true") == 0
+    assert torch.get_num_threads() == 2
+
+
 def test_what_one_sees_of_a_run(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A bar with images per second, memory and the time left, and a line per epoch."""
     shown = ("--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "true")
@@ -241,6 +247,9 @@ def test_an_image_that_disappears_in_the_middle_of_an_epoch(
         (["--trainer.accelerator", "gpu"], "gpu"),
         (["--data.batch_size", "5000"], "one batch of 5000 images"),
         (["--data.batch_size", "1"], "expected at least 2, so that a batch has a variance"),
+        (["--data.image_size", "0"], "--data.image_size: expected at least 1, got 0"),
+        (["--data.mean", "[0.5, 0.5]"], "expected one mean per channel, 1, got 2"),
+        (["--data.std", "[]"], "expected one std per channel, 1, got 0"),
         (["--model.learning_rate", "-1"], "expected a number above 0"),
         (
             ["--monitor", "val_auc"],
@@ -275,6 +284,14 @@ def test_fit_refuses_before_it_trains(
     given = ["fit", "--data", "digits", "--model.network", "densenet-bc-40-12", "--output", str(tmp_path / "run")]
     assert message in fails([*given, *arguments], capsys)
     assert not list((tmp_path / "run").glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_what_is_evaluated_must_be_named(
+    command: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = fails([command, *fit_arguments(images, tmp_path)[1:]], capsys)
+    assert f"{command} needs --ckpt_path: a checkpoint, or best or last of --output" in error
 
 
 def test_a_config_with_an_unknown_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -448,6 +465,15 @@ def test_the_learning_rate_finder(images: Path, tmp_path: Path, capsys: pytest.C
     assert main(["find-learning-rate", *arguments[1:]]) == 0
     assert "--model.learning_rate " in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["learning-rate.png"]
+
+
+def test_a_learning_rate_needs_more_than_a_trial_run(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = fit_arguments(images, tmp_path, "--trainer.fast_dev_run", "true")
+    error = fails(["find-learning-rate", *arguments[1:]], capsys)
+    assert "no learning rate stands out; train for longer, or with larger batches" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_batch_size_finder(
