@@ -113,6 +113,9 @@ def test_an_interrupted_table_is_continued(
     assert predict(checkpoint, folder / "images", *again) == 0
     assert output.read_bytes() == whole
     assert "7 predictions are in" in capsys.readouterr().out
+    assert predict(checkpoint, folder / "images", *again) == 0
+    assert capsys.readouterr().out == f"12 predictions are in {output}; 0 to go\n"
+    assert output.read_bytes() == whole
 
 
 def test_a_table_is_of_one_model_alone(
@@ -162,6 +165,24 @@ def test_bad_files_stop_or_are_left_out(checkpoint: Path, tmp_path: Path, capsys
     assert predict(checkpoint, tmp_path, "--bad_files", "skip", "--output", tmp_path / "out.csv") == 0
     assert [Path(row["path"]).name for row in rows_of(tmp_path / "out.csv")] == ["a.png", "c.png"]
     assert f"skipped: {tmp_path / 'b.png'}" in capsys.readouterr().err
+
+
+def test_a_file_that_a_table_lists_may_be_missing(
+    folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there, missing = folder / "images" / "dark" / "0.png", tmp_path / "none.png"
+    (tmp_path / "table.csv").write_text(f"path\n{there}\nnone.png\n")
+    assert predict(checkpoint, tmp_path / "table.csv") == 2
+    assert f"error: {missing}: No such file or directory; leave such files out with" in capsys.readouterr().err
+    assert predict(checkpoint, tmp_path / "table.csv", "--bad_files", "skip") == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{there}: ") and captured.out.count("\n") == 1
+    assert f"skipped: {missing}: No such file or directory\n" in captured.err
+
+
+def test_a_folder_without_images(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict(checkpoint, tmp_path) == 2
+    assert f"error: {tmp_path}: found no image; expected image files, folders or CSV tables" in capsys.readouterr().err
 
 
 def test_views_are_the_symmetries_of_the_square(checkpoint: Path) -> None:
