@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import torch
 from training_cases import assert_same_bits, fit, fit_arguments, make_images, stopping_at, weights
 
-from densenet_efficient.training.checkpoint import AtomicCheckpointIO, is_whole, read_checkpoint
+from densenet_efficient.training.checkpoint import AtomicCheckpointIO, is_whole, last_whole, read_checkpoint
 from densenet_efficient.training.files import atomic_write
 
 pytestmark = pytest.mark.own_process
@@ -199,6 +200,15 @@ def test_whole_is_what_can_be_read(tmp_path: Path) -> None:
     assert 0.1 * len(places) < refused < len(places)
 
 
+def test_a_foreign_checkpoint_does_not_give_way_to_the_previous_one(tmp_path: Path) -> None:
+    """It is not damaged, so that its reader refuses it, and says why."""
+    torch.save({"step": 2}, tmp_path / "previous.ckpt")
+    torch.save({"step": 3, "folder": tmp_path}, tmp_path / "last.ckpt")
+    assert last_whole(tmp_path) == tmp_path / "last.ckpt"
+    with pytest.raises(pickle.UnpicklingError, match=r"last.ckpt: refused, since it holds more than tensors"):
+        read_checkpoint(tmp_path / "last.ckpt")
+
+
 def test_a_full_disk_keeps_the_earlier_checkpoint(
     images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,6 +255,15 @@ def test_the_previous_checkpoint_without_hard_links(tmp_path: Path, monkeypatch:
         AtomicCheckpointIO().save_checkpoint({"step": step}, tmp_path / "last.ckpt")
     assert read_checkpoint(tmp_path / "last.ckpt") == {"step": 3}
     assert read_checkpoint(tmp_path / "previous.ckpt") == {"step": 2}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_previous_checkpoint_that_cannot_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "previous.ckpt").mkdir()
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+    with pytest.raises(OSError, match=r"cannot write this checkpoint \(Is a directory\), the earlier one is kept"):
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, tmp_path / "last.ckpt")
+    assert read_checkpoint(tmp_path / "last.ckpt") == {"step": 1}
     assert len(list(tmp_path.iterdir())) == 2
 
 
