@@ -101,6 +101,7 @@ def test_a_table_of_paths(folder: Path, checkpoint: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.own_process
+@pytest.mark.filterwarnings("error:Total length of .DataLoader.")  # of a table that is complete, were it begun again
 @pytest.mark.parametrize("views", ["none", "dihedral"])
 def test_an_interrupted_table_is_continued(
     views: str, folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -258,13 +258,16 @@ def test_the_previous_checkpoint_without_hard_links(tmp_path: Path, monkeypatch:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_previous_checkpoint_that_cannot_be_replaced(tmp_path: Path) -> None:
-    (tmp_path / "previous.ckpt").mkdir()
+def test_a_link_that_fails_for_another_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", link)
     AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
-    with pytest.raises(OSError, match=r"cannot write this checkpoint \(Is a directory\), the earlier one is kept"):
+    with pytest.raises(OSError, match=r"cannot write this checkpoint \(No space left on device\), the earlier one is"):
         AtomicCheckpointIO().save_checkpoint({"step": 2}, tmp_path / "last.ckpt")
     assert read_checkpoint(tmp_path / "last.ckpt") == {"step": 1}
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_failed_write_leaves_the_earlier_file_alone(tmp_path: Path) -> None:
