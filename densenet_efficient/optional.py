@@ -10,7 +10,7 @@ def needed(module: str, extra: str) -> Any:
     """The module of this name.
 
     Raises:
-        ImportError: its package is not installed; says which extra of this package brings it.
+        ModuleNotFoundError: its package is not installed; says which extra of this package brings it.
     """
     try:
         return importlib.import_module(module)
@@ -18,6 +18,6 @@ def needed(module: str, extra: str) -> Any:
         package = module.partition(".")[0]
         if error.name != package:
             raise  # installed, but broken
-        raise ImportError(
+        raise ModuleNotFoundError(
             f"this needs {package}, which is not installed: pip install 'densenet-efficient[{extra}]'", name=package
         ) from error

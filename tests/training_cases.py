@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -112,3 +113,12 @@ def stopping_at(monkeypatch: Any, batch: int, stop: Callable[[Trainer], None]) -
             stop(trainer)
 
     monkeypatch.setattr(History, "on_train_batch_end", on_train_batch_end)
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of the error."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert "Traceback" not in out + err
+    return err
