@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import blocking, coverage, markdown
+from . import blocking, coverage, markdown, uncovered
 from .conversion import table as conversion_table
 from .evidence import pictures, sections
 from .picture import draw, panels_of, picture_path
@@ -218,8 +218,9 @@ def soak_list(results: Results) -> str:
 
 
 def coverage_list(results: Results) -> str:
-    """Which share of the lines the tests run."""
-    return "\n".join([markdown.figures_line(results), "", *coverage.lines(results["rows"]), ""])
+    """Which share of the lines the tests run, and why not the others."""
+    rows = results["rows"]
+    return "\n".join([markdown.figures_line(results), "", *coverage.lines(rows), "", *uncovered.table(rows), ""])
 
 
 def segmentation_tables(results: Results) -> str:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import time
 from pathlib import Path
 
 import pytest
 from test_benchmarks import HEADER
 
-from benchmarks import coverage, parts, report, soak
+from benchmarks import coverage, parts, report, soak, uncovered
 from benchmarks import results as results_file
 
 SURVIVED = {"property_cases": 2000, "memory_growth": 0.0012, "minutes": 17.4}
-PYTHON = {"totals": {"num_statements": 40}, "files": {"a.py": {"missing_lines": [7, 3]}, "b.py": {"missing_lines": []}}}
+FUNCTIONS = {"A.run": {"missing_lines": [7, 3]}, "": {"missing_lines": []}}
+PYTHON = {"totals": {"num_statements": 40}, "files": {"a.py": {"functions": FUNCTIONS}, "b.py": {"functions": {}}}}
 # A line of a template stands there once for each of its instances.
 NATIVE_LINES = [(1, 5), (2, 0), (2, 3), (3, 0), (3, 0)]
 NATIVE = {
@@ -39,11 +42,31 @@ def test_the_readme_states_the_figures(tmp_path: Path) -> None:
     assert any(line.endswith(" 17 minutes.") for line in lines)
     assert "- the tests run 95.0% of the 40 lines of the package's Python" in lines
     assert "- the tests run 66.7% of the 3 lines of `csrc/cpu`" in lines
+    assert "| `a.py::A.run` |  | 2 |" in lines
 
 
 def test_the_lines_that_no_test_runs_are_kept() -> None:
-    assert coverage.python_figures(PYTHON)["missed_lines"] == {"a.py": [3, 7]}
-    assert coverage.native_figures(NATIVE) == {"lines": 3, "missed": 1, "missed_lines": {"a.cpp": [3]}}
+    assert coverage.python_figures(PYTHON)["missed_lines"] == {"a.py": {"A.run": [3, 7]}}
+    assert coverage.native_figures(NATIVE) == {"lines": 3, "missed": 1, "missed_lines": {"a.cpp": {"": [3]}}}
+
+
+def test_a_line_that_no_test_runs_needs_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    missed = {"a.py": {"A.run": [3, 7], "f": [9]}, "b.py": {"": [1]}}
+    monkeypatch.setattr(uncovered, "REASONS", {"a.py::f": "needs a GPU", "b.py": "is for other machines"})
+    assert uncovered.unexplained(missed) == ["a.py::A.run: 3, 7"]
+
+
+def test_every_line_that_no_test_ran_has_its_reason() -> None:
+    for path in results_file.RESULTS.glob("*-coverage.json"):
+        for row in json.loads(path.read_text())["rows"]:
+            assert uncovered.unexplained(row["missed_lines"]) == []
+
+
+def test_a_reason_is_of_what_there_is() -> None:
+    for place in uncovered.REASONS:
+        file, _, function = place.partition("::")
+        text = (results_file.ROOT / file).read_text()
+        assert re.search(rf"\b{function.rpartition('.')[2]}\b", text), place
 
 
 def test_a_part_that_fails_is_reported(tmp_path: Path) -> None:

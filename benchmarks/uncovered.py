@@ -1,0 +1,38 @@
+"""Why some lines of the package run in no test on the machine where `coverage.py` has counted them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from . import markdown
+
+MissedLines = dict[str, dict[str, list[int]]]  # by file and function, "" outside of every function
+
+# By file, or by "file::function" where the rest of the file runs. Line numbers would go out of date.
+REASONS: dict[str, str] = {}
+
+
+def count(missed: MissedLines) -> int:
+    """The number of lines."""
+    return sum(len(numbers) for functions in missed.values() for numbers in functions.values())
+
+
+def unexplained(missed: MissedLines) -> list[str]:
+    """The places without a reason, with their lines."""
+    return [f"{place}: {', '.join(map(str, numbers))}" for place, numbers, reason in _places(missed) if reason is None]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every place with the number of its lines and the reason, folded away."""
+    places = [place for row in rows for place in _places(row["missed_lines"])]
+    cells = [(f"`{place}`", reason or "", str(len(numbers))) for place, numbers, reason in places]
+    summary = "<details><summary>The others, and why no test on this machine runs them</summary>"
+    return [summary, "", *markdown.table(("place", "why", "lines"), cells, words=2), "", "</details>"]
+
+
+def _places(missed: MissedLines) -> Iterator[tuple[str, list[int], str | None]]:
+    for file, functions in missed.items():
+        for function, numbers in functions.items():
+            place = f"{file}::{function}" if function else file
+            yield place, numbers, REASONS.get(place, REASONS.get(file))
