@@ -378,7 +378,9 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch, tmp_path, name,
     for module in [module for module in sys.modules if module.partition(".")[0] == package or module == registry]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "meta_path", [Missing(package), *sys.meta_path])
-    with pytest.raises(ModuleNotFoundError, match=rf"needs {package}, which is not installed: pip install 'densenet-eff.*\["):
+    with pytest.raises(
+        ModuleNotFoundError, match=rf"needs {package}, which is not installed: pip install 'densenet-eff.*\["
+    ):
         use(tmp_path)
 
 

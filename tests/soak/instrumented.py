@@ -49,8 +49,7 @@ INSTRUMENTS = {
         {"TSAN_OPTIONS": f"halt_on_error=0:exitcode=66:suppressions={SUPPRESSIONS}"},
     ),
     "coverage": Instrument(
-        ["-O1", "-fexpensive-optimizations", "-g1", "-fopenmp", "--coverage"],
-        ["default", "avx2", "avx512", "avx512_bf16", "amx"],
+        ["-O0", "-g1", "-fopenmp", "--coverage"], ["default", "avx2", "avx512", "avx512_bf16", "amx"]
     ),
 }
 
