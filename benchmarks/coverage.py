@@ -28,8 +28,8 @@ TRACED = [sys.executable, "-m", "coverage", "run", *PYTEST[1:]]
 NATIVE_TESTS = ("kernels", "native_layers", "inference", "operators", "roofline")
 # By capability. Where each line counts for itself, nothing is optimised: neither the rates of the machine are reached
 # nor the accuracy of multiplications and additions in one.
-BEST = "not cpu_capability and not rates_of_the_machine and not means_far_from_zero"
-OTHERS = "operation_is_exact or nobody_needs or non_finite or any_layout"
+BEST = ("-k", "not cpu_capability and not rates_of_the_machine and not means_far_from_zero")
+OTHERS = ("-m", "each_capability")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -80,7 +80,7 @@ def native() -> dict[str, Any]:
     tests = [f"tests/test_{name}.py" for name in NATIVE_TESTS]
     *others, best = cpu.capabilities()
     for capability, selection in [*((other, OTHERS) for other in others), (best, BEST)]:
-        options = ["-k", selection, "-n", "0", "-o", "pythonpath=build/coverage"]
+        options = [*selection, "-n", "0", "-o", "pythonpath=build/coverage"]
         _run(*PYTEST, *options, *tests, DENSENET_EFFICIENT_CPU_CAPABILITY=capability, OMP_NUM_THREADS="4")
     report = FOLDER / "native.json"
     reports = ["--txt", "-", "--json", str(report)]

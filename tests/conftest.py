@@ -18,6 +18,7 @@ def pytest_configure(config):
         "own_process: forks, or handles a signal; not within a worker of xdist, whose process serves others too",
     )
     config.addinivalue_line("markers", "large: reserves gigabytes of address space, of which it touches little")
+    config.addinivalue_line("markers", "each_capability: runs again with every capability of the CPU")
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ def test_every_operation_has_a_case():
     assert all(hasattr(Factory, operation) for operation in CONTRACT)
 
 
+@pytest.mark.each_capability
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda geometry: "x".join(map(str, geometry)))
@@ -83,6 +84,7 @@ def test_small_images(operation, height):
         assert_exact(case, torch.bfloat16)
 
 
+@pytest.mark.each_capability
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -114,6 +116,7 @@ def test_gradient_is_assigned_where_it_does_not_accumulate(operation, dtype):
         assert_exact(getattr(Factory(*geometry), operation)(accumulate=False), dtype)
 
 
+@pytest.mark.each_capability
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -179,6 +182,7 @@ def test_float32_weights_beside_low_precision_activations(operation, dtype):
         torch.testing.assert_close(results[name], value)
 
 
+@pytest.mark.each_capability
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -318,7 +322,7 @@ def test_every_compiled_cpu_capability(capability):
     if "not supported by this CPU" in used.stderr:
         pytest.skip(f"this CPU does not support {capability}")
     assert used.stdout.split() == [capability], used.stderr
-    selection = ["-k", "operation_is_exact or nobody_needs or non_finite or any_layout", "-p", "no:cacheprovider"]
+    selection = ["-m", "each_capability", "-p", "no:cacheprovider"]
     tests = run_python(["-m", "pytest", "-x", __file__, *selection], environment)
     assert tests.returncode == 0, tests.stdout
 
