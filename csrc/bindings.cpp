@@ -98,6 +98,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &densenet_efficient::build_info);
   module.def("cpu_capability", &densenet_efficient::cpu_capability_name);
   py::class_<densenet_efficient::ModuleSnapshot>(module, "ModuleSnapshot")
-      .def(py::init<const py::list&>())
+      .def(py::init<const py::list&, bool>(), py::arg("modules"), py::kw_only(), py::arg("with_values"))
       .def("matches", &densenet_efficient::ModuleSnapshot::matches);
 }

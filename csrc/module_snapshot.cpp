@@ -40,10 +40,16 @@ bool walk_all(const py::list& modules, const Visit& visit) {
   return true;
 }
 
+// What of ``object`` is compared.
+PyObject* identity(PyObject* object, bool with_values) {
+  return with_values || !is_tensor(object) ? object : reinterpret_cast<PyObject*>(Py_TYPE(object));
+}
+
 }  // namespace
 
-ModuleSnapshot::ModuleSnapshot(const py::list& modules) {
-  walk_all(modules, [this](PyObject* object) {
+ModuleSnapshot::ModuleSnapshot(const py::list& modules, bool with_values) : with_values_(with_values) {
+  walk_all(modules, [this](PyObject* visited) {
+    PyObject* object = identity(visited, with_values_);
     entries_.push_back({py::reinterpret_borrow<py::object>(object), is_tensor(object), 0, nullptr});
     if (is_tensor(object)) {
       const at::Tensor& tensor = THPVariable_Unpack(object);
@@ -56,10 +62,11 @@ ModuleSnapshot::ModuleSnapshot(const py::list& modules) {
 
 bool ModuleSnapshot::matches(const py::list& modules) const {
   auto entry = entries_.begin();
-  const auto is_same = [&](PyObject* object) {
+  const auto is_same = [&](PyObject* visited) {
+    PyObject* object = identity(visited, with_values_);
     if (entry == entries_.end() || entry->object.ptr() != object) return false;
     const Entry& known = *entry++;
-    if (!known.is_tensor) return true;
+    if (!known.has_value) return true;
     const at::Tensor& tensor = THPVariable_Unpack(object);
     return tensor._version() == known.version && tensor.const_data_ptr() == known.address;
   };

@@ -9,11 +9,12 @@
 namespace densenet_efficient {
 
 // Of every module of a few trees: its class, its attributes and what its dictionaries hold (parameters, buffers,
-// submodules, hooks), each by identity; of every tensor also its version, which every change in place raises, and its
-// address. A mutable attribute of another kind counts as unchanged for as long as it is the same object.
+// submodules, hooks), each by identity; of every tensor, where their values count, also its version, which every change
+// in place raises, and its address, and otherwise its class alone. A mutable attribute of another kind counts as
+// unchanged for as long as it is the same object.
 class ModuleSnapshot {
  public:
-  explicit ModuleSnapshot(const pybind11::list& modules);
+  ModuleSnapshot(const pybind11::list& modules, bool with_values);
 
   // Whether ``modules`` are now what those of the snapshot were.
   bool matches(const pybind11::list& modules) const;
@@ -21,11 +22,12 @@ class ModuleSnapshot {
  private:
   struct Entry {
     pybind11::object object;  // held, so that nothing new can come to its address
-    bool is_tensor;
+    bool has_value;
     int64_t version;
     const void* address;
   };
 
+  bool with_values_;
   std::vector<Entry> entries_;
 };
 

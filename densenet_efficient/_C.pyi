@@ -25,6 +25,6 @@ def cpu_capability() -> str:
 class ModuleSnapshot:
     """What modules are made of, all the way down: classes, attributes, parameters, buffers, hooks."""
 
-    def __init__(self, modules: Sequence[nn.Module | None]) -> None: ...
+    def __init__(self, modules: Sequence[nn.Module | None], *, with_values: bool) -> None: ...
     def matches(self, modules: Sequence[nn.Module | None]) -> bool:
         """Whether all of it is still the same, no tensor changed in place included."""

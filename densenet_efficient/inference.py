@@ -30,7 +30,7 @@ class Prepared(NamedTuple):
     exit_weight: Tensor | None  # packed
 
 
-class Stage(NamedTuple):
+class StageModules(NamedTuple):
     """The modules of a stage: a dense block and what consumes it, in two dimensions and without dilation."""
 
     block: nn.Module
@@ -56,12 +56,12 @@ class Stage(NamedTuple):
 class Plan:
     """A stage whose norms all use their running statistics, and what was prepared for it."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: StageModules) -> None:
         from ._C import ModuleSnapshot  # there, because the native backend is
 
         self.norms, self.convolutions = stage.norms, stage.convolutions
         self.exit, self.exit_norm, self.exit_conv = stage.exit, stage.exit_norm, stage.exit_conv
-        self.snapshot = ModuleSnapshot([stage.block, stage.consumer])
+        self.snapshot = ModuleSnapshot([stage.block, stage.consumer], with_values=True)
         self.weight = stage.convolutions[0].weight
         has_bottleneck = self.convolutions[0].kernel_size == (1, 1)
         self.bottleneck_channels = self.convolutions[0].out_channels if has_bottleneck else 0
@@ -141,7 +141,7 @@ def forget_plan(block: nn.Module) -> None:
         _plans.pop(block, None)
 
 
-def make_plan(stage: Stage) -> Plan | None:
+def make_plan(stage: StageModules) -> Plan | None:
     """A plan for ``stage``, kept for the next calls; None where its statistics or weights may not be kept."""
     if any(map(fusion.uses_batch_statistics, stage.every_norm)):
         return None

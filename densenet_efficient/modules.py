@@ -18,7 +18,8 @@ from . import fusion, inference
 from .argument_checks import check_drop_rate, check_kernel_size, check_level, check_positive, check_spatial_dims
 from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, BatchNorm, Convolution, global_average, is_for
 from .fusion import LayerParts
-from .operator_calls import StageBlock, describe_exit, run_plan, run_stage, run_stem
+from .operator_calls import StageBlock, describe_exit, run_prepared, run_stage, run_stem
+from .readings import read_once
 from .stage import HEAD
 
 
@@ -257,7 +258,7 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
     while children:
         plan = _kept_plan(children, with_head, x)
         if plan is not None:
-            x, children = run_plan(plan, x, keep_features=False)[0], children[2:]
+            x, children = run_prepared(plan, x, keep_features=False)[0], children[2:]
             if plan.exit == HEAD:
                 return x, True
             continue
@@ -305,7 +306,7 @@ def take_stage(children: list[nn.Module], with_head: bool) -> tuple[StageBlock, 
     down = fusion.transition_down_parts(consumer)
     if not is_head and down is None and fusion.transition_parts(consumer) is None:
         return None
-    layers, norm = block.read(), describe_exit(consumer)[1]
+    layers, norm = read_once(block), describe_exit(consumer)[1]
     if isinstance(layers, str) or norm is None or not is_for(norm, layers[0].spatial_dims):
         return None
     if down is not None and down[2] != layers[0].dropout:

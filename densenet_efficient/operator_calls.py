@@ -25,7 +25,8 @@ from .input_checks import (
     pixels,
 )
 from .kernels import spatial
-from .running_statistics import update_running_statistics
+from .readings import read_once
+from .running_statistics import is_due, moments, update_running_statistics
 from .stage import HEAD, NO_EXIT, TRANSITION, TRANSITION_DOWN
 from .stage_arguments import convolution_weights, draw_masks, parameters_of, running_of, update_stage_statistics
 from .synchronisation import exchange_counts, group_of_all
@@ -45,7 +46,7 @@ class StageBlock(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = fusion.tracer(x, self.training) or self.read()
+        layers = fusion.tracer(x, self.training) or read_once(self)
         if not isinstance(layers, str):
             return run_stage(self, layers, None, x)[1]
         _announce(self, layers)
@@ -63,7 +64,7 @@ def run_stage(
     if inference.applies(x):
         plan = inference.kept_plan(block, consumer) or _make_plan(block, layers, consumer, x)
         if plan is not None:
-            return run_plan(plan, x, keep_features)
+            return run_prepared(plan, x, keep_features)
     elif torch.is_grad_enabled():
         inference.forget_plan(block)
     norms: list[BatchNorm] = [norm for layer in layers for norm in layer.norms]
@@ -119,12 +120,12 @@ def _make_plan(
     convolutions = [conv for layer in layers for conv in layer.convolutions]
     norms = [norm for layer in layers for norm in layer.norms]
     stage_exit, exit_norm, exit_conv = describe_exit(consumer)
-    stage = inference.Stage(block, consumer, norms, convolutions, stage_exit, exit_norm, exit_conv)
+    stage = inference.StageModules(block, consumer, norms, convolutions, stage_exit, exit_norm, exit_conv)
     check_devices(x, stage.every_tensor)
     return inference.make_plan(stage)
 
 
-def run_plan(plan: inference.Plan, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor]:
+def run_prepared(plan: inference.Plan, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor]:
     """The outputs of `run_stage` for a stage that an inference has prepared."""
     check_input(plan.norms[0], dims_of(plan.convolutions[0]), x)
     if plan.exit in (TRANSITION, TRANSITION_DOWN):
@@ -148,7 +149,8 @@ def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool) -> 
         x, conv.weight, norm.weight, norm.bias, running, list(conv.stride), list(conv.padding), norm.eps,
         save_conv and torch.is_grad_enabled(), counts, group,
     )  # fmt: skip
-    update_running_statistics([norm], [statistics], count if counts is None else counts.sum())
+    if is_due(norm):
+        update_running_statistics([norm], [moments(statistics, count if counts is None else counts.sum())])
     return out
 
 

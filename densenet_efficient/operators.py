@@ -72,7 +72,7 @@ def _unflatten(
 
 def _of_plane(weight: Tensor) -> Tensor:
     """A 1x1 convolution's weight of any dimensions as [K, C, 1, 1]."""
-    return weight.view(*weight.shape[:2], 1, 1)
+    return weight if weight.dim() == 4 else weight.view(*weight.shape[:2], 1, 1)
 
 
 def _by_layer(values: list[T], bottleneck: bool) -> list[list[T]]:
@@ -199,12 +199,17 @@ def dense_stage_backward(
 def _needed_gradients(grads: list[Tensor | None], parameters: list[Tensor], needed: list[bool]) -> list[Tensor]:
     """Those needed, each in its parameter's dtype and shape; zeros for a parameter that no gradient reached."""
     return [
-        parameter.new_zeros(parameter.shape)
-        if grad is None
-        else (grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)).view(parameter.shape)
+        parameter.new_zeros(parameter.shape) if grad is None else _like(parameter, grad)
         for grad, parameter, wanted in zip(grads, parameters, needed, strict=True)
         if wanted
     ]
+
+
+def _like(parameter: Tensor, grad: Tensor) -> Tensor:
+    """A conversion or a view of itself takes time too, for hundreds of parameters."""
+    if grad.dtype != parameter.dtype:
+        grad = grad.to(parameter.dtype)
+    return grad if grad.shape == parameter.shape else grad.view(parameter.shape)
 
 
 @dense_stage_backward.register_fake

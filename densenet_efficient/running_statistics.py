@@ -18,21 +18,29 @@ class _Update(NamedTuple):
     momentum: float
 
 
-def update_running_statistics(norms: list[BatchNorm], batch: list[Tensor], count: int | Tensor) -> None:
-    """torch.nn.BatchNorm2d's update of its buffers from (mean, biased variance) [2, C] over ``count`` values.
+Moments = tuple[Tensor, Tensor]  # the mean and the unbiased variance
+
+
+def is_due(norm: BatchNorm) -> bool:
+    """Whether a forward updates the running statistics of ``norm``."""
+    return norm.training and norm.track_running_stats
+
+
+def moments(statistics: Tensor, count: int | Tensor) -> Moments:
+    """Those of (mean, biased variance) [..., 2, C] over ``count`` values."""
+    mean, variance = statistics.detach().unbind(-2)
+    return mean, variance * (count / (count - 1))  # a tensor, if the values are of several processes
+
+
+def update_running_statistics(norms: list[BatchNorm], batch: list[Moments]) -> None:
+    """torch.nn.BatchNorm2d's update of the buffers of those that are due, from the moments [C] of their inputs.
 
     All memory is taken before the first buffer changes: where it is full, no norm is updated in part.
     """
-    due = [
-        (norm, share.detach())
-        for norm, share in zip(norms, batch, strict=True)
-        if norm.training and norm.track_running_stats
-    ]
-    if not due:
-        return  # and leaves no empty no_grad behind, which torch.export cannot load
+    due = [(norm, share) for norm, share in zip(norms, batch, strict=True) if is_due(norm)]
     with torch.no_grad():
         groups = _by_momentum(due)
-        updates = [update for momentum, group in groups.items() for update in _updates(momentum, group, count)]
+        updates = [update for momentum, group in groups.items() for update in _updates(momentum, group)]
         counters = [norm.num_batches_tracked for norm, _ in due if norm.num_batches_tracked is not None]
         counted = list(torch._foreach_add(counters, 1)) if counters else []
         if counters:
@@ -41,9 +49,9 @@ def update_running_statistics(norms: list[BatchNorm], batch: list[Tensor], count
             torch._foreach_lerp_(*update)
 
 
-def _by_momentum(due: list[tuple[BatchNorm, Tensor]]) -> dict[float, list[tuple[BatchNorm, Tensor]]]:
+def _by_momentum(due: list[tuple[BatchNorm, Moments]]) -> dict[float, list[tuple[BatchNorm, Moments]]]:
     """The same by the momentum of this batch; None is the cumulative average."""
-    groups: dict[float, list[tuple[BatchNorm, Tensor]]] = {}
+    groups: dict[float, list[tuple[BatchNorm, Moments]]] = {}
     for norm, share in due:
         momentum = norm.momentum
         if momentum is None:
@@ -52,17 +60,16 @@ def _by_momentum(due: list[tuple[BatchNorm, Tensor]]) -> dict[float, list[tuple[
     return groups
 
 
-def _updates(momentum: float, group: list[tuple[BatchNorm, Tensor]], count: int | Tensor) -> list[_Update]:
-    """Of the means and of the variances, which become unbiased."""
+def _updates(momentum: float, group: list[tuple[BatchNorm, Moments]]) -> list[_Update]:
+    """Of the means and of the variances."""
     means = [cast(Tensor, norm.running_mean) for norm, _ in group]
     variances = [cast(Tensor, norm.running_var) for norm, _ in group]
-    correction = count / (count - 1)  # a tensor, if the values are of several processes
-    unbiased = torch._foreach_mul([share[1] for _, share in group], correction)
     return [
-        _Update(means, _in_dtype_of(means, [share[0] for _, share in group]), momentum),
-        _Update(variances, _in_dtype_of(variances, list(unbiased)), momentum),
+        _Update(means, _in_dtype_of(means, [mean for _, (mean, _) in group]), momentum),
+        _Update(variances, _in_dtype_of(variances, [variance for _, (_, variance) in group]), momentum),
     ]
 
 
 def _in_dtype_of(buffers: list[Tensor], values: list[Tensor]) -> list[Tensor]:
-    return [value.to(buffer.dtype) for buffer, value in zip(buffers, values, strict=True)]
+    pairs = zip(buffers, values, strict=True)
+    return [value if value.dtype == buffer.dtype else value.to(buffer.dtype) for buffer, value in pairs]

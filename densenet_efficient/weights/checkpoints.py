@@ -34,7 +34,7 @@ _OTHER_NAMES = {
 _OLD_KEY = re.compile(r"(denselayer\d+\.)(?:layers\.)?(norm|relu|conv)\.?([12]\.)")
 
 
-def read_checkpoint(path: str | Path) -> Any:
+def read_file(path: str | Path) -> Any:
     """What a file holds: tensors by name from ``.safetensors``, a `KerasWeights` from ``.h5`` or ``.keras``, and from
     any other what ``torch.save`` put there. No code in it is run.
 

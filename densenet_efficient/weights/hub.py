@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..optional import needed
-from .checkpoints import read_checkpoint
+from .checkpoints import read_file
 from .preprocessing import Preprocessing
 
 CONFIG = "config.json"
@@ -105,7 +105,7 @@ def read_weights(name: str, fetch: Fetch) -> Any:
             offline = offline or error
             continue
         if path is not None:
-            return read_checkpoint(path)
+            return read_file(path)
     raise offline or FileNotFoundError(f"{name} holds neither {WEIGHTS[0]} nor {WEIGHTS[1]}")
 
 

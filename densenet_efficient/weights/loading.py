@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checkpoints import read_checkpoint, state_of
+from .checkpoints import read_file, state_of
 from .keras_files import KerasWeights
 
 FIRST_CONVOLUTION = "features.conv0.weight"
@@ -50,7 +50,7 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> li
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module to load weights into, got a {type(model).__name__}")
-    checkpoint = read_checkpoint(source) if isinstance(source, str | Path) else source
+    checkpoint = read_file(source) if isinstance(source, str | Path) else source
     state = checkpoint.state_for(model) if isinstance(checkpoint, KerasWeights) else state_of(checkpoint)
     own = model.state_dict()
     notes = [*_leave_no_weights(state, own), *_keep_classifier(state, own), *_adapt_first_convolution(state, own)]

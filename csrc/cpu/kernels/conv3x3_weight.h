@@ -25,31 +25,47 @@ class ChannelChunks {
   }
   static int64_t even(int64_t count) { return kPairedRows<T> ? round_up(count, 2) : count; }
 
- private:
   static constexpr int64_t kWidest = 192;
+
+ private:
   int64_t channels_;
 };
 
-// A weight [outputs, channels, 3, 3] as [outputs, 9, channels], which it is already in channels-last memory.
+// A weight [outputs, channels, 3, 3] as [outputs, 9, channels], which it is already in channels-last memory: a part of
+// it at a time, so that threads copy side by side.
 template <typename A>
 class TapsFirst {
  public:
-  TapsFirst(const A* weight, int64_t outputs, int64_t channels, bool channels_last)
-      : channels_(channels), copy_(channels_last ? 0 : outputs * 9 * channels), data_(weight) {
-    if (channels_last) return;
-    for (int64_t output = 0; output < outputs; output++) {
-      taps_first(weight + output * 9 * channels, channels, copy_.get() + output * 9 * channels, channels);
+  TapsFirst(const A* weight, int64_t channels, bool channels_last, int64_t most_outputs, int64_t most_channels)
+      : weight_(weight),
+        channels_(channels),
+        tap_stride_(channels_last ? channels : most_channels),
+        copy_(channels_last ? 0 : most_outputs * 9 * most_channels),
+        is_copied_(!channels_last) {}
+
+  // Some outputs, and some channels of each.
+  void take(int64_t output, int64_t outputs, int64_t channel, int64_t channels) {
+    if (!is_copied_) {
+      data_ = weight_ + output * stride() + channel;
+      return;
+    }
+    for (int64_t index = 0; index < outputs; index++) {
+      const A* from = weight_ + ((output + index) * channels_ + channel) * 9;
+      taps_first(from, channels, channels_ - channel, copy_.get() + index * stride(), tap_stride_);
     }
     data_ = copy_.get();
   }
 
-  // One tap of one output, [channels]; the next output is 9 * channels elements further.
-  const A* at(int64_t output, int64_t tap) const { return data_ + (output * 9 + tap) * channels_; }
+  // One tap of one of the outputs taken, [channels]; the next output is ``stride`` elements further.
+  const A* at(int64_t output, int64_t tap) const { return data_ + output * stride() + tap * tap_stride_; }
+  int64_t stride() const { return 9 * tap_stride_; }
 
  private:
-  int64_t channels_;
+  const A* weight_;
+  int64_t channels_, tap_stride_;
   Scratch<A> copy_;
-  const A* data_;
+  bool is_copied_;
+  const A* data_ = nullptr;
 };
 
 // For the forward: per chunk and vertical tap, rows (horizontal tap, channel) of [outputs].
@@ -67,23 +83,22 @@ class ForwardWeight : public ChannelChunks<T> {
   template <typename A>
   static void pack(const A* weight, int64_t outputs, int64_t channels, bool channels_last, T* packed) {
     const ForwardWeight places(packed, outputs, channels);
-    const TapsFirst<A> taps(weight, outputs, channels, channels_last);
-    const Scratch<A> transposed(9 * channels * outputs);  // [9, channels, outputs]
-    for (int64_t tap = 0; tap < 9; tap++) {
-      transpose(taps.at(0, tap), 9 * channels, outputs, channels, transposed.get() + tap * channels * outputs, outputs);
-    }
-    const Scratch<A> zeros(outputs);
-    std::fill_n(zeros.get(), outputs, A(0));
-    for (int64_t index = 0; index < places.chunks(); index++) {
-      const ChannelChunk chunk = places.chunk(index);
-      for (int64_t ky = 0; ky < 3; ky++) {
-        pack_gathered(3 * chunk.padded, outputs, packed + places.offset(index, ky), [&](int64_t row) -> const A* {
-          const int64_t kx = row / chunk.padded, channel = row % chunk.padded;
-          if (channel >= chunk.channels) return zeros.get();
-          return transposed.get() + ((ky * 3 + kx) * channels + chunk.first + channel) * outputs;
-        });
+    constexpr int64_t block = 32;  // channels, in whole pairs; a chunk has whole blocks
+    at::parallel_for(0, ceil_div(channels, block), 1, [&](int64_t begin, int64_t end) {
+      TapsFirst<A> taps(weight, channels, channels_last, outputs, block);
+      const Scratch<A> rows((block + 1) * outputs);  // of one tap, with one of zeros behind an odd number
+      for (int64_t first = begin * block; first < std::min(end * block, channels); first += block) {
+        const int64_t count = std::min(block, channels - first), index = first / ChannelChunks<T>::kWidest;
+        const ChannelChunk chunk = places.chunk(index);
+        taps.take(0, outputs, first, count);
+        std::fill_n(rows.get() + count * outputs, outputs, A(0));
+        for (int64_t tap = 0; tap < 9; tap++) {
+          transpose(taps.at(0, tap), taps.stride(), outputs, count, rows.get(), outputs);
+          T* to = packed + places.offset(index, tap / 3) + (tap % 3 * chunk.padded + first - chunk.first) * outputs;
+          pack_gathered(places.even(count), outputs, to, [&](int64_t row) { return rows.get() + row * outputs; });
+        }
       }
-    }
+    });
   }
 
   const T* taps(int64_t index, int64_t ky) const { return packed_ + offset(index, ky); }
@@ -106,19 +121,25 @@ class BackwardWeight : public ChannelChunks<T> {
   template <typename A>
   BackwardWeight(const A* weight, int64_t outputs, int64_t channels, bool channels_last)
       : ChannelChunks<T>(channels), outputs_(this->even(outputs)), packed_(9 * outputs_ * channels) {
-    const TapsFirst<A> weight_taps(weight, outputs, channels, channels_last);
     const Scratch<A> zeros(channels);
     std::fill_n(zeros.get(), channels, A(0));
-    for (int64_t index = 0; index < this->chunks(); index++) {
-      const ChannelChunk chunk = this->chunk(index);
-      for (int64_t vertical = 0; vertical < 3; vertical++) {
-        pack_gathered(3 * outputs_, chunk.channels, taps(index, vertical), [&](int64_t row) -> const A* {
-          const int64_t horizontal = row / outputs_, output = row % outputs_;
-          const int64_t tap = (2 - vertical) * 3 + 2 - horizontal;
-          return output < outputs ? weight_taps.at(output, tap) + chunk.first : zeros.get();
-        });
+    constexpr int64_t block = 4;  // outputs, in whole pairs
+    at::parallel_for(0, ceil_div(outputs_, block), 1, [&](int64_t begin, int64_t end) {
+      TapsFirst<A> weight_taps(weight, channels, channels_last, block, channels);
+      for (int64_t first = begin * block; first < std::min(end * block, outputs_); first += block) {
+        const int64_t count = std::min(block, outputs_ - first), given = std::min(block, outputs - first);
+        weight_taps.take(first, given, 0, channels);
+        for (int64_t index = 0; index < this->chunks(); index++) {
+          const ChannelChunk chunk = this->chunk(index);
+          for (int64_t tap = 0; tap < 9; tap++) {
+            T* to = taps(index, 2 - tap / 3) + ((2 - tap % 3) * outputs_ + first) * chunk.channels;
+            pack_gathered(count, chunk.channels, to, [&](int64_t row) -> const A* {
+              return row < given ? weight_taps.at(row, tap) + chunk.first : zeros.get();
+            });
+          }
+        }
       }
-    }
+    });
   }
 
   int64_t padded_outputs() const { return outputs_; }
@@ -144,14 +165,14 @@ class TransformedWeight {
 
   void transform_forward(const float* weight, bool channels_last) const {
     constexpr int64_t block = 16;
-    const TapsFirst<float> taps(weight, outputs_, channels_, channels_last);
     at::parallel_for(0, ceil_div(channels_, block), 1, [&](int64_t begin, int64_t end) {
+      TapsFirst<float> taps(weight, channels_, channels_last, outputs_, block);
       const Scratch<float> rows(9 * block * outputs_);  // [9, block, outputs]
       for (int64_t first = begin * block; first < std::min(end * block, channels_); first += block) {
         const int64_t count = std::min(block, channels_ - first);
+        taps.take(0, outputs_, first, count);
         for (int64_t tap = 0; tap < 9; tap++) {
-          transpose(taps.at(0, tap) + first, 9 * channels_, outputs_, count, rows.get() + tap * block * outputs_,
-                    outputs_);
+          transpose(taps.at(0, tap), taps.stride(), outputs_, count, rows.get() + tap * block * outputs_, outputs_);
         }
         for (int64_t c = 0; c < count; c++) {
           const auto row_of = [&](int64_t tap) { return rows.get() + (tap * block + c) * outputs_; };
@@ -162,10 +183,11 @@ class TransformedWeight {
   }
 
   void transform_backward(const float* weight, bool channels_last) const {
-    const TapsFirst<float> taps(weight, outputs_, channels_, channels_last);
     at::parallel_for(0, outputs_, 1, [&](int64_t begin, int64_t end) {
+      TapsFirst<float> taps(weight, channels_, channels_last, 1, channels_);
       for (int64_t output = begin; output < end; output++) {
-        const auto row_of = [&](int64_t tap) { return taps.at(output, 8 - tap); };
+        taps.take(output, 1, 0, channels_);
+        const auto row_of = [&](int64_t tap) { return taps.at(0, 8 - tap); };
         winograd::transform_taps(channels_, row_of, data_ + output * channels_, distance(outputs_, channels_));
       }
     });

@@ -137,12 +137,12 @@ ALWAYS_INLINE void transpose_registers(Vector<float>* rows) {
   interleave_halves(other, rows);
 }
 
-// [channels, 9] to [9, channels], the taps of a 3x3 convolution first.
+// [channels, 9] to [9, channels], the taps of a 3x3 convolution first; ``readable`` channels lie there.
 template <typename A>
-void taps_first(const A* from, int64_t channels, A* to, int64_t to_stride) {
+void taps_first(const A* from, int64_t channels, int64_t readable, A* to, int64_t to_stride) {
   int64_t c = 0;
   if constexpr (std::is_same_v<A, float>) {
-    for (; c + 32 <= channels; c += 16) {  // the last sixteen: a vector of nine taps reads seven beyond them
+    for (; c + 16 <= channels && c + 16 < readable; c += 16) {  // a vector of nine taps reads seven beyond them
       Vector<float> block[16];
       for (int i = 0; i < 16; i++) block[i] = load<float>(from + (c + i) * 9);
       transpose_registers(block);
