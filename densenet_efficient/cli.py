@@ -103,6 +103,8 @@ def add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
     add("--input", type=input_shape, required=True, metavar="NxCxHxW", help="such as 32x3x224x224")
     add("--dtype", choices=DTYPES, default="float32", help="of the activations (default: %(default)s)")
     add("--budget", help="such as 8GiB")
+    offload = "for a GPU: with the budget, storages of blocks may wait in the host's memory"
+    add("--offload", action="store_true", help=offload)
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: %(default)s)")
     levels = "the level of all blocks, or one per block; chosen if a budget is given and no levels are"
     add("--checkpointing", nargs="+", choices=CHECKPOINTING_LEVELS, metavar="LEVEL", help=levels)
@@ -175,6 +177,7 @@ def run_plan(options: argparse.Namespace) -> None:
         budget=options.budget,
         optimizer=options.optimizer,
         checkpointing=levels,
+        offload=options.offload,
     )
     print_plan(found)
     found.check_fits()

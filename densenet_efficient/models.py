@@ -151,8 +151,10 @@ class EfficientDenseNet(PretrainedNetwork):
         *,
         batch: int | None = None,
         optimizer: str = "adamw",
+        offload: bool = False,
     ) -> MemoryPlan:
-        """Sets the levels of checkpointing that `plan` finds cheapest for a training step within ``budget``.
+        """Sets the levels of checkpointing that `plan` finds cheapest for a training step within ``budget``, and the
+        blocks whose storages wait in the host's memory.
 
         The arguments are those of `densenet_efficient.plan`, whose answer is returned.
 
@@ -160,10 +162,13 @@ class EfficientDenseNet(PretrainedNetwork):
             ValueError: no levels fit; the model stays as it was.
         """
         from .planning import plan  # which builds models
+        from .planning.shapes import blocks_of
 
-        found = plan(self, input_shape, dtype, batch=batch, budget=budget, optimizer=optimizer)
+        found = plan(self, input_shape, dtype, batch=batch, budget=budget, optimizer=optimizer, offload=offload)
         found.check_fits()
         self.checkpointing = found.checkpointing
+        for block, is_offloaded in zip(blocks_of(self), found.offloaded, strict=True):
+            block.offload = is_offloaded
         return found
 
     @property

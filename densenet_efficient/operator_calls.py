@@ -25,6 +25,7 @@ from .input_checks import (
     pixels,
 )
 from .kernels import spatial
+from .offload import offloaded
 from .readings import read_once
 from .running_statistics import is_due, moments, update_running_statistics
 from .stage import HEAD, NO_EXIT, TRANSITION, TRANSITION_DOWN
@@ -36,6 +37,7 @@ class StageBlock(nn.Module):
     """A dense block that runs as one operator; through its modules, and saying so once, where that is impossible."""
 
     checkpointing: str
+    offload: bool = False  # whether a GPU's storage waits for the backward in the host's memory
 
     def read(self) -> list[LayerParts] | str:
         """The layers as the operator takes them, or what is in the way."""
@@ -88,22 +90,23 @@ def run_stage(
         check_count(norms, count, x)
     x = as_compute_dtype(x, convolution_weights(layers, exit_parameters))
     drop_rate, masks = draw_masks(layers, exit_conv if stage_exit == TRANSITION_DOWN else None, x)
-    out, features, statistics, bottleneck_statistics, _ = operators.dense_stage(
-        x,
-        parameters,
-        exit_parameters,
-        running,
-        masks,
-        [norm.eps for norm in norms],
-        [not fusion.uses_batch_statistics(norm) for norm in norms],
-        layers[0].bottleneck,
-        [layer.dilation for layer in layers],
-        stage_exit,
-        drop_rate,
-        block.checkpointing == "none" and torch.is_grad_enabled(),
-        counts,
-        group,
-    )
+    with offloaded(block.offload, x, [*parameters, *exit_parameters]):
+        out, features, statistics, bottleneck_statistics, _ = operators.dense_stage(
+            x,
+            parameters,
+            exit_parameters,
+            running,
+            masks,
+            [norm.eps for norm in norms],
+            [not fusion.uses_batch_statistics(norm) for norm in norms],
+            layers[0].bottleneck,
+            [layer.dilation for layer in layers],
+            stage_exit,
+            drop_rate,
+            block.checkpointing == "none" and torch.is_grad_enabled(),
+            counts,
+            group,
+        )
     total = count if counts is None else counts.sum()
     update_stage_statistics(layers, exit_norm, statistics, bottleneck_statistics, total)
     return out, features

@@ -259,7 +259,8 @@ def _backward_stage(ctx: Any, out_grad: Tensor | None, features_grad: Tensor | N
     lengths = ctx.lengths[1:]  # of the inputs
     if out_grad is None and features_grad is None:
         return None, *([None] * length for length in lengths), *nothing
-    saved, groups = ctx.saved_tensors[:3], _split(ctx.saved_tensors[3:], ctx.lengths)
+    tensors = ctx.saved_tensors  # which unpacks them all, each time
+    saved, groups = tensors[:3], _split(tensors[3:], ctx.lengths)
     input_needed, parameters_needed, exit_needed, *_rest = ctx.needs_input_grad
     needed = [input_needed, *parameters_needed, *exit_needed]
     gradients = iter(

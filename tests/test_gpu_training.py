@@ -53,6 +53,33 @@ def assert_same_bits(actual, expected):
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
+@every_level
+def test_offloaded_storages_give_the_same_bits(backend, level):
+    here, away = Training(level), Training(level)
+    for block in (away.model.features.denseblock1, away.model.features.denseblock2):
+        block.offload = True
+    for _ in range(3):
+        here.step()
+        away.step()
+    assert_same_bits(away.state(), here.state())
+
+
+def test_an_offloaded_storage_leaves_the_gpu(backend):
+    held = []
+    for offload in (False, True):
+        training = Training("bottleneck")
+        training.model.features.denseblock1.offload = offload
+        training.step()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        loss = training.loss()
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated() - before)
+        del loss
+    storage = 4 * 16 * 16 * (32 + 3 * 16) * 2
+    assert held[1] <= held[0] - storage
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_results_are_those_of_the_cpu(backend, monkeypatch, level, dtype):

@@ -12,8 +12,8 @@ from densenet_efficient import EfficientDenseNet, plan
 from densenet_efficient.cli import main
 from densenet_efficient.measure import MIB, make_step, peak_memory_per_image
 from densenet_efficient.models import create_model
-from densenet_efficient.planning.planner import cheapest_levels, mixes, recomputed
-from densenet_efficient.planning.shapes import shape_of
+from densenet_efficient.planning.planner import Mix, cheapest_mix, mixes, recomputed
+from densenet_efficient.planning.shapes import blocks_of, shape_of
 from densenet_efficient.planning.sizes import parse_bytes
 from densenet_efficient.planning.timeline import OPTIMIZERS, TrainingStep
 
@@ -122,17 +122,78 @@ def test_the_mix_is_the_cheapest_that_fits():
     model = create_model("densenet121", num_classes=10)
     shape = shape_of(model, (8, 3, 224, 224), torch.float32, "cpu")
     optimizer = OPTIMIZERS["adamw"]
-    peaks = {levels: TrainingStep(shape, levels, optimizer, "cpu").peak().peak for levels in mixes(4)}
+    peaks = {mix: TrainingStep(shape, mix.levels, optimizer, "cpu").peak().peak for mix in mixes(4, False)}
     chosen = set()
     for budget in sorted(peaks.values()):
-        levels = tuple(cheapest_levels(shape, optimizer, "cpu", budget))
-        assert peaks[levels] <= budget
-        costs = {mix: recomputed(shape, mix) for mix, peak in peaks.items() if peak <= budget}
-        assert costs[levels] == min(costs.values())
-        chosen.add(levels)
+        cheapest = cheapest_mix(shape, optimizer, "cpu", budget, False)
+        assert peaks[cheapest] <= budget
+        costs = {mix: recomputed(shape, mix.levels) for mix, peak in peaks.items() if peak <= budget}
+        assert costs[cheapest] == min(costs.values())
+        chosen.add(cheapest)
     assert len(chosen) == 4
-    assert peaks[("bottleneck",) * 4] == min(peaks.values())
+    assert peaks[Mix.least(4, False)] == min(peaks.values())
     assert recomputed(shape, ("none",) * 4) == 0
+
+
+def test_a_storage_is_offloaded_where_less_is_recomputed_for_it():
+    """With the budget of the least memory there is."""
+    shape, least = tight_on_a_gpu("densenet201")
+    here, away = (cheapest_mix(shape, OPTIMIZERS["adamw"], "cuda", least, offload) for offload in (False, True))
+    assert not any(here.offloaded) and away.offloaded == (True, False, False, False)
+    assert recomputed(shape, away.levels) < recomputed(shape, here.levels) / 2
+    found = plan("densenet201", (64, 3, 224, 224), budget=least, offload=True)
+    assert (tuple(found.checkpointing), tuple(found.offloaded)) == away and found.fits
+    assert found.on_host == 64 * 56 * 56 * 256 * 4
+
+
+def tight_on_a_gpu(name):
+    """The shape of this network on a GPU, and the least peak of it without offloading."""
+    with torch.device("meta"):
+        shape = shape_of(create_model(name), (64, 3, 224, 224), torch.float32, "cuda")
+    return shape, TrainingStep(shape, Mix.least(4, False).levels, OPTIMIZERS["adamw"], "cuda").peak().peak
+
+
+def test_nothing_is_offloaded_without_need():
+    roomy = plan("densenet201", (64, 3, 224, 224), budget="100GiB", offload=True)
+    assert roomy.checkpointing == ["none"] * 4 and roomy.on_host == 0
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_where_a_storage_lives_that_is_offloaded(level):
+    """All the time but between the next block's forward and its backward."""
+    shape = shape_of(EfficientDenseNet(**NETWORK), SHAPE, torch.float32, "cuda")
+    arguments = shape, (level,) * 3, OPTIMIZERS["sgd"], "cuda"
+    here, away = TrainingStep(*arguments), TrainingStep(*arguments, (True, False, False))
+    pairs = zip(here.moments(), away.moments(), strict=True)
+    saved = [(one.stage, one.action, one.saved - other.saved) for one, other in pairs]
+    storage = shape.blocks[0].storage
+    assert away.on_host == storage
+    assert [moment for moment in saved if moment[2]] == [
+        ("denseblock3", "forward", storage),
+        ("denseblock3", "backward", storage),
+    ]
+
+
+def test_a_budget_says_which_storages_are_offloaded():
+    with torch.device("meta"):
+        model = create_model("densenet201")
+    _, least = tight_on_a_gpu("densenet201")
+    found = model.set_memory_budget(least, (64, 3, 224, 224), offload=True)
+    blocks = blocks_of(model)
+    assert [block.offload for block in blocks] == found.offloaded == [True, False, False, False]
+    model.set_memory_budget(least, (64, 3, 224, 224))
+    assert not any(block.offload for block in blocks)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"budget": "1GiB", "checkpointing": "none"}])
+def test_offloading_is_for_a_budget(arguments):
+    with pytest.raises(ValueError, match="to keep within a budget: give one, and no levels"):
+        plan("densenet121", (1, 3, 224, 224), offload=True, **arguments)
+
+
+def test_offloading_is_for_a_gpu():
+    with pytest.raises(ValueError, match="this model is on the CPU: move it first"):
+        plan(EfficientDenseNet(**NETWORK), SHAPE, budget="1GiB", offload=True)
 
 
 def test_what_fits_is_the_largest():
@@ -243,6 +304,8 @@ def test_the_command_prints_a_plan(capsys):
     assert "fits" not in capsys.readouterr().out
     assert main(["plan", "densenet201", "--input", "32x3x224x224", "--checkpointing", "none"]) == 0
     assert "denseblock3" in capsys.readouterr().out
+    assert main(["plan", "densenet201", "--input", "64x3x224x224", "--budget", "1GiB", "--offload"]) == 0
+    assert "In the host's pinned memory wait the storages of denseblock1: 196.0 MiB." in capsys.readouterr().out
 
 
 def test_the_command_fails_where_nothing_fits(capsys):
@@ -254,7 +317,7 @@ def test_the_command_fails_where_nothing_fits(capsys):
 
 @pytest.mark.parametrize("name", ["densenet121", "densenet161", "densenet169", "densenet201", "densenet264"])
 def test_at_the_peak_no_other_storage_lives(name):
-    """Which is why storages are not offloaded to the host."""
+    """So that offloading storages makes the least peak no lower; it spares recomputation below it."""
     found = plan(name, (64, 3, 224, 224), checkpointing="bottleneck")
     assert found.training.moment == "denseblock1, backward"
     saved = {stage.name: stage.own.saved_activations for stage in found.stages}

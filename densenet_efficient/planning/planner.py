@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,8 @@ class MemoryPlan:
     dtype: str
     optimizer: str
     checkpointing: list[str]  # one level per block
+    offloaded: list[bool]  # per block, whether its storage waits in the host's memory
+    on_host: int  # what waits there, in pinned memory
     training: Peak
     inference: Peak
     stages: list[StageMemory]  # of the training step
@@ -70,6 +72,7 @@ def plan(
     budget: int | str | None = None,
     optimizer: str = "adamw",
     checkpointing: str | Sequence[str] | None = None,
+    offload: bool = False,
 ) -> MemoryPlan:
     """The predicted peak memory of a training step and of an inference; nothing is run or allocated.
 
@@ -84,6 +87,8 @@ def plan(
         optimizer: "sgd", "sgd-momentum", "rmsprop", "adam" or "adamw".
         checkpointing: the levels to predict, one or one per block; with a budget they are not chosen then. The
             default without a budget are the model's own.
+        offload: whether the storages of a GPU's blocks may wait for their backward in the host's memory. They do where
+            the levels that fit recompute less for it. A model given by its name is then taken to be on a GPU.
 
     Raises:
         TypeError, ValueError: an argument is of another type, unknown, or does not fit the network.
@@ -94,58 +99,77 @@ def plan(
     computed = _dtype(dtype)
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
-    device = "cuda" if network.classifier.weight.device.type == "cuda" else "cpu"
+    device = _device(network, offload)
     limit = None if budget is None else parse_bytes(budget)
     given = None if checkpointing is None else levels_of(checkpointing, len(blocks))
+    if offload and (limit is None or given is not None):
+        raise ValueError("storages are offloaded to keep within a budget: give one, and no levels of checkpointing")
 
     def shapes(images: Sequence[int]) -> NetworkShape:
         return shape_of(network, images, computed, device)
 
-    def step(buffers: NetworkShape, levels: Sequence[str]) -> TrainingStep:
-        return TrainingStep(buffers, levels, OPTIMIZERS[optimizer], device)
+    def step(buffers: NetworkShape, mix: Mix) -> TrainingStep:
+        return TrainingStep(buffers, mix.levels, OPTIMIZERS[optimizer], device, mix.offloaded)
 
     buffers = shapes(shape)
+    chosen = Mix(tuple(given or [block.checkpointing for block in blocks]))
+    least = Mix(tuple(given)) if given else Mix.least(len(blocks), offload)
     if given is None and limit is not None:
-        levels = cheapest_levels(buffers, OPTIMIZERS[optimizer], device, limit)
-    else:
-        levels = given or [block.checkpointing for block in blocks]
-    least = given or ["bottleneck"] * len(blocks)
+        chosen = cheapest_mix(buffers, OPTIMIZERS[optimizer], device, limit, offload)
 
     def fits(images: Sequence[int]) -> bool:
         return limit is not None and step(shapes(images), least).peak().peak <= limit
 
     count, channels, *_ = shape
     minimum = minimum_size(network)
-    training = step(buffers, levels)
+    training = step(buffers, chosen)
     return MemoryPlan(
         name,
         shape,
         str(computed).removeprefix("torch."),
         optimizer,
-        list(levels),
+        list(chosen.levels),
+        list(training.offloaded),
+        training.on_host,
         training.peak(),
         inference_peak(buffers, device),
         training.stages(),
-        recomputed_share(network, buffers, levels, shape),
+        recomputed_share(network, buffers, chosen.levels, shape),
         limit,
         None if limit is None else largest(lambda n: fits((n, *shape[1:])), 1),
         None if limit is None else largest(lambda size: fits((count, channels, size, size)), minimum),
     )
 
 
-def cheapest_levels(shape: NetworkShape, optimizer: Optimizer, device: str, budget: int) -> list[str]:
-    """The mix of levels that recomputes the fewest multiply-adds within ``budget`` bytes, all "bottleneck" if none."""
+class Mix(NamedTuple):
+    """One level per block, and whether its storage waits in the host's memory (of none by default)."""
+
+    levels: tuple[str, ...]
+    offloaded: tuple[bool, ...] = ()
+
+    @classmethod
+    def least(cls, blocks: int, offload: bool) -> Mix:
+        """What takes the least memory. The last block's backward comes at once, so that its storage stays."""
+        return cls(("bottleneck",) * blocks, (*(offload for _ in range(blocks - 1)), False))
+
+
+def cheapest_mix(shape: NetworkShape, optimizer: Optimizer, device: str, budget: int, offload: bool) -> Mix:
+    """Within ``budget`` bytes the mix that recomputes the fewest multiply-adds, then offloads the least; the one that
+    takes the least memory where none fits."""
     fitting = []
-    for levels in mixes(len(shape.blocks)):
-        peak = TrainingStep(shape, levels, optimizer, device).peak().peak
+    for mix in mixes(len(shape.blocks), offload):
+        step = TrainingStep(shape, mix.levels, optimizer, device, mix.offloaded)
+        peak = step.peak().peak
         if peak <= budget:
-            fitting.append((recomputed(shape, levels), peak, levels))
-    return list(min(fitting)[2]) if fitting else ["bottleneck"] * len(shape.blocks)
+            fitting.append((recomputed(shape, mix.levels), step.on_host, peak, mix))
+    return min(fitting)[3] if fitting else Mix.least(len(shape.blocks), offload)
 
 
-def mixes(blocks: int) -> Iterator[tuple[str, ...]]:
-    """Every way to give each block a level."""
-    return itertools.product(CHECKPOINTING_LEVELS, repeat=blocks)
+def mixes(blocks: int, offload: bool) -> Iterator[Mix]:
+    """Every way to give each block a level and, where ``offload``, each but the last block's storage a place."""
+    places = list(itertools.product((False, True) if offload else (False,), repeat=blocks - 1))
+    for levels in itertools.product(CHECKPOINTING_LEVELS, repeat=blocks):
+        yield from (Mix(levels, (*offloaded, False)) for offloaded in places)
 
 
 def recomputed(shape: NetworkShape, levels: Sequence[str]) -> int:
@@ -176,6 +200,13 @@ def largest(fits: Callable[[int], bool], smallest: int) -> int:
 def _on_meta(name: str) -> Any:
     with torch.device("meta"):
         return create_model(name)
+
+
+def _device(network: Any, offload: bool) -> str:
+    kind: str = network.classifier.weight.device.type
+    if offload and kind == "cpu":
+        raise ValueError("storages are offloaded from a GPU to the host; this model is on the CPU: move it first")
+    return "cuda" if offload or kind == "cuda" else "cpu"
 
 
 def _with_batch(input_shape: Sequence[int], batch: int | None) -> tuple[int, ...]:

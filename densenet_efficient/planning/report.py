@@ -49,6 +49,10 @@ def conclusions(plan: MemoryPlan) -> list[str]:
             f"The largest batch of {images} images that fits: {batch or 'none'}.",
             f"The largest images that fit at batch {plan.input_shape[0]}: {f'{size}x{size}' if size else 'none'}.",
         ]
+    if plan.on_host:
+        stages = [stage.name for stage in plan.stages if stage.name.startswith("denseblock")]
+        names = ", ".join(name for name, away in zip(stages, plan.offloaded, strict=True) if away)
+        lines.append(f"In the host's pinned memory wait the storages of {names}: {format_bytes(plan.on_host)}.")
     return [*lines, "Counted are tensors; the interpreter, the libraries and a GPU's context come on top."]
 
 

@@ -11,6 +11,9 @@ The moments are those where `dense_block.py` and `stem.py` hold the most:
   the CPU, forward too, the unfolded images);
 - the optimizer's step: no activations, but all gradients.
 
+A storage that waits in the host's memory leaves while the next stage runs forward, and comes back while that runs
+backward.
+
 Of the vectors beside maps (statistics, logits) nothing is counted, nor the kernels' tiles: they do not grow with the
 batch, but for the logits.
 """
@@ -95,11 +98,19 @@ class Moment:
 
 
 class TrainingStep:
-    """The moments of a training step, with one level per block."""
+    """The moments of a training step, with one level per block, and its storage here or, ``offloaded``, on the host."""
 
-    def __init__(self, shape: NetworkShape, levels: Sequence[str], optimizer: Optimizer, device: str) -> None:
+    def __init__(
+        self,
+        shape: NetworkShape,
+        levels: Sequence[str],
+        optimizer: Optimizer,
+        device: str,
+        offloaded: Sequence[bool] = (),
+    ) -> None:
         self.shape = shape
         self.levels = list(levels)
+        self.offloaded = list(offloaded) or [False] * len(self.levels)
         self.optimizer = optimizer
         self.device = device
         stem = shape.stem
@@ -109,9 +120,18 @@ class TrainingStep:
         self.gradients = sum(parameters.gradients for parameters in shape.every_parameters)
 
     def saves(self, index: int) -> int:
-        """Bytes that a block keeps for its backward."""
+        """Bytes that a block keeps for its backward, here or on the host."""
         block = self.shape.blocks[index]
         return block.storage + block.masks + (block.bottlenecks if self.levels[index] == "none" else 0)
+
+    def away(self, index: int) -> int:
+        """Those that wait on the host."""
+        return self.shape.blocks[index].storage if self.offloaded[index] else 0
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of all storages that wait there."""
+        return sum(map(self.away, range(len(self.levels))))
 
     def moments(self) -> Iterator[Moment]:
         """In the order of the step."""
@@ -123,9 +143,11 @@ class TrainingStep:
             saved += self.saves(index)
             scratch = block.bottleneck if self.levels[index] == "bottleneck" else 0
             yield Moment(block.name, "forward", 0, saved, block.input + scratch + block.pooled + block.out)
+            saved -= self.away(index - 1) if index else 0
         gradients = self.shape.head.gradients
         for index, block in reversed(list(enumerate(blocks))):
             gradients += block.parameters.gradients
+            saved += self.away(index - 1) if index else 0
             yield Moment(block.name, "backward", gradients, saved, self._backward_workspace(block, self.levels[index]))
             saved -= self.saves(index)
         gradients += stem.parameters.gradients
@@ -161,7 +183,8 @@ class TrainingStep:
             if known is None or self.memory(moment).total > self.memory(known).total:
                 largest[moment.stage] = moment
         names = ["stem", *(block.name for block in self.shape.blocks)]
-        saved = [self.images + self.stem_saves, *map(self.saves, range(len(self.shape.blocks))), 0]
+        blocks = range(len(self.shape.blocks))
+        saved = [self.images + self.stem_saves, *(self.saves(index) - self.away(index) for index in blocks), 0]
         levels = [self.levels[0], *self.levels, None]
         stages = []
         for name, parameters, kept, level in zip(

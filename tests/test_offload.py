@@ -1,0 +1,124 @@
+"""Storages that leave and come back: the same bits, in the right order, with nothing held; copies by a lane of the CPU.
+
+On a GPU, with streams: test_gpu_training.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from cases import LEVELS, VARIANTS, assert_close, loss_of, make_images, make_pair, state_of
+
+from densenet_efficient import offload, operator_calls
+
+
+class LaneOfTheCPU:
+    """Copies at once, and writes down what is asked of it."""
+
+    def __init__(self):
+        self.asked = []
+        self.storages = []  # weakly
+
+    def to_host(self, tensor):
+        self.asked.append(("leave", tensor.shape[1]))
+        self.storages.append(weakref.ref(tensor.untyped_storage()))
+        return tensor.clone()
+
+    def to_device(self, host):
+        self.asked.append(("come", host.shape[1]))
+        return host.clone(), host.shape[1]
+
+    def wait(self, complete):
+        self.asked.append(("wait", complete))
+
+
+@pytest.fixture
+def lane(monkeypatch):
+    """Every stage offloads, as it would on a GPU."""
+    lane = LaneOfTheCPU()
+    monkeypatch.setattr(offload, "lane_of", lambda device: lane)
+    monkeypatch.setattr(operator_calls, "offloaded", lambda wanted, x, parameters: offload.leaving(x, parameters))
+    return lane
+
+
+def run(model, images):
+    images = images.detach().requires_grad_()
+    logits = model(images)
+    loss_of(logits).backward()
+    return {"logits": logits, "images.grad": images.grad, **state_of(model)}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_results_have_the_same_bits(request, variant, level):
+    arguments = VARIANTS[variant] | {"checkpointing": level, "drop_rate": 0.2}
+    results = []
+    for name in (None, "lane"):
+        if name is not None:
+            lane = request.getfixturevalue(name)
+        model = make_pair(**arguments)[1]
+        torch.manual_seed(1)
+        results.append(run(model, make_images(2, 3, 32, 32)))
+    assert_close(*results, tolerance=0)
+    assert [what for what, _ in lane.asked].count("leave") == 2
+
+
+def test_parameters_of_the_images_shape_stay(lane):
+    """A transition's weight [12, C, 1, 1] beside a storage of twelve images of one pixel."""
+    model = make_pair(block_config=(2, 2), compression=1.0, num_init_features=4)[1]
+    weight = model.features.transition1.conv.weight
+    images = make_images(weight.shape[0], 3, 32, 32)
+    run(model, images[..., :32, :32])
+    assert [channels for what, channels in lane.asked if what == "leave"] == [12, 20]
+
+
+def test_the_storage_before_comes_while_one_is_used(lane):
+    model = make_pair(block_config=(2, 2, 2), compression=1.0, num_init_features=4)[1]
+    first, second, third = 12, 20, 28  # channels of the storages
+    run(model, make_images(2, 3, 64, 64))
+    assert lane.asked == [
+        *(("leave", storage) for storage in (first, second, third)),
+        *(("come", third), ("wait", third), ("come", second)),
+        *(("wait", second), ("come", first)),
+        ("wait", first),
+    ]
+
+
+def test_between_forward_and_backward_nothing_else_holds_a_storage(lane):
+    model = make_pair()[1]
+    logits = model(make_images(2, 3, 32, 32))
+    gc.collect()
+    assert len(lane.storages) == 2 and all(storage() is None for storage in lane.storages)
+    loss_of(logits).backward()
+
+
+def test_a_graph_may_run_backward_twice(lane):
+    model = make_pair()[1]
+    loss = loss_of(model(make_images(2, 3, 32, 32)))
+    loss.backward(retain_graph=True)
+    once = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    loss.backward()
+    twice = {name: parameter.grad / 2 for name, parameter in model.named_parameters()}
+    assert_close(twice, once, tolerance=0)
+
+
+def test_an_earlier_graph_is_not_called_again(lane):
+    model = make_pair()[1]
+    earlier = loss_of(model(make_images(2, 3, 32, 32)))
+    earlier.backward(retain_graph=True)
+    lane.asked.clear()
+    run(model, make_images(2, 3, 32, 32))
+    assert [what for what, _ in lane.asked].count("come") == 2
+
+
+def test_on_the_cpu_a_storage_is_where_it_would_go():
+    model = make_pair()[1]
+    expected = run(model, make_images(2, 3, 32, 32))
+    model = make_pair()[1]
+    for block in (model.features.denseblock1, model.features.denseblock2):
+        block.offload = True
+    assert_close(run(model, make_images(2, 3, 32, 32)), expected, tolerance=0)
+    assert not offload._lanes
