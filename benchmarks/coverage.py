@@ -25,7 +25,7 @@ from .uncovered import MissedLines, count, unexplained
 FOLDER = ROOT / "build" / "coverage"
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 TRACED = [sys.executable, "-m", "coverage", "run", *PYTEST[1:]]
-NATIVE_TESTS = ("kernels", "native_layers", "inference", "operators", "roofline")
+NATIVE_TESTS = ("kernels", "native_layers", "inference", "operators", "roofline", "concatenation")
 # By capability. Where each line counts for itself, nothing is optimised: neither the rates of the machine are reached
 # nor the accuracy of multiplications and additions in one.
 BEST = ("-k", "not cpu_capability and not rates_of_the_machine and not means_far_from_zero")
@@ -78,10 +78,10 @@ def native() -> dict[str, Any]:
     for counts in FOLDER.rglob("*.gcda"):
         counts.unlink()
     tests = [f"tests/test_{name}.py" for name in NATIVE_TESTS]
-    *others, best = cpu.capabilities()
-    for capability, selection in [*((other, OTHERS) for other in others), (best, BEST)]:
-        options = [*selection, "-n", "0", "-o", "pythonpath=build/coverage"]
-        _run(*PYTEST, *options, *tests, DENSENET_EFFICIENT_CPU_CAPABILITY=capability, OMP_NUM_THREADS="4")
+    options = ["-n", "0", "-o", "pythonpath=build/coverage"]
+    for capability in cpu.capabilities()[:-1]:
+        _run(*PYTEST, *options, *OTHERS, *tests, DENSENET_EFFICIENT_CPU_CAPABILITY=capability, OMP_NUM_THREADS="4")
+    _run(*PYTEST, *options, *BEST, *tests, OMP_NUM_THREADS="4")
     report = FOLDER / "native.json"
     reports = ["--txt", "-", "--json", str(report)]
     _run(sys.executable, "-m", "gcovr", "--root", ".", "--filter", "csrc/cpu/", *reports, str(FOLDER / "objects"))

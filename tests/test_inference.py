@@ -297,6 +297,16 @@ def test_threads_that_share_a_model():
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("images", [1, 5, 8])
+def test_several_threads_share_the_images(images):
+    """Five: one is left over, for both."""
+    _, model = make_pair(mode="eval", dtype=torch.float32)
+    x = make_images(images, 3, 64, 64, dtype=torch.float32)
+    expected = logits_of(model, x)
+    torch.set_num_threads(2)
+    torch.testing.assert_close(logits_of(model, x), expected, rtol=0, atol=0)
+
+
 class Embedded(Dataset):
     """A data set whose items pass through a model, in whichever process reads them."""
 
