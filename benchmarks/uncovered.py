@@ -22,6 +22,10 @@ REASONS: dict[str, str] = {
     "densenet_efficient/kernels/triton/launch.py::multiprocessors": "asks a GPU for its number of multiprocessors",
     "densenet_efficient/measure.py::_peak_bytes": "begins to count a GPU's memory anew",
     "densenet_efficient/measure.py::_synchronize": "waits for a GPU",
+    **{
+        f"densenet_efficient/offload.py::{function}": "copies between a GPU and the host"
+        for function in ("Lane.__init__", "Lane.to_host", "Lane.to_device", "Lane.wait", "Lane._copy", "lane_of")
+    },
     "densenet_efficient/training/batch_size.py::available_memory": "asks a GPU for its free memory",
     "densenet_efficient/training/progress.py::_memory_mib": "asks a GPU for its peak memory",
 }

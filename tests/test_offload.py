@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,6 +113,14 @@ def test_an_earlier_graph_is_not_called_again(lane):
     lane.asked.clear()
     run(model, make_images(2, 3, 32, 32))
     assert [what for what, _ in lane.asked].count("come") == 2
+
+
+@pytest.mark.parametrize("recorder", ["torch.compiler.is_compiling", "torch.cuda.is_current_stream_capturing"])
+def test_a_graph_cannot_offload(monkeypatch, recorder):
+    monkeypatch.setattr(recorder, lambda: True)
+    on_a_gpu = SimpleNamespace(device=torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="remedy: set_memory_budget without offload"):
+        offload.offloaded(True, on_a_gpu, [])
 
 
 def test_on_the_cpu_a_storage_is_where_it_would_go():
