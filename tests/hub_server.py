@@ -1,4 +1,4 @@
-"""A Hugging Face Hub and a web server for files, in one process beside the test: what their clients say over HTTP."""
+"""What a Hugging Face Hub and a server of files answer to their clients, in a thread beside the test."""
 
 from __future__ import annotations
 
@@ -45,14 +45,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/api/validate-yaml":
             self._answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
-            paths = [file["path"] for file in json.loads(body)["files"]]
-            self._answer(
-                {
-                    "files": [
-                        {"path": path, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for path in paths
-                    ]
-                }
-            )
+            how = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            self._answer({"files": [how | {"path": file["path"]} for file in json.loads(body)["files"]]})
         else:
             self._commit(body)
 
