@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -113,6 +114,16 @@ def test_an_earlier_graph_is_not_called_again(lane):
     lane.asked.clear()
     run(model, make_images(2, 3, 32, 32))
     assert [what for what, _ in lane.asked].count("come") == 2
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_on_a_gpu_what_is_wanted_leaves(monkeypatch, wanted):
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
+    on_a_gpu = SimpleNamespace(device=torch.device("cuda"))
+    context = offload.offloaded(wanted, on_a_gpu, [])
+    assert isinstance(context, torch.autograd.graph.saved_tensors_hooks) == wanted
+    with torch.no_grad():
+        assert isinstance(offload.offloaded(wanted, on_a_gpu, []), nullcontext)
 
 
 @pytest.mark.parametrize("recorder", ["torch.compiler.is_compiling", "torch.cuda.is_current_stream_capturing"])
