@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import LEVELS, VARIANTS, assert_close, loss_of, make_images, make_pair, state_of
+from cases import LEVELS, VARIANTS, assert_close, loss_of, make_images, make_pair, step
 
 from densenet_efficient import offload, operator_calls
 
@@ -46,13 +46,6 @@ def lane(monkeypatch):
     return lane
 
 
-def run(model, images):
-    images = images.detach().requires_grad_()
-    logits = model(images)
-    loss_of(logits).backward()
-    return {"logits": logits, "images.grad": images.grad, **state_of(model)}
-
-
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_results_have_the_same_bits(request, variant, level):
@@ -62,25 +55,23 @@ def test_the_results_have_the_same_bits(request, variant, level):
         if name is not None:
             lane = request.getfixturevalue(name)
         model = make_pair(**arguments)[1]
-        torch.manual_seed(1)
-        results.append(run(model, make_images(2, 3, 32, 32)))
+        results.append(step(model, make_images(2, 3, 32, 32), seed=1))
     assert_close(*results, tolerance=0)
     assert [what for what, _ in lane.asked].count("leave") == 2
 
 
 def test_parameters_of_the_images_shape_stay(lane):
-    """A transition's weight [12, C, 1, 1] beside a storage of twelve images of one pixel."""
+    """The last block's 1x1 convolutions, weights [12, C, 1, 1], beside its storage of twelve images of one pixel."""
     model = make_pair(block_config=(2, 2), compression=1.0, num_init_features=4)[1]
-    weight = model.features.transition1.conv.weight
-    images = make_images(weight.shape[0], 3, 32, 32)
-    run(model, images[..., :32, :32])
+    assert model.features.denseblock2.denselayer1.conv1.weight.shape == (12, 12, 1, 1)
+    step(model, make_images(12, 3, 8, 8))
     assert [channels for what, channels in lane.asked if what == "leave"] == [12, 20]
 
 
 def test_the_storage_before_comes_while_one_is_used(lane):
     model = make_pair(block_config=(2, 2, 2), compression=1.0, num_init_features=4)[1]
     first, second, third = 12, 20, 28  # channels of the storages
-    run(model, make_images(2, 3, 64, 64))
+    step(model, make_images(2, 3, 64, 64))
     assert lane.asked == [
         *(("leave", storage) for storage in (first, second, third)),
         *(("come", third), ("wait", third), ("come", second)),
@@ -112,7 +103,7 @@ def test_an_earlier_graph_is_not_called_again(lane):
     earlier = loss_of(model(make_images(2, 3, 32, 32)))
     earlier.backward(retain_graph=True)
     lane.asked.clear()
-    run(model, make_images(2, 3, 32, 32))
+    step(model, make_images(2, 3, 32, 32))
     assert [what for what, _ in lane.asked].count("come") == 2
 
 
@@ -136,9 +127,9 @@ def test_a_graph_cannot_offload(monkeypatch, recorder):
 
 def test_on_the_cpu_a_storage_is_where_it_would_go():
     model = make_pair()[1]
-    expected = run(model, make_images(2, 3, 32, 32))
+    expected = step(model, make_images(2, 3, 32, 32))
     model = make_pair()[1]
     for block in (model.features.denseblock1, model.features.denseblock2):
         block.offload = True
-    assert_close(run(model, make_images(2, 3, 32, 32)), expected, tolerance=0)
+    assert_close(step(model, make_images(2, 3, 32, 32)), expected, tolerance=0)
     assert not offload._lanes

@@ -8,12 +8,13 @@ import weakref
 
 import pytest
 import torch
+from cases import needs_native
 from torch import nn
 
-from densenet_efficient import DenseBlock, kernels
+from densenet_efficient import DenseBlock
 from densenet_efficient.readings import read_once
 
-pytestmark = pytest.mark.skipif(not kernels.cpu.is_available(), reason="a reading is kept by the native extension")
+pytestmark = needs_native  # which keeps a reading
 
 
 def block_of_three() -> DenseBlock:
