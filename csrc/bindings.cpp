@@ -88,7 +88,7 @@ TORCH_LIBRARY(densenet_efficient, library) {
       "Tensor bottleneck_statistics, Tensor[] bottlenecks, Tensor[] weights, Tensor[] biases, float[] epsilons, "
       "Tensor?[] running, Tensor[] convolutions, Tensor(b!) slope, Tensor(c!) offset, bool nothing_to_project, "
       "bool[] needed, bool input_needed) -> Tensor?[]");
-  library.def("empty_kept(Tensor like, int[] size) -> Tensor");
+  library.def("empty_kept(Tensor like, int[] size, bool channels_last=False) -> Tensor");
   library.def("return_freed_memory() -> ()");
   library.def("cpu_product_rate(ScalarType dtype, float seconds) -> float");
 }

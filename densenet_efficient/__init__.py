@@ -3,6 +3,7 @@
 from .backbone import Backbone
 from .concatenation import concatenate
 from .conversion import convert, revert
+from .kernels import return_freed_memory
 from .models import (
     EfficientDenseNet,
     EfficientDenseNet121,
@@ -38,5 +39,6 @@ __all__ = [
     "convert",
     "load_weights",
     "plan",
+    "return_freed_memory",
     "revert",
 ]

@@ -22,7 +22,7 @@ from . import dense_layers, kernels, native_layers
 from .batch_norm import Projection
 from .dense_layers import drop
 from .kernels import spatial
-from .layout import as_images, as_rows, empty_images
+from .layout import as_images, as_rows
 from .stage import TRANSITION_DOWN, Stage, StageGradients, StageOutput, pooling_window
 
 
@@ -72,7 +72,6 @@ def backward_stage(
     """
     size = tuple(saved.features.shape[2:])
     storage = as_rows(saved.features)
-    kernels.return_freed_memory(storage)
     # Of the storage; finished where a channel's last consumer is done.
     grad = kernels.empty_kept(storage, *storage.shape)
     backend = kernels.backend_for(storage.device)
@@ -90,7 +89,9 @@ def backward_stage(
     )
     input_grad = None
     if input_needed:
-        input_grad = as_images(grad[:, : stage.input_channels(storage)].contiguous(), *size)
+        channels = stage.input_channels(storage)
+        input_grad = kernels.empty_kept_images(grad, saved.features.shape[0], channels, *size)
+        as_rows(input_grad).copy_(grad[:, :channels])
     return StageGradients(input_grad, layer_grads, exit_grads)
 
 
@@ -105,7 +106,7 @@ def _forward_exit(stage: Stage, storage: Tensor, statistics: Tensor, size: spati
         return pooled
     pooled_size = spatial.pooled_size(size, pooling_window(stage.exit, size))
     images = storage.shape[0] // math.prod(size)
-    out = empty_images(storage, images, stage.exit_conv.shape[0], *pooled_size)
+    out = kernels.empty_kept_images(storage, images, stage.exit_conv.shape[0], *pooled_size)
     torch.mm(pooled, stage.exit_conv.flatten(1).to(pooled.dtype).t(), out=as_rows(out))
     return out
 
@@ -143,7 +144,8 @@ def _backward_exit(
             pooled = _pool(stage, storage, saved.statistics, size)
             conv_grad = (out_rows.t() @ pooled).view_as(stage.exit_conv)
             del pooled
-        pooled_grad = out_rows @ weight
+        pooled_grad = kernels.empty_kept(storage, out_rows.shape[0], weight.shape[1])
+        torch.mm(out_rows, weight, out=pooled_grad)
     backend = projection.backend
     affine = stage.exit_norm.affine(backend, *saved.statistics.unbind())
     window = pooling_window(stage.exit, size)

@@ -42,9 +42,8 @@ def forward_layers(
         affine = layer.norm1.affine(backend, mean[:channels], variance[:channels])
         weight = layer.conv1
         if layer.norm2 is not None and layer.conv2 is not None:
-            # One allocation a layer: the C library hands blocks of this size out again, larger ones it returns.
             if save_bottlenecks or not bottlenecks:
-                bottlenecks.append(storage.new_empty(storage.shape[0], stage.bottleneck_channels))
+                bottlenecks.append(kernels.empty_kept(storage, storage.shape[0], stage.bottleneck_channels))
             bottleneck, stats = bottlenecks[-1], bottleneck_statistics[index].unbind()
             wanted = stats if layer.norm2.running is None else (None, None)
             backend.bn_relu_conv1x1(inputs, affine.scale, affine.shift, layer.conv1, bottleneck, *wanted)
@@ -201,7 +200,7 @@ class _LayerBackward:
     def _scratch(self, name: str, channels: int) -> Tensor:
         """[M, channels]; one buffer serves every layer of the block."""
         if name not in self.scratch:
-            self.scratch[name] = self.inputs.new_empty(self.rows, channels)
+            self.scratch[name] = kernels.empty_kept(self.inputs, self.rows, channels)
         return self.scratch[name]
 
 

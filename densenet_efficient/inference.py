@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import fusion, kernels
 from .dimensions import BatchNorm, Convolution
-from .layout import as_rows, channels_last, empty_images
+from .layout import as_rows, channels_last
 from .stage import HEAD, NO_EXIT, TRANSITION_DOWN, pooling_window
 
 
@@ -84,8 +84,8 @@ class Plan:
         images, _, height, width = x.shape
         pools = self.exit not in (NO_EXIT, TRANSITION_DOWN)
         window = pooling_window(self.exit, (height, width)) if pools else (1, 1)
-        features = empty_images(x, images, self.total, height, width) if keep_features else None
-        out = empty_images(x, images, self.out_channels, height // window[0], width // window[1])
+        features = kernels.empty_kept_images(x, images, self.total, height, width) if keep_features else None
+        out = kernels.empty_kept_images(x, images, self.out_channels, height // window[0], width // window[1])
         torch.ops.densenet_efficient.dense_stage_inference(
             as_rows(channels_last(x)), height, width, self.bottleneck_channels, self.growth_rate,
             prepared.affines, prepared.weights, prepared.exit_affine, prepared.exit_weight, window,

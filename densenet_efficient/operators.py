@@ -342,8 +342,7 @@ def _(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     images, channels = x.shape[0], conv.shape[0]
-    axes = zip(x.shape[2:], conv.shape[2:], stride, padding, strict=True)
-    size = tuple((length + 2 * pad - kernel) // step + 1 for length, kernel, step, pad in axes)
+    size = _describe_stem(conv, weight, bias, running, stride, padding, epsilon, counts, group).output_size(x.shape[2:])
     out = empty_images(x, images, channels, *spatial.max_pooled_size(size))
     statistics = x.new_empty(2, channels, dtype=accumulation_dtype(x.dtype))
     conv_out = empty_images(x, images, channels, *size) if save_conv else x.new_empty(0)

@@ -6,7 +6,7 @@ It keeps its input and, unless it recomputes, the convolution's output; never an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor
 from . import kernels
 from .batch_norm import BatchNorm, Projection
 from .kernels import spatial
-from .layout import as_images, as_rows, channels_last, empty_images
+from .layout import as_images, as_rows, channels_last
 from .synchronisation import Synchronisation
 
-# In the convolution's backward, by type of device and spatial dimensions; else the whole batch.
-IMAGES_AT_A_TIME = {("cpu", 1): 4, ("cpu", 2): 4, ("cpu", 3): 1}
-# Of the convolution's output. Above about 1300x1300, oneDNN has only its reference loops for a weight's gradient.
-PIXELS_AT_A_TIME = 2**20
+# Of the convolution's output, on the CPU; at least one image.
+PIXELS_AT_A_TIME = 2**12
+# Above about 1300x1300, oneDNN has only its reference loops for a weight's gradient.
+PIXELS_OF_A_BAND = 2**20
 
 
 class Stem(NamedTuple):
@@ -38,6 +38,11 @@ class Stem(NamedTuple):
     def geometry(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
         """Stride, padding, dilation, whether transposed, output padding and groups, as torch.convolution takes them."""
         return self.stride, self.padding, [1] * len(self.stride), False, [0] * len(self.stride), 1
+
+    def output_size(self, size: Sequence[int]) -> spatial.Size:
+        """The convolution's, of an input of ``size``."""
+        axes = zip(size, self.conv.shape[2:], self.stride, self.padding, strict=True)
+        return tuple((length + 2 * pad - kernel) // step + 1 for length, kernel, step, pad in axes)
 
 
 class StemOutput(NamedTuple):
@@ -60,7 +65,7 @@ def forward_stem(stem: Stem, x: Tensor, save_conv: bool) -> StemOutput:
         if stem.synchronisation is not None:
             stem.synchronisation.merge(*statistics)
     affine = stem.norm.affine(backend, *statistics)
-    out = empty_images(x, x.shape[0], rows.shape[1], *spatial.max_pooled_size(size))
+    out = kernels.empty_kept_images(x, x.shape[0], rows.shape[1], *spatial.max_pooled_size(size))
     spatial.bn_relu_max_pool(backend, rows, affine.scale, affine.shift, size, as_rows(out))
     return StemOutput(out, statistics, conv_out if save_conv else x.new_empty(0))
 
@@ -94,23 +99,21 @@ def _backward_convolution(stem: Stem, grad: Tensor, x: Tensor, needed: list[bool
     There torch's convolution turns the images and the gradient of a first layer into layouts of its own, which takes
     twice the memory of the gradient: for a whole batch that would be the peak of the step.
     """
-    input_grad = empty_images(x, *x.shape) if needed[0] else None
+    input_grad = kernels.empty_kept_images(x, *x.shape) if needed[0] else None
     conv_grad = stem.conv.new_zeros(stem.conv.shape, dtype=kernels.accumulation_dtype(x.dtype)) if needed[1] else None
     weight = channels_last(stem.conv.to(x.dtype))
-    at_a_time = IMAGES_AT_A_TIME.get((x.device.type, x.dim() - 2), max(x.shape[0], 1))
     if (
         x.device.type == "cpu"
         and input_grad is None
         and conv_grad is not None
-        and math.prod(grad.shape[2:]) > PIXELS_AT_A_TIME
+        and math.prod(grad.shape[2:]) > PIXELS_OF_A_BAND
     ):
         for grad_band, x_band, geometry in _bands(stem, grad, x):
             conv_grad += torch.ops.aten.convolution_backward(
                 grad_band, x_band, weight, None, *geometry, [False, True, False]
             )[1]
         return [None, conv_grad]
-    for start in range(0, x.shape[0] if any(needed) else 0, at_a_time):
-        images = slice(start, start + at_a_time)
+    for images in _some_images_at_a_time(grad) if any(needed) else ():
         input_part, conv_part, _ = torch.ops.aten.convolution_backward(
             grad[images], channels_last(x[images]), weight, None, *stem.geometry, [*needed, False]
         )
@@ -124,7 +127,7 @@ def _backward_convolution(stem: Stem, grad: Tensor, x: Tensor, needed: list[bool
 def _bands(stem: Stem, grad: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor, tuple]]:
     """Rows of the convolution's output, image by image, with the rows that they read and the geometry between them."""
     stride, padding, *others = stem.geometry
-    at_a_time = max(PIXELS_AT_A_TIME // math.prod(grad.shape[3:]), 1)
+    at_a_time = max(PIXELS_OF_A_BAND // math.prod(grad.shape[3:]), 1)
     for image in range(x.shape[0]):
         rows = [0, 0] * (len(padding) - 1) + [padding[0], padding[0]]
         padded = channels_last(F.pad(x[image : image + 1], rows))
@@ -137,6 +140,26 @@ def _bands(stem: Stem, grad: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor
 
 
 def _convolve(stem: Stem, x: Tensor) -> Tensor:
-    """The convolution's output in channels-last, which is what the pooling reads as rows."""
+    """The convolution's output in channels-last, which is what the pooling reads as rows.
+
+    On the CPU a few images at a time, so that the whole of it lies in memory that is kept for the next step.
+    """
     weight = channels_last(stem.conv.to(x.dtype))
-    return channels_last(torch.convolution(channels_last(x), weight, None, *stem.geometry))
+    if x.device.type != "cpu":
+        return channels_last(torch.convolution(channels_last(x), weight, None, *stem.geometry))
+    size = stem.output_size(x.shape[2:])
+    out = as_images(kernels.empty_kept(x, x.shape[0] * math.prod(size), weight.shape[0]), *size)
+    for images in _some_images_at_a_time(out):
+        out[images] = torch.convolution(channels_last(x[images]), weight, None, *stem.geometry)
+    return out
+
+
+def _some_images_at_a_time(conv_out: Tensor) -> list[slice]:
+    images, _, *size = conv_out.shape
+    at_a_time = images_at_a_time(conv_out.device.type, images, math.prod(size))
+    return [slice(start, start + at_a_time) for start in range(0, images, at_a_time)]
+
+
+def images_at_a_time(device: str, images: int, pixels: int) -> int:
+    """How many of ``images`` are convolved at a time, each to ``pixels``; all of them on a GPU."""
+    return max(PIXELS_AT_A_TIME // pixels, 1) if device == "cpu" else max(images, 1)

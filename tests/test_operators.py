@@ -378,8 +378,8 @@ def test_a_large_image_runs_backward_in_bands(shape, monkeypatch):
     model = EfficientDenseNet(4, (1,), 8, num_classes=3, spatial_dims=len(shape) - 2).double()
     images = torch.randn(shape, dtype=torch.float64)
     gradients = []
-    for pixels in (stem_module.PIXELS_AT_A_TIME, 100):
-        monkeypatch.setattr(stem_module, "PIXELS_AT_A_TIME", pixels)
+    for pixels in (stem_module.PIXELS_OF_A_BAND, 100):
+        monkeypatch.setattr(stem_module, "PIXELS_OF_A_BAND", pixels)
         model.zero_grad()
         model(images).square().sum().backward()
         gradients.append(model.features.conv0.weight.grad)

@@ -68,7 +68,6 @@ std::vector<Tensor> forward(const Tensor& storage, int64_t height, int64_t width
     Tensor inputs = storage.narrow(1, 0, channels), convolution = layer.conv1;
     Affine affine = layer.norm1.affine(mean.narrow(0, 0, channels), variance.narrow(0, 0, channels));
     if (layer.norm2) {
-      // One allocation a layer: blocks of this size are kept for the next step, larger ones go back to the system.
       if (save_bottlenecks || bottlenecks.empty()) {
         bottlenecks.push_back(empty_kept({rows, bottleneck_channels}, storage.options()));
       }

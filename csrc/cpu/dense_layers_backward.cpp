@@ -127,7 +127,7 @@ struct Backward {
 
   OptionalTensor like(const Tensor& weight, bool needed) const {
     if (!needed) return std::nullopt;
-    return at::empty_like(weight, weight.options().dtype(statistics.scalar_type()));
+    return empty_kept_strided(weight.sizes(), weight.strides(), weight.options().dtype(statistics.scalar_type()));
   }
 };
 

@@ -8,10 +8,16 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
+#include <optional>
+#include <utility>
+
+#include "cpu/pages.h"
 
 #if defined(__GLIBC__)
 #include <malloc.h>
@@ -20,32 +26,33 @@
 namespace densenet_efficient {
 namespace {
 
-// Of what is kept: smaller blocks the C library keeps itself, larger ones go back to the system, which counts at the
-// peak of a step. Under the address sanitizer nothing is kept, so that it sees each block's own bounds.
+// Smaller buffers the C library keeps itself. Under the address sanitizer nothing is kept, so that it sees each
+// buffer's own bounds.
 #if defined(__SANITIZE_ADDRESS__)
-constexpr size_t kSmallest = 1, kLargest = 0;
+constexpr bool kKeeps = false;
 #else
-constexpr size_t kSmallest = 1 << 18, kLargest = 1 << 25;  // bytes
+constexpr bool kKeeps = true;
 #endif
+constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
+constexpr size_t kSmallest = 1 << 18, kCacheLine = 64;  // bytes
 
 // Together with the memory in use, what is kept is never more than was in use at once.
 class KeptMemory final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    // Where another thread is inside, as it may be for ever in a forked process, torch's own allocator serves.
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (bytes < kSmallest || bytes > kLargest || !lock) return c10::GetCPUAllocator()->allocate(bytes);
-    auto block = std::make_unique<Block>(take(bytes));
-    if (block->data == nullptr) {
-      most_ = std::max(most_, in_use_ + bytes);
-      while (!kept_.empty() && in_use_ + bytes + kept_bytes_ > most_) let_go(std::prev(kept_.end()));
-      *block = {c10::alloc_cpu(bytes), bytes};
-    }
-    in_use_ += block->bytes;
-    most_ = std::max<size_t>(most_, in_use_);
-    void* const data = block->data;
-    c10::profiledCPUMemoryReporter().New(data, block->bytes);
-    return {data, block.release(), &release, c10::DeviceType::CPU};
+    Pages::Buffer* const buffer = take(bytes);
+    if (buffer == nullptr) return c10::GetCPUAllocator()->allocate(bytes);
+    c10::profiledCPUMemoryReporter().New(buffer->data(), bytes);
+    return {buffer->data(), buffer, &release_reported, c10::DeviceType::CPU};
+  }
+
+  // As ``allocate``, but of what no tensor holds, so that torch's profiler does not count it.
+  c10::DataPtr allocate_unreported(size_t bytes) {
+    Pages::Buffer* const buffer = take(bytes);
+    if (buffer != nullptr) return {buffer->data(), buffer, &release, c10::DeviceType::CPU};
+    void* const data = std::aligned_alloc(kCacheLine, (bytes + kCacheLine - 1) / kCacheLine * kCacheLine);
+    if (data == nullptr) throw std::bad_alloc();
+    return {data, data, &std::free, c10::DeviceType::CPU};
   }
 
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
@@ -55,37 +62,36 @@ class KeptMemory final : public c10::Allocator {
   void let_all_go() {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return;
-    while (!kept_.empty()) let_go(kept_.begin());
     most_ = in_use_;
+    keep_no_more_than_most();
   }
 
  private:
-  struct Block {
-    void* data;
-    size_t bytes;
-  };
-
-  // The smallest block that is large enough, and not much larger.
-  Block take(size_t bytes) {
-    const auto found = kept_.lower_bound(bytes);
-    if (found == kept_.end() || found->first > bytes + bytes / 4) return {nullptr, 0};
-    const Block block{found->second, found->first};
-    kept_bytes_ -= block.bytes;
-    kept_.erase(found);
-    return block;
+  // Null where a small buffer is better served by the C library, or pages cannot be had.
+  Pages::Buffer* take(size_t bytes) {
+    if (!kKeeps || bytes < kSmallest) return nullptr;
+    // Where another thread is inside, as it may be for ever in a forked process, nothing is kept.
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) return nullptr;
+    auto buffer = pages_.take(bytes);
+    if (!buffer) return nullptr;
+    in_use_ += buffer->bytes();
+    most_ = std::max<size_t>(most_, in_use_);
+    keep_no_more_than_most();
+    return new Pages::Buffer(*std::move(buffer));
   }
 
-  void let_go(std::multimap<size_t, void*>::iterator kept) {
-    c10::free_cpu(kept->second);
-    kept_bytes_ -= kept->first;
-    kept_.erase(kept);
+  void keep_no_more_than_most() {
+    const size_t all = in_use_ + pages_.kept_bytes();
+    if (all > most_) pages_.let_go(all - most_);
   }
 
   static void release(void* context);
+  static void release_reported(void* context);
 
   std::mutex mutex_;
-  std::multimap<size_t, void*> kept_;  // by bytes
-  size_t kept_bytes_ = 0, most_ = 0;
+  Pages pages_;
+  size_t most_ = 0;
   std::atomic<size_t> in_use_ = 0;
 };
 
@@ -96,20 +102,49 @@ KeptMemory& kept_memory() {
 }
 
 void KeptMemory::release(void* context) {
-  const std::unique_ptr<Block> block(static_cast<Block*>(context));
-  c10::profiledCPUMemoryReporter().Delete(block->data);
+  const std::unique_ptr<Pages::Buffer> buffer(static_cast<Pages::Buffer*>(context));
   KeptMemory& memory = kept_memory();
   const std::unique_lock lock(memory.mutex_, std::try_to_lock);
-  memory.in_use_ -= block->bytes;
-  if (!lock) return c10::free_cpu(block->data);
-  memory.kept_.emplace(block->bytes, block->data);
-  memory.kept_bytes_ += block->bytes;
+  memory.in_use_ -= buffer->bytes();
+  if (!lock) return Pages::let_go(*buffer);
+  memory.pages_.keep(std::move(*buffer));
 }
 
-at::Tensor empty_kept_like(const at::Tensor& like, at::IntArrayRef size) { return empty_kept(size, like.options()); }
+void KeptMemory::release_reported(void* context) {
+  c10::profiledCPUMemoryReporter().Delete(static_cast<Pages::Buffer*>(context)->data());
+  release(context);
+}
 
-// Gives back to the system what was freed. Of itself the GNU C library keeps blocks of up to 32 MiB for as long as
-// anything that lies behind them lives.
+// As torch fills what at::empty returns.
+at::Tensor filled_where_asked(at::Tensor tensor) {
+  const auto& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
+    tensor.fill_(std::numeric_limits<double>::quiet_NaN());
+  }
+  return tensor;
+}
+
+// Of images [N, C, ...] of any number of dimensions.
+c10::DimVector channels_last_stride(at::IntArrayRef size) {
+  c10::DimVector stride(size.size());
+  int64_t elements = 1;
+  const auto next = [&](size_t axis) {
+    stride[axis] = elements;
+    elements *= std::max<int64_t>(size[axis], 1);
+  };
+  next(1);
+  for (size_t axis = size.size(); axis-- > 2;) next(axis);
+  next(0);
+  return stride;
+}
+
+at::Tensor empty_kept_like(const at::Tensor& like, at::IntArrayRef size, bool channels_last) {
+  if (!channels_last) return empty_kept(size, like.options());
+  return empty_kept_strided(size, channels_last_stride(size), like.options());
+}
+
+// Gives back to the system what was freed, also to the GNU C library, which keeps it for as long as anything that lies
+// behind it lives.
 void return_freed_memory() {
   kept_memory().let_all_go();
 #if defined(__GLIBC__)
@@ -119,15 +154,16 @@ void return_freed_memory() {
 
 }  // namespace
 
+c10::DataPtr allocate_kept(size_t bytes) { return kept_memory().allocate_unreported(bytes); }
+
 at::Tensor empty_kept(at::IntArrayRef size, const at::TensorOptions& options) {
-  constexpr c10::DispatchKeySet cpu(c10::DispatchKey::CPU);
   const auto dtype = c10::typeMetaToScalarType(options.dtype());
-  at::Tensor tensor = at::detail::empty_generic(size, &kept_memory(), cpu, dtype, std::nullopt);
-  const auto& context = at::globalContext();
-  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {  // as at::empty does
-    tensor.fill_(std::numeric_limits<double>::quiet_NaN());
-  }
-  return tensor;
+  return filled_where_asked(at::detail::empty_generic(size, &kept_memory(), kCpu, dtype, std::nullopt));
+}
+
+at::Tensor empty_kept_strided(at::IntArrayRef size, at::IntArrayRef stride, const at::TensorOptions& options) {
+  const auto dtype = c10::typeMetaToScalarType(options.dtype());
+  return filled_where_asked(at::detail::empty_strided_generic(size, stride, &kept_memory(), kCpu, dtype));
 }
 
 TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("empty_kept", &empty_kept_like); }

@@ -30,6 +30,7 @@ from types import ModuleType
 
 import torch
 
+from ..layout import empty_images
 from . import cpu, cuda, gpu, reference
 
 CONTRACT = (
@@ -52,8 +53,6 @@ BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "cuda": cuda}  # triton joins when first used
 DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by type of device, the best first
 
-KEPT_UP_TO = 2**25  # bytes of a block that the process keeps when it is freed: kLargest of csrc/cpu/memory.cpp
-
 _announced: set[str] = set()
 
 
@@ -72,12 +71,16 @@ def empty_kept(like: torch.Tensor, *size: int) -> torch.Tensor:
     return like.new_empty(size)
 
 
-def return_freed_memory(next_buffer: torch.Tensor) -> None:
-    """Before the peak: gives freed memory of the CPU back to the system, where the next buffer is like this large one.
+def empty_kept_images(like: torch.Tensor, images: int, channels: int, *size: int) -> torch.Tensor:
+    """As `empty_kept`: [N, C, *size] in channels-last, and no view, so that its receiver may modify it in place."""
+    if like.device.type == "cpu" and cpu.is_available():
+        return torch.ops.densenet_efficient.empty_kept(like, (images, channels, *size), channels_last=True)
+    return empty_images(like, images, channels, *size)
 
-    Smaller ones are better served by memory that the process keeps.
-    """
-    if next_buffer.nbytes >= KEPT_UP_TO and next_buffer.device.type == "cpu" and cpu.is_available():
+
+def return_freed_memory() -> None:
+    """Gives the CPU's memory that is kept for the next step back to the system; that step takes longer then."""
+    if cpu.is_available():
         torch.ops.densenet_efficient.return_freed_memory()
 
 

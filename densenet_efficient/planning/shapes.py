@@ -12,7 +12,7 @@ from torch import nn
 
 from ..kernels import accumulation_dtype
 from ..operator_calls import StageBlock
-from ..stem import IMAGES_AT_A_TIME
+from ..stem import images_at_a_time
 from ..summary import SummaryRow, summarize
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -50,8 +50,8 @@ class StemShape:
     cast: int  # of the images in autocast's dtype; 0 without it
     conv_out: int  # 0 in the stem of small inputs, which has neither norm nor pooling
     out: int
-    columns: int  # the workspace of the convolution's forward
-    convolution: int  # and of its backward
+    forward_workspace: int  # of the convolution
+    backward_workspace: int
     recomputed: int  # multiply-adds of the convolution
 
 
@@ -148,15 +148,19 @@ def _stem_shape(
     gradient = conv_out or out
     images = input_shape[0]
     unfolds = device == "cpu" and dtype == torch.float64  # oneDNN has no float64: torch unfolds the images (im2col)
-    at_a_time = IMAGES_AT_A_TIME.get((device, 2), images) if conv_out else images
+    columns = gradient // conv.out_channels * conv.weight[0].numel() if unfolds else 0
+    part = 1.0  # of the batch, convolved at a time
+    if conv_out:
+        pixels = conv_out // (images * conv.out_channels * dtype.itemsize)
+        part = min(images_at_a_time(device, images, pixels) / images, 1)
     return StemShape(
         parameters,
         images=elements * stored.itemsize,
         cast=elements * dtype.itemsize if stored != dtype else 0,
         conv_out=conv_out,
         out=out,
-        columns=gradient // conv.out_channels * conv.weight[0].numel() if unfolds else 0,
-        convolution=2 * gradient * min(at_a_time, images) // images,
+        forward_workspace=int(part * (columns + (conv_out if device == "cpu" else 0))),
+        backward_workspace=int(part * 2 * gradient),
         recomputed=row.costs.multiply_adds if conv_out else 0,
     )
 

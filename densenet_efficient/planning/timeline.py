@@ -7,8 +7,8 @@ The moments are those where `dense_block.py` and `stem.py` hold the most:
 - a stage's backward: what every stage up to it has saved, the gradient of its output, the gradient buffer of its
   storage, and besides either the exit's pooled activations, or the bottleneck and its gradient, or the gradient of its
   input;
-- the stem's backward: the convolution's output and its gradient, then its gradient and torch's workspace (in float64 on
-  the CPU, forward too, the unfolded images);
+- the stem's backward: the convolution's output and its gradient, then its gradient and torch's workspace for the images
+  that it takes at a time;
 - the optimizer's step: no activations, but all gradients.
 
 A storage that waits in the host's memory leaves while the next stage runs forward, and comes back while that runs
@@ -137,7 +137,7 @@ class TrainingStep:
         """In the order of the step."""
         blocks, stem = self.shape.blocks, self.shape.stem
         saved = self.images
-        yield Moment("stem", "forward", 0, saved, stem.conv_out + max(stem.columns, stem.out))
+        yield Moment("stem", "forward", 0, saved, stem.conv_out + max(stem.forward_workspace, stem.out))
         saved += self.stem_saves
         for index, block in enumerate(blocks):
             saved += self.saves(index)
@@ -152,8 +152,8 @@ class TrainingStep:
             saved -= self.saves(index)
         gradients += stem.parameters.gradients
         recomputed = stem.conv_out - self.stem_saves
-        unfolding = recomputed + stem.columns if recomputed else 0
-        pooling, convolution = recomputed + stem.conv_out, stem.conv_out + stem.convolution
+        unfolding = recomputed + stem.forward_workspace if recomputed else 0
+        pooling, convolution = recomputed + stem.conv_out, stem.conv_out + stem.backward_workspace
         yield Moment("stem", "backward", gradients, saved, stem.out + max(unfolding, pooling, convolution))
         yield Moment("optimizer", "step", gradients, self.images, self._optimizer_workspace())
 
@@ -204,7 +204,7 @@ def inference_peak(shape: NetworkShape, device: str) -> Peak:
     packed = sum(parameters.packed for parameters in shape.every_parameters) if native else 0
     weights = sum(parameters.weights for parameters in shape.every_parameters) + packed
     stem = shape.stem
-    moments = {"stem": stem.cast + stem.conv_out + max(stem.columns, stem.out)}
+    moments = {"stem": stem.cast + stem.conv_out + max(stem.forward_workspace, stem.out)}
     for block in shape.blocks:
         whole = block.storage + block.bottleneck + block.pooled
         moments[block.name] = block.input + (_scratch(block, shape.batch) if native else whole) + block.out

@@ -2,11 +2,9 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "cpu/gemm.h"
+#include "cpu/memory.h"
 #include "cpu/vector.h"
 
 namespace densenet_efficient::CPU_CAPABILITY {
@@ -18,19 +16,13 @@ constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + div
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t size)
-      : data_(static_cast<T*>(std::aligned_alloc(64, round_up(size * sizeof(T) + kSlack, 64)))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  T* get() const { return data_.get(); }
+  explicit Scratch(int64_t size) : data_(allocate_kept(size * sizeof(T) + kSlack)) {}
+  T* get() const { return static_cast<T*>(data_.get()); }
 
   static constexpr int64_t kSlack = 256;  // bytes
 
  private:
-  struct Free {
-    void operator()(T* data) const { std::free(data); }
-  };
-  std::unique_ptr<T, Free> data_;
+  c10::DataPtr data_;
 };
 
 // relu(x * scale + shift) of one vector.
