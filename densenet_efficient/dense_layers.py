@@ -6,6 +6,8 @@ finished gradient of its slot to the gradient of its inputs.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -121,8 +123,19 @@ class _LayerBackward:
         self.rows = inputs.shape[0]
         self.size = tuple(saved.features.shape[2:])
         self.backend = backend
+        self.parts = self._parts(grad.shape[1])
         mean, variance = saved.statistics.unbind()
         self.affine = layer.norm1.affine(self.backend, mean[:channels], variance[:channels])
+
+    def _parts(self, storage_channels: int) -> list[slice]:
+        """The rows of those images that recompute their bottlenecks together."""
+        pixels, width = math.prod(self.size), self.layer.conv1.shape[0]
+        images = self.rows // pixels
+        is_saved = self.layer.conv2 is None or bool(self.saved.bottlenecks)
+        if is_saved or not recomputes_in_halves(images, width, storage_channels):
+            return [slice(0, self.rows)]
+        first = images // 2 * pixels
+        return [slice(0, first), slice(first, self.rows)]
 
     def run(self, needed: list[bool], projection: Projection) -> list[Tensor | None]:
         """The gradients of the layer's parameters, None where not needed."""
@@ -132,7 +145,7 @@ class _LayerBackward:
 
     def _plain(self, needed: list[bool], projection: Projection) -> list[Tensor | None]:
         weight, bias, conv = needed
-        sums = self._sums(self.inputs, weight or bias or self.inputs_grad is not None)
+        sums = self._sums(self.inputs.shape[1], weight or bias or self.inputs_grad is not None)
         conv_grad = self._like(self.layer.conv1, conv)
         affine = self.affine
         spatial.bn_relu_conv_backward(
@@ -147,40 +160,56 @@ class _LayerBackward:
         weight1, bias1, conv1, weight2, bias2, conv2 = needed
         norm1_needed = weight1 or bias1 or self.inputs_grad is not None
         bottleneck_needed = norm1_needed or conv1
-        bottleneck = self._bottleneck_output()
+        width = layer.conv1.shape[0]
         affine2 = layer.norm2.affine(self.backend, *self.saved.bottleneck_statistics[self.index].unbind())
-        sums2 = self._sums(bottleneck, bottleneck_needed or weight2 or bias2)
-        bottleneck_grad = self._scratch("bottleneck_grad", bottleneck.shape[1]) if bottleneck_needed else None
-        conv2_grad = self._like(layer.conv2, conv2)
-        spatial.bn_relu_conv_backward(
-            self.backend, self.slot_grad, bottleneck, affine2.mean, affine2.scale, affine2.shift, layer.conv2,
-            self.size, layer.dilation, bottleneck_grad, False, conv2_grad, *sums2,
-        )  # fmt: skip
-        finish = Projection(self.backend, bottleneck.shape[1], affine2.mean, self.synchronisation)
+        bottleneck_grad = self._scratch("bottleneck_grad", self.rows, width) if bottleneck_needed else None
+        outputs2 = (self._like(layer.conv2, conv2), *self._sums(width, bottleneck_needed or weight2 or bias2))
+        for part in self.parts:
+            bottleneck = self._bottleneck_output(part)
+            own = outputs2 if part is self.parts[0] else _empty_like(outputs2)
+            spatial.bn_relu_conv_backward(
+                self.backend, self.slot_grad[part], bottleneck, affine2.mean, affine2.scale, affine2.shift, layer.conv2,
+                self.size, layer.dilation, _of(part, bottleneck_grad), False, *own,
+            )  # fmt: skip
+            if own is not outputs2:
+                _add(outputs2, own)
+        conv2_grad, *sums2 = outputs2
+        finish = Projection(self.backend, width, affine2.mean, self.synchronisation)
         norm2_grads = self._norm_grads(layer.norm2, affine2, sums2, finish)
         finish.synchronise(slice(None))
         if bottleneck_grad is None:
             return [None, None, None, *norm2_grads, conv2_grad]
 
-        sums = self._sums(self.inputs, norm1_needed)
-        conv1_grad = self._like(layer.conv1, conv1)
-        self.backend.bn_relu_conv1x1_backward(
-            bottleneck_grad, bottleneck, affine2.mean, finish.slope, finish.offset,
-            self.inputs, affine.mean, affine.scale, affine.shift, layer.conv1, self.inputs_grad, conv1_grad, *sums,
-        )  # fmt: skip
+        outputs = (self._like(layer.conv1, conv1), *self._sums(self.inputs.shape[1], norm1_needed))
+        for part in reversed(self.parts):  # the bottleneck of the last is at hand
+            is_last = part is self.parts[-1]
+            if not is_last:
+                bottleneck = self._bottleneck_output(part)
+            own = outputs if is_last else _empty_like(outputs)
+            self.backend.bn_relu_conv1x1_backward(
+                bottleneck_grad[part], bottleneck, affine2.mean, finish.slope, finish.offset, self.inputs[part],
+                affine.mean, affine.scale, affine.shift, layer.conv1, _of(part, self.inputs_grad), *own,
+            )  # fmt: skip
+            if not is_last:
+                _add(outputs, own)
+        conv1_grad, *sums = outputs
         return [*self._norm_grads(layer.norm1, affine, sums, projection), conv1_grad, *norm2_grads, conv2_grad]
 
-    def _bottleneck_output(self) -> Tensor:
-        """[M, K], as saved or recomputed; the recomputation takes no statistics."""
+    def _bottleneck_output(self, part: slice) -> Tensor:
+        """[rows, K] of these images, as saved or recomputed; the recomputation takes no statistics."""
         if self.saved.bottlenecks:
             return self.saved.bottlenecks[self.index]
-        bottleneck = self._scratch("bottleneck", self.layer.conv1.shape[0])
+        last = self.parts[-1]
+        bottleneck = self._scratch("bottleneck", last.stop - last.start, self.layer.conv1.shape[0])
+        bottleneck = bottleneck[: part.stop - part.start]
         affine = self.affine
-        self.backend.bn_relu_conv1x1(self.inputs, affine.scale, affine.shift, self.layer.conv1, bottleneck, None, None)
+        self.backend.bn_relu_conv1x1(
+            self.inputs[part], affine.scale, affine.shift, self.layer.conv1, bottleneck, None, None
+        )
         return bottleneck
 
     def _norm_grads(
-        self, norm: BatchNorm, affine: Affine, sums: tuple[Tensor | None, Tensor | None], projection: Projection
+        self, norm: BatchNorm, affine: Affine, sums: Sequence[Tensor | None], projection: Projection
     ) -> list[Tensor | None]:
         """The gradients of the norm's weight and bias."""
         sum_grad, sum_grad_x = sums
@@ -188,20 +217,47 @@ class _LayerBackward:
             return [None, None]
         return [projection.add(norm, affine, sum_grad, sum_grad_x, self.rows), sum_grad]
 
-    def _sums(self, x: Tensor, needed: bool) -> tuple[Tensor | None, Tensor | None]:
+    def _sums(self, channels: int, needed: bool) -> tuple[Tensor | None, Tensor | None]:
         if not needed:
             return None, None
-        sum_grad, sum_grad_x = self.affine.mean.new_empty(2, x.shape[1]).unbind()
+        sum_grad, sum_grad_x = self.affine.mean.new_empty(2, channels).unbind()
         return sum_grad, sum_grad_x
 
     def _like(self, weight: Tensor, needed: bool) -> Tensor | None:
         return torch.empty_like(weight, dtype=self.affine.mean.dtype) if needed else None
 
-    def _scratch(self, name: str, channels: int) -> Tensor:
-        """[M, channels]; one buffer serves every layer of the block."""
+    def _scratch(self, name: str, rows: int, channels: int) -> Tensor:
+        """One buffer serves every layer of the block."""
         if name not in self.scratch:
-            self.scratch[name] = kernels.empty_kept(self.inputs, self.rows, channels)
+            self.scratch[name] = kernels.empty_kept(self.inputs, rows, channels)
         return self.scratch[name]
+
+
+Outputs = tuple[Tensor | None, ...]  # what a convolution's backward leaves beside the gradient of its input
+
+
+def _empty_like(outputs: Outputs) -> Outputs:
+    return tuple(None if tensor is None else torch.empty_like(tensor) for tensor in outputs)
+
+
+def _add(outputs: Outputs, others: Outputs) -> None:
+    for tensor, other in zip(outputs, others, strict=True):
+        if tensor is not None and other is not None:
+            tensor.add_(other)
+
+
+def _of(part: slice, rows: Tensor | None) -> Tensor | None:
+    return None if rows is None else rows[part]
+
+
+def recomputes_in_halves(images: int, bottleneck_channels: int, storage_channels: int) -> bool:
+    """Whether a backward recomputes the bottlenecks of half of the images at a time.
+
+    Where a bottleneck and its gradient take as much memory as the whole storage, as in the first block of the paper's
+    networks, they make the peak of a step. A half less of one of them costs half a recomputation more: the first half
+    is needed for the 3x3 convolution's gradient, and again when all sums of the second norm are known.
+    """
+    return images > 1 and 2 * bottleneck_channels >= storage_channels
 
 
 def _first_needed(layers_needed: list[list[bool]]) -> int:

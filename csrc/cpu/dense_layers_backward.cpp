@@ -4,6 +4,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <vector>
+
 #include "checks.h"
 #include "cpu/dense_layers.h"
 #include "cpu/memory.h"
@@ -19,6 +21,37 @@ using Gradients = std::vector<OptionalTensor>;
 // The sums that a norm's gradients are made of, [C] each; none where they are not needed.
 struct Sums {
   OptionalTensor grad, grad_x;
+};
+
+// What a convolution's backward leaves beside the gradient of its input.
+struct Outputs {
+  OptionalTensor conv_grad;
+  Sums sums;
+
+  // Of another part of the images.
+  Outputs empty_like() const {
+    const auto like = [](const OptionalTensor& tensor) {
+      return tensor ? OptionalTensor(at::empty_like(*tensor)) : std::nullopt;
+    };
+    return {like(conv_grad), {like(sums.grad), like(sums.grad_x)}};
+  }
+
+  void add(const Outputs& other) {
+    const auto add = [](OptionalTensor& to, const OptionalTensor& tensor) {
+      if (to) to->add_(*tensor);
+    };
+    add(conv_grad, other.conv_grad);
+    add(sums.grad, other.sums.grad);
+    add(sums.grad_x, other.sums.grad_x);
+  }
+};
+
+// Rows of whole images.
+struct Part {
+  int64_t start, rows;
+
+  Tensor of(const Tensor& tensor) const { return tensor.narrow(0, start, rows); }
+  OptionalTensor of(const OptionalTensor& tensor) const { return tensor ? OptionalTensor(of(*tensor)) : std::nullopt; }
 };
 
 // The deferred part of the backward of the batch norms of the same channels: batch_norm.Projection in Python.
@@ -84,38 +117,63 @@ struct Backward {
       return {weight_grad, bias_grad, conv1_grad};
     }
     const bool bottleneck_needed = norm1_needed || needed.conv1;
-    const Tensor bottleneck = bottleneck_output(layer, index, inputs, affine);
-    const int64_t width2 = bottleneck.size(1);
+    const int64_t width2 = layer.conv1.size(0);
     const Tensor own_statistics = bottleneck_statistics.select(0, index);
     const Affine affine2 = layer.norm2->affine(own_statistics.select(0, 0), own_statistics.select(0, 1));
-    const Sums sums2 = sums_of(width2, bottleneck_needed || needed.norm2);
     const OptionalTensor bottleneck_grad =
-        bottleneck_needed ? OptionalTensor(scratch(bottleneck_grad_scratch, width2)) : std::nullopt;
-    const OptionalTensor conv2_grad = like(*layer.conv2, needed.conv2);
-    bn_relu_conv3x3_backward(slot_grad, bottleneck, affine2.mean, affine2.scale, affine2.shift, *layer.conv2, height,
-                             width, bottleneck_grad, false, conv2_grad, sums2.grad, sums2.grad_x);
+        bottleneck_needed ? OptionalTensor(scratch(bottleneck_grad_scratch, rows(), width2)) : std::nullopt;
+    Outputs outputs2{like(*layer.conv2, needed.conv2), sums_of(width2, bottleneck_needed || needed.norm2)};
+    const std::vector<Part> parts = parts_of(width2);
+    Tensor bottleneck;
+    for (size_t part = 0; part < parts.size(); part++) {
+      const Part& images = parts[part];
+      bottleneck = bottleneck_output(layer, index, images, inputs, affine);
+      Outputs own = part == 0 ? outputs2 : outputs2.empty_like();
+      bn_relu_conv3x3_backward(images.of(slot_grad), bottleneck, affine2.mean, affine2.scale, affine2.shift,
+                               *layer.conv2, height, width, images.of(bottleneck_grad), false, own.conv_grad,
+                               own.sums.grad, own.sums.grad_x);
+      if (part > 0) outputs2.add(own);
+    }
     const Tensor coefficients = at::zeros({2, width2}, statistics.options());
     Projection finish{coefficients.select(0, 0), coefficients.select(0, 1), true};
-    const auto [weight2_grad, bias2_grad] = finish.add(*layer.norm2, affine2, sums2, rows());
+    const auto [weight2_grad, bias2_grad] = finish.add(*layer.norm2, affine2, outputs2.sums, rows());
+    const OptionalTensor& conv2_grad = outputs2.conv_grad;
     if (!bottleneck_needed) return {std::nullopt, std::nullopt, std::nullopt, weight2_grad, bias2_grad, conv2_grad};
-    const Sums sums = sums_of(channels, norm1_needed);
-    bn_relu_conv1x1_backward(*bottleneck_grad, bottleneck, affine2.mean, finish.slope, finish.offset, inputs,
-                             affine.mean, affine.scale, affine.shift, layer.conv1, inputs_grad, conv1_grad, sums.grad,
-                             sums.grad_x);
-    const auto [weight_grad, bias_grad] = projection.add(layer.norm1, affine, sums, rows());
+    Outputs outputs{conv1_grad, sums_of(channels, norm1_needed)};
+    for (size_t part = parts.size(); part-- > 0;) {  // from the last, whose bottleneck is at hand
+      const Part& images = parts[part];
+      const bool is_last = part + 1 == parts.size();
+      if (!is_last) bottleneck = bottleneck_output(layer, index, images, inputs, affine);
+      Outputs own = is_last ? outputs : outputs.empty_like();
+      bn_relu_conv1x1_backward(images.of(*bottleneck_grad), bottleneck, affine2.mean, finish.slope, finish.offset,
+                               images.of(inputs), affine.mean, affine.scale, affine.shift, layer.conv1,
+                               images.of(inputs_grad), own.conv_grad, own.sums.grad, own.sums.grad_x);
+      if (!is_last) outputs.add(own);
+    }
+    const auto [weight_grad, bias_grad] = projection.add(layer.norm1, affine, outputs.sums, rows());
     return {weight_grad, bias_grad, conv1_grad, weight2_grad, bias2_grad, conv2_grad};
   }
 
-  // [M, K], as saved or recomputed; the recomputation takes no statistics.
-  Tensor bottleneck_output(const DenseLayer& layer, size_t index, const Tensor& inputs, const Affine& affine) {
+  // The images that recompute a bottleneck of ``channels`` together: recomputes_in_halves in dense_layers.py.
+  std::vector<Part> parts_of(int64_t channels) const {
+    const int64_t pixels = height * width, images = rows() / pixels;
+    if (!bottlenecks.empty() || 2 * channels < storage.size(1) || images < 2) return {{0, rows()}};
+    const int64_t first = images / 2 * pixels;
+    return {{0, first}, {first, rows() - first}};
+  }
+
+  // Of these images, [rows, K], as saved or recomputed; the recomputation takes no statistics.
+  Tensor bottleneck_output(const DenseLayer& layer, size_t index, const Part& images, const Tensor& inputs,
+                           const Affine& affine) {
     if (!bottlenecks.empty()) return bottlenecks[index];
-    const Tensor bottleneck = scratch(bottleneck_scratch, layer.conv1.size(0));
-    bn_relu_conv1x1(inputs, affine.scale, affine.shift, layer.conv1, bottleneck, std::nullopt, std::nullopt);
+    const int64_t channels = layer.conv1.size(0), most_rows = parts_of(channels).back().rows;
+    const Tensor bottleneck = scratch(bottleneck_scratch, most_rows, channels).narrow(0, 0, images.rows);
+    bn_relu_conv1x1(images.of(inputs), affine.scale, affine.shift, layer.conv1, bottleneck, std::nullopt, std::nullopt);
     return bottleneck;
   }
 
-  Tensor scratch(Tensor& buffer, int64_t channels) const {
-    if (!buffer.defined()) buffer = empty_kept({rows(), channels}, storage.options());
+  Tensor scratch(Tensor& buffer, int64_t rows, int64_t channels) const {
+    if (!buffer.defined()) buffer = empty_kept({rows, channels}, storage.options());
     return buffer;
   }
 

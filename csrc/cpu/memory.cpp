@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <torch/library.h>
@@ -10,7 +11,6 @@
 #include <atomic>
 #include <cstdlib>
 #include <limits>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -46,9 +46,10 @@ class KeptMemory final : public c10::Allocator {
     return {buffer->data(), buffer, &release_reported, c10::DeviceType::CPU};
   }
 
-  // As ``allocate``, but of what no tensor holds, so that torch's profiler does not count it.
+  // As ``allocate``, but of what no tensor holds, so that torch's profiler does not count it. What a thread takes for
+  // itself the C library serves, which keeps memory for each thread.
   c10::DataPtr allocate_unreported(size_t bytes) {
-    Pages::Buffer* const buffer = take(bytes);
+    Pages::Buffer* const buffer = at::in_parallel_region() ? nullptr : take(bytes);
     if (buffer != nullptr) return {buffer->data(), buffer, &release, c10::DeviceType::CPU};
     void* const data = std::aligned_alloc(kCacheLine, (bytes + kCacheLine - 1) / kCacheLine * kCacheLine);
     if (data == nullptr) throw std::bad_alloc();

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..dense_layers import recomputes_in_halves
 from ..kernels import accumulation_dtype
 from ..operator_calls import StageBlock
 from ..stem import images_at_a_time
@@ -65,11 +66,12 @@ class BlockShape:
     storage: int  # [M, C]
     bottleneck: int  # [M, K], 0 without
     bottlenecks: int  # of all layers
+    bottleneck_part: int  # of those images that recompute theirs together
     masks: int  # of the dropout
     dropped: int  # [M, k], a mask as it is multiplied
     pooled: int  # [M', C] of the exit
     out: int  # [M', C'] of the exit
-    recomputed: int  # multiply-adds of its bottlenecks, once
+    recomputed: int  # multiply-adds of its bottlenecks in a backward
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,8 @@ def _block_shape(
     width = layers[0].bottleneck_channels or 0
     out_shape = transition.output_shape if transition else (images, channels)
     windows = math.prod(out_shape) // out_shape[1]
+    together = images - images // 2 if recomputes_in_halves(images, width, channels) else images
+    recomputed = sum(pixels * layer.in_channels * width for layer in layers)
     return BlockShape(
         row.name,
         parameters,
@@ -185,11 +189,12 @@ def _block_shape(
         storage=row.costs.saved_bottleneck,
         bottleneck=pixels * width * element,
         bottlenecks=row.costs.saved_none - row.costs.saved_bottleneck,
+        bottleneck_part=pixels // images * together * width * element,
         masks=pixels * (channels - row.in_channels) if drops else 0,
         dropped=pixels * (layers[0].growth_rate or 0) * element if drops else 0,
         pooled=windows * channels * element,
         out=math.prod(out_shape) * element,
-        recomputed=sum(pixels * layer.in_channels * width for layer in layers),
+        recomputed=recomputed // images * (2 * images - together),
     )
 
 
