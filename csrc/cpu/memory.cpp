@@ -35,6 +35,7 @@ constexpr bool kKeeps = true;
 #endif
 constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
 constexpr size_t kSmallest = 1 << 18, kCacheLine = 64;  // bytes
+constexpr size_t kOffsets = 64;                         // of cache lines in a page
 
 // Together with the memory in use, what is kept is never more than was in use at once.
 class KeptMemory final : public c10::Allocator {
@@ -43,14 +44,14 @@ class KeptMemory final : public c10::Allocator {
     Pages::Buffer* const buffer = take(bytes);
     if (buffer == nullptr) return c10::GetCPUAllocator()->allocate(bytes);
     c10::profiledCPUMemoryReporter().New(buffer->data(), bytes);
-    return {buffer->data(), buffer, &release_reported, c10::DeviceType::CPU};
+    return {buffer->data() + next_offset(), buffer, &release_reported, c10::DeviceType::CPU};
   }
 
   // As ``allocate``, but of what no tensor holds, so that torch's profiler does not count it. What a thread takes for
   // itself the C library serves, which keeps memory for each thread.
   c10::DataPtr allocate_unreported(size_t bytes) {
     Pages::Buffer* const buffer = at::in_parallel_region() ? nullptr : take(bytes);
-    if (buffer != nullptr) return {buffer->data(), buffer, &release, c10::DeviceType::CPU};
+    if (buffer != nullptr) return {buffer->data() + next_offset(), buffer, &release_unreported, c10::DeviceType::CPU};
     void* const data = std::aligned_alloc(kCacheLine, (bytes + kCacheLine - 1) / kCacheLine * kCacheLine);
     if (data == nullptr) throw std::bad_alloc();
     return {data, data, &std::free, c10::DeviceType::CPU};
@@ -74,7 +75,7 @@ class KeptMemory final : public c10::Allocator {
     // Where another thread is inside, as it may be for ever in a forked process, nothing is kept.
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
-    auto buffer = pages_.take(bytes);
+    auto buffer = pages_.take(bytes + kOffsets * kCacheLine);
     if (!buffer) return nullptr;
     in_use_ += buffer->bytes();
     most_ = std::max<size_t>(most_, in_use_);
@@ -87,13 +88,17 @@ class KeptMemory final : public c10::Allocator {
     if (all > most_) pages_.let_go(all - most_);
   }
 
-  static void release(void* context);
+  // Rows at the same place of their pages would share a few sets of the first cache.
+  size_t next_offset() { return (offset_ = (offset_ + 11) % kOffsets) * kCacheLine; }
+
+  static void release(KeptMemory& memory, void* context);
+  static void release_unreported(void* context);
   static void release_reported(void* context);
 
   std::mutex mutex_;
   Pages pages_;
   size_t most_ = 0;
-  std::atomic<size_t> in_use_ = 0;
+  std::atomic<size_t> in_use_ = 0, offset_ = 0;
 };
 
 // Never destroyed: tensors may outlive every static object.
@@ -102,18 +107,25 @@ KeptMemory& kept_memory() {
   return *memory;
 }
 
-void KeptMemory::release(void* context) {
+// What a kernel takes for itself, a few MiB again and again: apart from the tensors' it stays in the last cache.
+KeptMemory& kernel_memory() {
+  static auto* const memory = new KeptMemory;
+  return *memory;
+}
+
+void KeptMemory::release(KeptMemory& memory, void* context) {
   const std::unique_ptr<Pages::Buffer> buffer(static_cast<Pages::Buffer*>(context));
-  KeptMemory& memory = kept_memory();
   const std::unique_lock lock(memory.mutex_, std::try_to_lock);
   memory.in_use_ -= buffer->bytes();
   if (!lock) return Pages::let_go(*buffer);
   memory.pages_.keep(std::move(*buffer));
 }
 
+void KeptMemory::release_unreported(void* context) { release(kernel_memory(), context); }
+
 void KeptMemory::release_reported(void* context) {
   c10::profiledCPUMemoryReporter().Delete(static_cast<Pages::Buffer*>(context)->data());
-  release(context);
+  release(kept_memory(), context);
 }
 
 // As torch fills what at::empty returns.
@@ -148,6 +160,7 @@ at::Tensor empty_kept_like(const at::Tensor& like, at::IntArrayRef size, bool ch
 // behind it lives.
 void return_freed_memory() {
   kept_memory().let_all_go();
+  kernel_memory().let_all_go();
 #if defined(__GLIBC__)
   malloc_trim(0);
 #endif
@@ -155,7 +168,7 @@ void return_freed_memory() {
 
 }  // namespace
 
-c10::DataPtr allocate_kept(size_t bytes) { return kept_memory().allocate_unreported(bytes); }
+c10::DataPtr allocate_kept(size_t bytes) { return kernel_memory().allocate_unreported(bytes); }
 
 at::Tensor empty_kept(at::IntArrayRef size, const at::TensorOptions& options) {
   const auto dtype = c10::typeMetaToScalarType(options.dtype());
