@@ -2,8 +2,8 @@
 
 Writes benchmarks/results/<machine>-planner.json after every workload, and goes on where it was interrupted. What is
 compared is the memory of each further image: the slope of the peak between two batches, each in a fresh process. The
-batches are n and 4n, where n images take 150 MiB as predicted, beside which what the C library keeps of freed memory is
-small. Rows of earlier kernels have batches of 900 MiB.
+batches are n and 4n, where n images take 900 MiB as predicted: then what the C library keeps of freed memory, up to a
+hundred MiB, is small beside what is measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from densenet_efficient.measure import MIB, peak_memory_per_image
 from . import results as results_file
 
 COLUMNS = ("step", "model", "images", "dtype", "checkpointing", "batches", "predicted", "measured", "error")
-SMALLER_MIB = 150  # of activations at the smaller batch
+SMALLER_MIB = 900  # of activations at the smaller batch
 TIMES = 4  # as many images has the larger one
 MIXED = ("bottleneck", "bottleneck", "bottleneck", "none")
 

@@ -1,6 +1,7 @@
 #include "cpu/pages.h"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #if defined(__unix__) || defined(__APPLE__)
