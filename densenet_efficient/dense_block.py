@@ -46,7 +46,7 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
 
     bottleneck_statistics = x.new_zeros(len(stage.layers), 2, stage.bottleneck_channels, dtype=accumulation)
     bottlenecks = _layer_loop(stage, backend).forward_layers(
-        stage, storage, size, statistics, bottleneck_statistics, save_bottlenecks
+        _prepared(stage, x), storage, size, statistics, bottleneck_statistics, save_bottlenecks
     )
     out = _forward_exit(stage, storage, statistics, size)
     return StageOutput(out, as_images(storage, *size), statistics, bottleneck_statistics, bottlenecks)
@@ -55,6 +55,11 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
 def _layer_loop(stage: Stage, backend: ModuleType) -> ModuleType:
     """The module whose loop runs the layers of ``stage``."""
     return native_layers if native_layers.can_run(stage, backend) else dense_layers
+
+
+def _prepared(stage: Stage, x: Tensor) -> Stage:
+    """On a GPU with its weights cast for all layers at once: one by one, launching the casts takes longer than they."""
+    return stage.in_dtype(x.dtype) if x.device.type == "cuda" else stage
 
 
 def backward_stage(
@@ -85,7 +90,7 @@ def backward_stage(
         exit_grads = backward_exit(stage, out_grad, saved, grad, accumulate, projection, exit_needed)
 
     layer_grads = _layer_loop(stage, backend).backward_layers(
-        stage, saved, grad, projection, input_needed, layers_needed
+        _prepared(stage, storage), saved, grad, projection, input_needed, layers_needed
     )
     input_grad = None
     if input_needed:

@@ -34,10 +34,10 @@ def offloaded(wanted: bool, x: Tensor, parameters: Sequence[Tensor]) -> Abstract
 def leaving(x: Tensor, parameters: Sequence[Tensor]) -> torch.autograd.graph.saved_tensors_hooks:
     """Of what a stage saves that runs on ``x``, the storage leaves: the images that are no parameter."""
     of_parameters = {parameter.data_ptr() for parameter in parameters}
+    images = _images(x)  # and not x, which what is saved would keep alive with these functions
 
     def is_storage(saved: Tensor) -> bool:
-        images = (saved.shape[0], *saved.shape[2:]) == (x.shape[0], *x.shape[2:])
-        return saved.dim() == x.dim() and images and saved.data_ptr() not in of_parameters
+        return _images(saved) == images and saved.data_ptr() not in of_parameters
 
     def leave(saved: Tensor) -> Tensor | _Away:
         return _Away(saved) if is_storage(saved) else saved
@@ -46,6 +46,11 @@ def leaving(x: Tensor, parameters: Sequence[Tensor]) -> torch.autograd.graph.sav
         return kept.take() if isinstance(kept, _Away) else kept
 
     return torch.autograd.graph.saved_tensors_hooks(leave, come_back)
+
+
+def _images(x: Tensor) -> tuple[int, ...]:
+    """Their number and size."""
+    return (x.shape[0], *x.shape[2:]) if x.dim() > 1 else ()
 
 
 class Lane:

@@ -5,9 +5,10 @@ The exit is a transition, FC-DenseNet's transition down, the head, or nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .batch_norm import BatchNorm
@@ -71,6 +72,20 @@ class Stage:
     def input_channels(self, storage: Tensor) -> int:
         """C0, those of ``storage`` [M, C] in front of the layers'."""
         return storage.shape[1] - sum(layer.growth_rate for layer in self.layers)
+
+    def in_dtype(self, dtype: torch.dtype) -> Stage:
+        """The same with the layers' convolutions in ``dtype``, all of them cast in one go."""
+        weights = [weight for layer in self.layers for weight in layer.convolutions]
+        if all(weight.dtype == dtype for weight in weights):
+            return self
+        cast = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        torch._foreach_copy_(cast, weights)
+        remaining = iter(cast)
+        layers = [
+            layer._replace(conv1=next(remaining), conv2=None if layer.conv2 is None else next(remaining))
+            for layer in self.layers
+        ]
+        return replace(self, layers=layers)
 
     def merge(self, mean: Tensor | None, variance: Tensor | None) -> None:
         """Makes statistics that were just taken those of all processes."""

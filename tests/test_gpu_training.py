@@ -148,7 +148,7 @@ def test_make_graphed_callables(backend, level):
     for training in (eager, captured):
         for _ in range(2):
             training.step()
-    assert_close(captured.state(), eager.state(), 1e-6)
+    assert_close(captured.state(), eager.state(), 1e-4)  # cuDNN does not sum a weight's gradient in a fixed order
 
 
 @every_level

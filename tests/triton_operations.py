@@ -97,8 +97,9 @@ def test_more_outputs_than_one_program_computes(operation):
 def test_tiles_for_many_rows(operation, dtype, monkeypatch):
     for name in ("bn_relu_conv3x3", "bn_relu_conv3x3_backward_input", "bn_relu_conv3x3_backward_weight"):
         module = importlib.import_module(f"densenet_efficient.kernels.triton.{name}")
-        monkeypatch.setattr(module, "MANY_ROWS", 0)
-    for geometry in [(2, 9, 8, 150, 12), (3, 9, 7, 70, 48)]:
+        for constant in ("MANY_ROWS", "MANY_ROWS_TOGETHER"):
+            monkeypatch.setattr(module, constant, 0, raising=False)
+    for geometry in [(2, 9, 8, 150, 12), (3, 9, 7, 70, 48), (2, 9, 8, 70, 32)]:
         assert_exact(getattr(Factory(*geometry), operation)(), dtype)
 
 

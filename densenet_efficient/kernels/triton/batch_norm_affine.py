@@ -10,7 +10,7 @@ BLOCK = 256
 
 
 @triton.jit
-def _kernel(mean, variance, weight, bias, affine, channels, EPS: tl.constexpr, CHANNELS: tl.constexpr):
+def batch_norm_affine_kernel(mean, variance, weight, bias, affine, channels, EPS: tl.constexpr, CHANNELS: tl.constexpr):
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     present = channel < channels
     dtype = affine.dtype.element_ty
@@ -36,4 +36,6 @@ def batch_norm_affine(
     """affine = mean, ``rstd = 1 / sqrt(variance + eps)``, ``scale = weight * rstd``, ``shift``."""
     channels = affine.shape[1]
     with on_device(affine):
-        _kernel[(triton.cdiv(channels, BLOCK),)](mean, variance, weight, bias, affine, channels, eps, BLOCK)
+        batch_norm_affine_kernel[(triton.cdiv(channels, BLOCK),)](
+            mean, variance, weight, bias, affine, channels, eps, BLOCK
+        )

@@ -10,7 +10,7 @@ BLOCK = 256
 
 
 @triton.jit(do_not_specialize=["count"])
-def _kernel(
+def batch_norm_gradients_kernel(
     sum_grad, sum_grad_x, rstd, scale, count, grad_weight, slope, offset, channels, CHANNELS: tl.constexpr
 ):  # fmt: skip
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -41,6 +41,6 @@ def batch_norm_gradients(
     """grad_weight = sum_grad_x * rstd; the projection's coefficients are added to ``slope`` and ``offset``."""
     channels = sum_grad.shape[0]
     with on_device(sum_grad):
-        _kernel[(triton.cdiv(channels, BLOCK),)](
+        batch_norm_gradients_kernel[(triton.cdiv(channels, BLOCK),)](
             sum_grad, sum_grad_x, rstd, scale, count, grad_weight, slope, offset, channels, BLOCK
         )

@@ -11,7 +11,7 @@ ELEMENTS = 1024
 
 
 @triton.jit(do_not_specialize=["pooled"])
-def _kernel(
+def bn_relu_avg_pool_kernel(
     x, x_stride, scale, shift, out, out_stride, pooled, channels,
     height, width, window_height, window_width, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +52,7 @@ def bn_relu_avg_pool(
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
     grid = triton.cdiv(channels, columns), triton.cdiv(pooled, tile_rows)
     with on_device(x):
-        _kernel[grid](
+        bn_relu_avg_pool_kernel[grid](
             x, x.stride(0), scale, shift, out, out.stride(0), pooled, channels,
             height, width, window_height, window_width, tile_rows, columns,
         )  # fmt: skip

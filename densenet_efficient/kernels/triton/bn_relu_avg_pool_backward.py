@@ -13,7 +13,7 @@ WARPS = 8
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(
+def bn_relu_avg_pool_backward_kernel(
     out_grad, out_grad_stride, x, x_stride, mean, scale, shift, grad, grad_stride, partials, rows, channels,
     height, width, window_height, window_width,
     ACCUMULATE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -63,7 +63,7 @@ def bn_relu_avg_pool_backward(
     grid = triton.cdiv(channels, columns), triton.cdiv(rows, tile_rows)
     partials = sum_grad.new_empty(2, grid[1], channels)
     with on_device(x):
-        _kernel[grid](
+        bn_relu_avg_pool_backward_kernel[grid](
             out_grad, out_grad.stride(0), x, x.stride(0), mean, scale, shift,
             grad, 0 if grad is None else grad.stride(0), partials, rows, channels,
             height, width, window_height, window_width, accumulate, tile_rows, columns, num_warps=WARPS,

@@ -10,7 +10,7 @@ from .statistics import finish_statistics, store_statistics, tile_statistics
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(
+def bn_relu_conv1x1_kernel(
     x, x_stride, scale, shift, weight, out, out_stride, partials, rows, channels, outputs,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,7 @@ def bn_relu_conv1x1(
     grid = triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.columns)
     partials = None if mean is None else mean.new_empty(3, grid[0], outputs)
     with on_device(x):
-        _kernel[grid](
+        bn_relu_conv1x1_kernel[grid](
             x, x.stride(0), scale, shift, weight.flatten(1).to(x.dtype).contiguous(), out, out.stride(0), partials,
             rows, channels, outputs, precision, tile.rows, tile.columns, tile.depth,
             **tile.options(),

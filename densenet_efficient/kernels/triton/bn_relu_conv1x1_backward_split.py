@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .activation import activate, deposit, mask_gradient, project
 from .launch import Tile, dot_precision, multiprocessors, on_device, programs_per_block
-from .statistics import finish_sums, store_sums
+from .statistics import finish_sums, store_sums, sum_parts
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _finished(out_grad, out_grad_stride, out, out_stride, out_mean, out_slope, o
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _input_kernel(
+def bn_relu_conv1x1_backward_input_kernel(
     out_grad, out_grad_stride, out, out_stride, out_mean, out_slope, out_offset,
     x, x_stride, mean, scale, shift, weight, weight_stride_output, weight_stride_channel,
     grad, grad_stride, sum_partials, rows, channels, outputs,
@@ -60,7 +60,7 @@ def _input_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _weight_kernel(
+def bn_relu_conv1x1_backward_weight_kernel(
     out_grad, out_grad_stride, out, out_stride, out_mean, out_slope, out_offset,
     x, x_stride, scale, shift, weight_partials, rows, channels, outputs,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr,
@@ -128,7 +128,7 @@ def input_gradient(
     grid = triton.cdiv(channels, tile.columns), triton.cdiv(rows, tile.rows)
     partials = sum_grad.new_empty(2, grid[1], channels)
     with on_device(x):
-        _input_kernel[grid](
+        bn_relu_conv1x1_backward_input_kernel[grid](
             out_grad, out_grad.stride(0), out, out.stride(0), out_mean, out_slope, out_offset,
             x, x.stride(0), mean, scale, shift, weight, *weight.stride(),
             grad, 0 if grad is None else grad.stride(0), partials, rows, channels, outputs,
@@ -158,9 +158,9 @@ def weight_gradient(
     partials = grad_weight.new_empty(parts, outputs, channels)
     grid = (*blocks, parts)
     with on_device(x):
-        _weight_kernel[grid](
+        bn_relu_conv1x1_backward_weight_kernel[grid](
             out_grad, out_grad.stride(0), out, out.stride(0), out_mean, out_slope, out_offset,
             x, x.stride(0), scale, shift, partials, rows, channels, outputs,
             precision, tile.depth, tile.columns, tile.rows, **tile.options(),
         )  # fmt: skip
-    torch.sum(partials, 0, out=grad_weight)
+    sum_parts(partials[:, None], grad_weight[None])

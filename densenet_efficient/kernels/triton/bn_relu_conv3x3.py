@@ -1,5 +1,6 @@
 """3x3 convolution of relu(x * scale + shift): one activation, in registers, serves the three taps of an image line."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,13 +10,14 @@ from .launch import Tile, dot_precision, on_device
 from .statistics import finish_statistics, store_statistics, tile_statistics
 from .taps import existing_neighbours, exists_at
 
-MANY_ROWS = 2**15
+MANY_ROWS, MANY_ROWS_TOGETHER = 2**15, 2**13
 
 
 @triton.jit(do_not_specialize=["rows", "height", "width"])
-def _kernel(
-    x, x_stride, scale, shift, weight, out, out_stride, partials, rows, height, width, channels,
-    OUT_CHANNELS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr,
+def bn_relu_conv3x3_kernel(
+    x, x_stride, scale, shift, weight, tap_stride, output_stride, out, out_stride, partials,
+    rows, height, width, channels, OUT_CHANNELS: tl.constexpr, TOGETHER: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """ROWS - 2 pixels of the result, and their statistics.
 
@@ -32,6 +34,10 @@ def _kernel(
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     wanted = (output < OUT_CHANNELS)[None, :]
 
+    # Side by side, the three taps fill the tensor cores; a fourth, of zeros, makes their number a power of two.
+    column = tl.arange(0, 4 * OUTPUTS)
+    tap, tap_output = column // OUTPUTS, tl.program_id(1) * OUTPUTS + column % OUTPUTS
+    together = tl.zeros((ROWS, 4 * OUTPUTS if TOGETHER else 1), dtype)
     left = tl.zeros((ROWS, OUTPUTS), dtype)
     centre = tl.zeros((ROWS, OUTPUTS), dtype)
     right = tl.zeros((ROWS, OUTPUTS), dtype)
@@ -47,14 +53,25 @@ def _kernel(
         summand = tl.load(shift + channel, mask=within, other=0.0)[None, :]
         activation = tl.where(exists, activate(inputs, factor, summand, inputs.dtype), 0.0)
 
-        taps = weight + (3 * line * OUT_CHANNELS + output[None, :]) * channels + channel[:, None]
-        present = within[:, None] & wanted
-        weights = tl.load(taps, mask=present, other=0.0)
-        left = tl.dot(activation, weights, left, input_precision=PRECISION, out_dtype=dtype)
-        weights = tl.load(taps + OUT_CHANNELS * channels, mask=present, other=0.0)
-        centre = tl.dot(activation, weights, centre, input_precision=PRECISION, out_dtype=dtype)
-        weights = tl.load(taps + 2 * OUT_CHANNELS * channels, mask=present, other=0.0)
-        right = tl.dot(activation, weights, right, input_precision=PRECISION, out_dtype=dtype)
+        if TOGETHER:
+            taps = weight + ((3 * line + tap) * tap_stride + tap_output * output_stride)[None, :] + channel[:, None]
+            present = within[:, None] & ((tap < 3) & (tap_output < OUT_CHANNELS))[None, :]
+            weights = tl.load(taps, mask=present, other=0.0)
+            together = tl.dot(activation, weights, together, input_precision=PRECISION, out_dtype=dtype)
+        else:
+            taps = weight + (3 * line * tap_stride + output * output_stride)[None, :] + channel[:, None]
+            present = within[:, None] & wanted
+            weights = tl.load(taps, mask=present, other=0.0)
+            left = tl.dot(activation, weights, left, input_precision=PRECISION, out_dtype=dtype)
+            weights = tl.load(taps + tap_stride, mask=present, other=0.0)
+            centre = tl.dot(activation, weights, centre, input_precision=PRECISION, out_dtype=dtype)
+            weights = tl.load(taps + 2 * tap_stride, mask=present, other=0.0)
+            right = tl.dot(activation, weights, right, input_precision=PRECISION, out_dtype=dtype)
+    if TOGETHER:
+        by_tap = tl.reshape(tl.permute(tl.reshape(together, (ROWS, 4, OUTPUTS)), (0, 2, 1)), (ROWS, OUTPUTS, 2, 2))
+        even, odd = tl.split(by_tap)
+        left, right = tl.split(even)
+        centre, _ = tl.split(odd)
 
     before = tl.broadcast_to(tl.maximum(pixel - 1, 0)[:, None], (ROWS, OUTPUTS))
     after = tl.broadcast_to(tl.minimum(pixel + 1, ROWS - 1)[:, None], (ROWS, OUTPUTS))
@@ -70,10 +87,17 @@ def _kernel(
         store_statistics(partials, part, tl.num_programs(0), OUT_CHANNELS, output, count, mean, m2)
 
 
+def _is_together(x: Tensor, columns: int) -> bool:
+    """Whether a line's three taps are one product, of four times ``columns``: more do not fit into the registers."""
+    return x.dtype.itemsize == 2 and columns == 32
+
+
 def _tile(x: Tensor, outputs: int, precision: str) -> Tile:
     """One stage, where rows are many: a line is read for three taps above each other, two times from the L1 cache."""
     columns = min(max(triton.next_power_of_2(outputs), 16), 64)
     depth = 128 // x.dtype.itemsize // (1 if columns < 64 else 2)
+    if _is_together(x, columns):
+        return Tile(128 if x.shape[0] >= MANY_ROWS_TOGETHER else 64, columns, depth, warps=4, stages=1)
     if x.dtype.itemsize == 2:
         rows, stages = (128, 1) if x.shape[0] >= MANY_ROWS else (64, 3)
         return Tile(rows, columns, depth, warps=8, stages=stages)
@@ -99,11 +123,13 @@ def bn_relu_conv3x3(
     tile = _tile(x, outputs, precision)
     grid = triton.cdiv(rows, tile.rows - 2), triton.cdiv(outputs, tile.columns)
     partials = None if mean is None else mean.new_empty(3, grid[0], outputs)
-    taps = weight.new_empty(3, 3, outputs, channels, dtype=x.dtype).copy_(weight.permute(2, 3, 0, 1))
+    weight = weight.to(x.dtype, memory_format=torch.channels_last)
     with on_device(x):
-        _kernel[grid](
-            x, x.stride(0), scale, shift, taps, out, out.stride(0), partials, rows, height, width, channels, outputs,
-            precision, tile.rows, tile.columns, tile.depth, **tile.options(),
+        bn_relu_conv3x3_kernel[grid](
+            x, x.stride(0), scale, shift, weight, weight.stride(3), weight.stride(0), out, out.stride(0), partials,
+            rows, height, width, channels, outputs,
+            _is_together(x, tile.columns), precision,
+            tile.rows, tile.columns, tile.depth, **tile.options(),
         )  # fmt: skip
     if partials is not None and mean is not None and variance is not None:
         finish_statistics(partials, mean, variance)

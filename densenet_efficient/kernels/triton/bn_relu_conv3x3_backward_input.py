@@ -10,40 +10,38 @@ from .launch import Tile, dot_precision, on_device
 from .statistics import finish_sums, store_sums
 from .taps import existing_neighbours, exists_at, row_offset
 
-MANY_ROWS = 2**15
+MANY_ROWS = 2**16
 
 
 @triton.jit(do_not_specialize=["rows", "height", "width", "blocks"])
-def _kernel(
-    out_grad, out_grad_stride, x, x_stride, mean, scale, shift, weight, weight_stride_pair, weight_stride_channel,
+def bn_relu_conv3x3_backward_input_kernel(
+    out_grad, out_grad_stride, x, x_stride, mean, scale, shift, weight, tap_stride, output_stride, channel_stride,
     grad, grad_stride, partials, rows, height, width, channels, blocks, OUT_CHANNELS: tl.constexpr,
     ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One tile [ROWS, CHANNELS] of the gradient: its sums, and its deposit in ``grad``.
 
-    The product runs over all pairs of a tap and an output; a pixel was read by the output on the tap's other side.
+    The product runs over the taps, and the outputs of each; a pixel was read by the output on the tap's other side.
     """
     dtype = scale.dtype.element_ty
     part = tl.program_id(0) // blocks
     first = part.to(tl.int64) * ROWS
     row = first + tl.arange(0, ROWS)
-    neighbours = tl.where(row < rows, existing_neighbours(first, height, width, ROWS), 0)[:, None]
+    neighbours = tl.where(row < rows, existing_neighbours(first, height, width, ROWS), 0)
     channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     within = channel < channels
     gradient = tl.zeros((ROWS, CHANNELS), dtype)
-    out_grad_rows = out_grad + (row * out_grad_stride)[:, None]
-    for start in range(0, 9 * OUT_CHANNELS, DEPTH):
-        pair = start + tl.arange(0, DEPTH)
-        present = pair < 9 * OUT_CHANNELS
-        neighbour = 8 - pair // OUT_CHANNELS
-        place = row_offset(neighbour, width).to(tl.int64) * out_grad_stride + pair % OUT_CHANNELS
-        exists = exists_at(neighbours, neighbour[None, :]) & present[None, :]
-        out_gradient = tl.load(out_grad_rows + place[None, :], mask=exists, other=0.0)
-        weights = tl.load(
-            weight + pair[:, None] * weight_stride_pair + channel[None, :] * weight_stride_channel,
-            mask=present[:, None] & within[None, :], other=0.0,
-        )  # fmt: skip
+    chunks: tl.constexpr = (OUT_CHANNELS + DEPTH - 1) // DEPTH
+    for step in range(9 * chunks):
+        tap = step // chunks
+        output = step % chunks * DEPTH + tl.arange(0, DEPTH)
+        present = output < OUT_CHANNELS
+        exists = exists_at(neighbours, 8 - tap)[:, None] & present[None, :]
+        out_rows = out_grad + (row + row_offset(8 - tap, width))[:, None] * out_grad_stride
+        out_gradient = tl.load(out_rows + output[None, :], mask=exists, other=0.0)
+        taps = weight + tap * tap_stride + output[:, None] * output_stride + channel[None, :] * channel_stride
+        weights = tl.load(taps, mask=present[:, None] & within[None, :], other=0.0)
         gradient = tl.dot(out_gradient, weights, gradient, input_precision=PRECISION, out_dtype=dtype)
 
     factor = tl.load(scale + channel, mask=within, other=0.0)[None, :]
@@ -62,15 +60,15 @@ def _kernel(
         tl.store(place, deposit.to(grad.dtype.element_ty), mask=inside)
 
 
-def _tile(x: Tensor) -> Tile:
-    """One stage, where rows are many: a pixel's nine readers find it in the L1 cache."""
-    if x.dtype.itemsize == 2 and x.shape[0] >= MANY_ROWS:
-        return Tile(128, 64, 64, warps=8, stages=1, registers=128)
+def _tile(x: Tensor, outputs: int) -> Tile:
+    """Its depth goes into the outputs, or they into it."""
+    depth = 16 if outputs <= 16 or 0 < outputs % 32 <= 16 else 32
     if x.dtype.itemsize == 2:
-        return Tile(64, 64, 64, warps=8, stages=3)
+        columns = 128 if x.shape[0] >= MANY_ROWS and x.shape[1] > 64 else 64
+        return Tile(64, columns, depth, warps=4, stages=4 if columns == 128 else 3)
     if x.dtype.itemsize == 4:
-        return Tile(128, 64, 32, warps=8, stages=2)
-    return Tile(128, 32, 32, warps=8, stages=1)
+        return Tile(128, 64, depth, warps=8, stages=2)
+    return Tile(128, 32, depth, warps=8, stages=1)
 
 
 def input_gradient(
@@ -89,22 +87,27 @@ def input_gradient(
 ) -> None:
     """The sums, and ``scale * masked gradient`` in ``grad``: assigned, or added where ``accumulate``."""
     (rows, channels), outputs = x.shape, out_grad.shape[1]
-    tile = _tile(x)
+    tile = _tile(x, outputs)
     parts, blocks = triton.cdiv(rows, tile.rows), triton.cdiv(channels, tile.columns)
     partials = sum_grad.new_empty(2, parts, channels)
-    matrix = _weight_by_pair_and_channel(weight, x.dtype)
+    weight, *strides = _packed(weight, x.dtype)
     with on_device(x):
-        _kernel[(parts * blocks,)](
-            out_grad, out_grad.stride(0), x, x.stride(0), mean, scale, shift, matrix, *matrix.stride(),
+        bn_relu_conv3x3_backward_input_kernel[(parts * blocks,)](
+            out_grad, out_grad.stride(0), x, x.stride(0), mean, scale, shift, weight, *strides,
             grad, 0 if grad is None else grad.stride(0), partials, rows, height, width, channels, blocks, outputs,
             accumulate, dot_precision(x.dtype), tile.rows, tile.columns, tile.depth, **tile.options(),
         )  # fmt: skip
     finish_sums(partials, sum_grad, sum_grad_x)
 
 
-def _weight_by_pair_and_channel(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[9 * K, C] in ``dtype``, by pair of a tap and an output. In float32 the pairs lie side by side, as tf32 wants."""
-    order = (1, 2, 3, 0) if dtype == torch.float32 else (2, 3, 0, 1)
-    permuted = weight.permute(order)
-    packed = weight.new_empty(permuted.shape, dtype=dtype).copy_(permuted)
-    return packed.flatten(1).t() if dtype == torch.float32 else packed.flatten(0, 2)
+def _packed(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, int, int]:
+    """In ``dtype``, and its strides from tap to tap, output to output and channel to channel.
+
+    The channels lie side by side; in float32 the outputs, as the tensor cores want them for tf32.
+    """
+    if dtype != torch.float32:
+        weight = weight.to(dtype, memory_format=torch.channels_last)
+        return weight, weight.stride(3), weight.stride(0), 1
+    outputs, channels = weight.shape[:2]
+    by_channel = weight.new_empty(channels, 3, 3, outputs, dtype=dtype).copy_(weight.permute(1, 2, 3, 0))
+    return by_channel, outputs, 1, 9 * outputs

@@ -1,19 +1,19 @@
 """Gradient of the weight of the 3x3 convolution of relu(x * scale + shift)."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import activate
 from .launch import Tile, dot_precision, has_warpgroup_products, multiprocessors, on_device, programs_per_block
+from .statistics import sum_parts
 from .taps import existing_neighbours, exists_at, row_offset
 
 MANY_ROWS = 2**17
 
 
 @triton.jit(do_not_specialize=["rows", "height", "width", "parts"])
-def _kernel(
+def bn_relu_conv3x3_backward_weight_kernel(
     out_grad, out_grad_stride, x, x_stride, scale, shift, partials,
     rows, height, width, channels, parts, OUT_CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr,
@@ -57,6 +57,8 @@ def _tile(x: Tensor, outputs: int, precision: str) -> tuple[Tile, int]:
     """
     columns = min(max(triton.next_power_of_2(outputs), 16), 64)
     block = 128 if x.shape[1] > 64 and columns < 64 else 64
+    if x.dtype.itemsize == 2 and x.shape[0] < MANY_ROWS and columns == 32:
+        return Tile(64, columns, 64, warps=4, stages=3), 3
     if x.dtype.itemsize == 2:
         taps = 9 if has_warpgroup_products(x.device) and x.shape[0] >= MANY_ROWS else 3
         return Tile(block, columns, 64, warps=8, stages=3 if columns == 32 else 2), taps
@@ -84,9 +86,9 @@ def weight_gradient(
     partials = grad_weight.new_empty(parts, 3, 3, channels, outputs)
     grid = (parts * groups, *blocks)
     with on_device(x):
-        _kernel[grid](
+        bn_relu_conv3x3_backward_weight_kernel[grid](
             out_grad, out_grad.stride(0), x, x.stride(0), scale, shift, partials,
             rows, height, width, channels, parts, outputs,
             precision, taps, tile.depth, tile.rows, tile.columns, **tile.options(),
         )  # fmt: skip
-    torch.sum(partials, 0, out=grad_weight.permute(2, 3, 1, 0))
+    sum_parts(partials.flatten(1, 2), grad_weight.permute(2, 3, 1, 0).view(9, channels, outputs))

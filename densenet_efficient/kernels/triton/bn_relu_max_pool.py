@@ -37,7 +37,7 @@ def maximum_of_window(
 
 
 @triton.jit(do_not_specialize=["pooled"])
-def _kernel(
+def bn_relu_max_pool_kernel(
     x, x_stride, scale, shift, out, out_stride, pooled, channels, height, width,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -67,6 +67,6 @@ def bn_relu_max_pool(
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
     grid = triton.cdiv(channels, columns), triton.cdiv(pooled, tile_rows)
     with on_device(x):
-        _kernel[grid](
+        bn_relu_max_pool_kernel[grid](
             x, x.stride(0), scale, shift, out, out.stride(0), pooled, channels, height, width, tile_rows, columns
         )

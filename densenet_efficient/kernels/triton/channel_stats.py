@@ -12,7 +12,7 @@ WARPS = 8
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(x, x_stride, partials, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def channel_stats_kernel(x, x_stride, partials, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """The statistics of one tile."""
     dtype = partials.dtype.element_ty
     part = tl.program_id(1)
@@ -37,5 +37,5 @@ def channel_stats(
     grid = triton.cdiv(channels, columns), triton.cdiv(rows, tile_rows)
     partials = mean.new_empty(3, grid[1], channels)
     with on_device(x):
-        _kernel[grid](x, x.stride(0), partials, rows, channels, tile_rows, columns, num_warps=WARPS)
+        channel_stats_kernel[grid](x, x.stride(0), partials, rows, channels, tile_rows, columns, num_warps=WARPS)
     finish_statistics(partials, mean, variance)

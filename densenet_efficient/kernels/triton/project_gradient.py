@@ -11,7 +11,7 @@ ELEMENTS = 4096
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(
+def project_gradient_kernel(
     grad, grad_stride, x, x_stride, mean, slope, offset, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -39,4 +39,6 @@ def project_gradient(
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
     grid = triton.cdiv(channels, columns), triton.cdiv(rows, tile_rows)
     with on_device(x):
-        _kernel[grid](grad, grad.stride(0), x, x.stride(0), mean, slope, offset, rows, channels, tile_rows, columns)
+        project_gradient_kernel[grid](
+            grad, grad.stride(0), x, x.stride(0), mean, slope, offset, rows, channels, tile_rows, columns
+        )

@@ -14,6 +14,7 @@ from .launch import on_device
 BLOCK_PARTS = 512
 BLOCK_CHANNELS = 8
 WARPS = 8
+SUMMED_PARTS, SUMMED_COLUMNS = 32, 128  # of a program that adds partial gradients of a weight
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def _block_of_parts(parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _merge_statistics_kernel(
+def merge_statistics_kernel(
     partials, count, mean, m2_or_variance, parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr
 ):
     """PARTS parts become one row of the results; without a ``count`` it is the last, and the variance is wanted."""
@@ -80,7 +81,7 @@ def _merge_statistics_kernel(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _merge_sums_kernel(partials, first, second, parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
+def merge_sums_kernel(partials, first, second, parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
     """PARTS parts become one row of ``first``, and those of the second plane one of ``second``."""
     place, exists, column = _block_of_parts(parts, channels, PARTS, CHANNELS)
     row = tl.program_id(1).to(tl.int64) * channels + column
@@ -89,6 +90,24 @@ def _merge_sums_kernel(partials, first, second, parts, channels, PARTS: tl.const
     if second is not None:
         plane = tl.cast(parts, tl.int64) * channels
         tl.store(second + row, tl.sum(tl.load(partials + plane + place, mask=exists, other=0.0), 0), mask=within)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def sum_parts_kernel(
+    partials, out, plane_stride, row_stride, column_stride, parts, columns, rows, size,
+    PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The sum of all parts of COLUMNS elements, each part ``size`` of them: planes of ``rows`` x ``columns``."""
+    element = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    wanted = (element < size)[None, :]
+    total = tl.zeros((PARTS, COLUMNS), partials.dtype.element_ty)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        place = partials + part.to(tl.int64)[:, None] * size + element[None, :]
+        total += tl.load(place, mask=(part < parts)[:, None] & wanted, other=0.0)
+    row = element // columns
+    place = out + row // rows * plane_stride + row % rows * row_stride + element % columns * column_stride
+    tl.store(place, tl.sum(total, 0), mask=element < size)
 
 
 def _blocks(parts: int, channels: int) -> tuple[int, int]:
@@ -106,7 +125,7 @@ def finish_statistics(
     is_last = grid[1] == 1
     merged = (None, mean, variance) if is_last else partials.new_empty(3, grid[1], channels)
     with on_device(partials):
-        _merge_statistics_kernel[grid](partials, *merged, parts, channels, BLOCK_PARTS, BLOCK_CHANNELS, num_warps=WARPS)
+        merge_statistics_kernel[grid](partials, *merged, parts, channels, BLOCK_PARTS, BLOCK_CHANNELS, num_warps=WARPS)
     if isinstance(merged, Tensor):
         finish_statistics(merged, mean, variance)
 
@@ -123,6 +142,19 @@ def finish_sums(
     merged = None if is_last else partials.new_empty(kinds, grid[1], channels)
     sums = (first, second) if merged is None else (merged[0], None if second is None else merged[1])
     with on_device(partials):
-        _merge_sums_kernel[grid](partials, *sums, parts, channels, BLOCK_PARTS, BLOCK_CHANNELS, num_warps=WARPS)
+        merge_sums_kernel[grid](partials, *sums, parts, channels, BLOCK_PARTS, BLOCK_CHANNELS, num_warps=WARPS)
     if merged is not None:
         finish_sums(merged, first, second)
+
+
+def sum_parts(
+    partials: Tensor,  # [parts, A, B, C], contiguous
+    out: Tensor,  # [A, B, C] of any strides
+) -> None:
+    """Adds partial gradients of a weight in a fixed order."""
+    parts, _, rows, columns = partials.shape
+    grid = (triton.cdiv(out.numel(), SUMMED_COLUMNS),)
+    with on_device(partials):
+        sum_parts_kernel[grid](
+            partials, out, *out.stride(), parts, columns, rows, out.numel(), SUMMED_PARTS, SUMMED_COLUMNS
+        )

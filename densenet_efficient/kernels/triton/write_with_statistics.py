@@ -12,7 +12,7 @@ WARPS = 8
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(
+def write_with_statistics_kernel(
     x, image_stride, channel_stride, pixel_stride, pixels, out, out_stride, partials, rows, channels,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +44,7 @@ def write_with_statistics(
     grid = triton.cdiv(channels, columns), triton.cdiv(rows, tile_rows)
     partials = mean.new_empty(3, grid[1], channels)
     with on_device(x):
-        _kernel[grid](
+        write_with_statistics_kernel[grid](
             x, *x.stride(), x.shape[2], out, out.stride(0), partials, rows, channels, tile_rows, columns,
             num_warps=WARPS,
         )  # fmt: skip
