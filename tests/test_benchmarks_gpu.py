@@ -104,7 +104,7 @@ def test_the_plan_begins_with_what_matters_and_ends_with_what_takes_minutes() ->
     assert len(set(measurements)) == len(measurements)
     first = measurements[:6]
     assert {(measurement.cell.task, measurement.cell.model, measurement.cell.batch) for measurement in first} == {
-        ("train", "densenet121", 128)
+        ("train", "densenet201", 128)
     }
     assert {measurement.variant.implementation for measurement in first} == {*gpu_rows.EAGER, *gpu_rows.GRAPHS}
     compiled = ["compile" in measurement.variant.implementation for measurement in measurements]

@@ -31,8 +31,10 @@ class Tile(NamedTuple):
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:
-    """Makes the tensor's device the current one, on which Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    """Makes the tensor's device the current one, on which Triton launches; nothing where it is, for that takes time."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
