@@ -50,20 +50,23 @@ def fixed_stages(architecture: str, path: Path) -> list[Stage]:
     jobs = str(len(os.sched_getaffinity(0)))
     pytest = [PYTHON, "-m", "pytest", "-rf", "--tb=short"]
     parallel = [*pytest, "--numprocesses", str(PROCESSES), "-m", "not large"]
+    one_thread = {"OMP_NUM_THREADS": "1"}  # of each process: all threads of all took twice as long
     watched = [PYTHON, "tests/sanitized_operations.py"]
     # Memory of its own for each tensor: within the allocator's large blocks, no access is out of bounds.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
         Stage("build", install, 150, {"TORCH_CUDA_ARCH_LIST": architecture, "MAX_JOBS": jobs}),
         Stage("backend", [PYTHON, "-c", REQUIRE_CUDA], 30),
-        Stage("tests", [*parallel, "-k", "not shim", *TESTS], 120),
+        Stage("tests", [*parallel, "-k", "not shim", *TESTS], 120, one_thread),
         *(
             Stage(tool, [SANITIZER, "--tool", tool, "--error-exitcode", "1", *watched], 45, uncached)
             for tool in ("memcheck", "racecheck")
         ),
         Stage(KERNELS, [PYTHON, "-m", "benchmarks.gpu_kernels", str(path)], 45),
         Stage(LARGE, [*pytest, "-k", "not shim", "-m", "large", *TESTS], 30),
-        Stage(PARITY, [*parallel, "-k", "(cuda or triton) and not reference", "tests/test_exactness.py"], 90),
+        Stage(
+            PARITY, [*parallel, "-k", "(cuda or triton) and not reference", "tests/test_exactness.py"], 90, one_thread
+        ),
     ]
 
 

@@ -23,8 +23,8 @@ from densenet_efficient.measure import MIB, make_forward, make_step
 from . import results as results_file
 from .cells import Cell, Variant, row_key
 from .implementations import build
+from .picture import GRAPH
 
-GRAPH = "-graph"  # the same implementation, its step captured in a CUDA graph and replayed
 EAGER = ("torchvision", "ours-none", "ours-bottleneck")
 GRAPHS = tuple(name + GRAPH for name in EAGER)
 INFERENCE = ("torchvision", "ours-none", "torchvision-graph", "ours-none-graph")

@@ -7,6 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+GRAPH = "-graph"  # the same implementation, its step captured in a CUDA graph and replayed
+
 # The palette of Okabe and Ito, told apart with every kind of colour vision; the marks differ as well.
 MARKS = {
     "naive": ("#000000", "X"),
@@ -33,11 +35,20 @@ def picture_path(results: dict[str, Any]) -> Path:
 
 
 def panels_of(results: dict[str, Any]) -> dict[tuple[str, str, int, int], list[dict[str, Any]]]:
-    """The training rows that have both a time and a memory, by (model, dtype, batch, size)."""
+    """The training rows that have both a time and a memory, by (model, dtype, batch, size).
+
+    A step in a CUDA graph takes the memory of the one that launches its kernels.
+    """
+    launched: dict[tuple[Any, ...], float | None] = {}
     panels: dict[tuple[str, str, int, int], list[dict[str, Any]]] = {}
     for row in results["rows"]:
-        if row["task"] == "train" and row["step_ms"] and row["mib_per_image"]:
-            panels.setdefault((row["model"], row["dtype"], row["batch"], row["size"]), []).append(row)
+        if row["task"] != "train":
+            continue
+        workload = (row["model"], row["dtype"], row["batch"], row["size"])
+        name = row["implementation"].removesuffix(GRAPH)
+        memory = launched.setdefault((*workload, name, row["layout"]), row["mib_per_image"])
+        if row["step_ms"] and memory:
+            panels.setdefault(workload, []).append(row | {"mib_per_image": memory})
     return panels
 
 

@@ -18,7 +18,8 @@ from typing import Any
 from . import blocking, coverage, markdown, uncovered
 from .conversion import table as conversion_table
 from .evidence import pictures, sections
-from .picture import draw, panels_of, picture_path
+from .gpu_tiles_table import table as tiles_table
+from .picture import GRAPH, draw, panels_of, picture_path
 from .planner import table as planner_table
 from .results import MEASURED, RESULTS, ROOT, write_atomically
 from .roofline import COLUMNS as ROOFLINE_COLUMNS
@@ -165,9 +166,13 @@ def _step(row: Row) -> tuple[str, str, int, float, float]:
 def summary(results: Results) -> str:
     """One machine in two tables, a line per workload: ours beside the fastest of torchvision and of everything else."""
     lines = [markdown.figures_line(results), ""]
-    workloads = {task: _workloads(results, task) for task in ("train", "infer")}
+    workloads = {
+        task: [part for rows in _workloads(results, task) for part in _by_launch(rows)] for task in ("train", "infer")
+    }
     if panels_of(results):
         lines += [f"![step time against memory]({picture_path(results).as_posix()})", ""]
+        if any(row["implementation"].endswith(GRAPH) for row in results["rows"]):
+            lines += ["A CUDA graph stands at the memory of the same network when its kernels are launched.", ""]
     if workloads["train"]:
         lines += [*markdown.table(("training step", *TRAINING_COLUMNS), map(_training_cells, workloads["train"])), ""]
     if workloads["infer"]:
@@ -175,6 +180,17 @@ def summary(results: Results) -> str:
     if results.get("largest_batch"):
         lines += [largest_batches(results["largest_batch"]), ""]
     return "\n".join(lines)
+
+
+def _by_launch(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows that launch every kernel, and those that replay a CUDA graph, which are compared by themselves."""
+    launched = [row for row in rows if not row["implementation"].endswith(GRAPH)]
+    replayed = [
+        row | {"implementation": row["implementation"].removesuffix(GRAPH), "launch": ", in a CUDA graph"}
+        for row in rows
+        if row["implementation"].endswith(GRAPH)
+    ]
+    return [part for part in (launched, replayed) if any(row["implementation"] in OURS for row in part)]
 
 
 def _training_cells(rows: Sequence[Row]) -> list[str]:
@@ -248,6 +264,12 @@ def planner_tables(results: Results) -> str:
     return "\n".join([markdown.figures_line(results), "", *planner_table(results["rows"]), ""])
 
 
+def tiles_tables(results: Results) -> str:
+    """What the kernels of the convolutions take on a card, beside bare products."""
+    copies = f"A copy moves {results['copy_gigabytes_per_second']:.0f} GB/s, read and written."
+    return "\n".join([f"{markdown.figures_line(results)} {copies}", "", *tiles_table(results), ""])
+
+
 def tables(results: Results, task: str) -> str:
     """One machine's tables of a task, one per workload, under a line that says what was measured where."""
     workloads = _workloads(results, task)
@@ -292,7 +314,7 @@ def _best_of_torchvision(rows: Sequence[Row]) -> tuple[float | None, float | Non
 
 
 def _title(row: Row) -> str:
-    return f"{row['model']}, {row['dtype']}, batch {row['batch']}, {row['size']}x{row['size']}"
+    return f"{row['model']}, {row['dtype']}, batch {row['batch']}, {row['size']}x{row['size']}{row.get('launch', '')}"
 
 
 def largest_batches(rows: Sequence[Row]) -> str:
@@ -329,6 +351,7 @@ SECTIONS = {
     "largest-image-cpu": ("CPU", "largest-image"),
     "comparison-cpu": ("CPU", "comparison"),
     "planner-cpu": ("CPU", "planner"),
+    "tiles-gpu": ("GPU", "tiles"),
     "soak-cpu": ("CPU", "soak"),
     "coverage-cpu": ("CPU", "coverage"),
 }
@@ -343,6 +366,7 @@ SPECIAL = {  # by the end of their files' names
     "largest-image": sections.largest_image,
     "comparison": sections.comparison,
     "planner": planner_tables,
+    "tiles": tiles_tables,
     "soak": soak_list,
     "coverage": coverage_list,
 }

@@ -6,6 +6,7 @@ finished gradient of its slot to the gradient of its inputs.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -124,18 +125,18 @@ class _LayerBackward:
         self.size = tuple(saved.features.shape[2:])
         self.backend = backend
         self.parts = self._parts(grad.shape[1])
+        self.keeps_gradient = len(self.parts) == 1 or not recomputes_gradients(grad.device)
         mean, variance = saved.statistics.unbind()
         self.affine = layer.norm1.affine(self.backend, mean[:channels], variance[:channels])
 
     def _parts(self, storage_channels: int) -> list[slice]:
-        """The rows of those images that recompute their bottlenecks together."""
+        """The rows of those images that recompute their bottlenecks together; those of the last part are the most."""
         pixels, width = math.prod(self.size), self.layer.conv1.shape[0]
         images = self.rows // pixels
         is_saved = self.layer.conv2 is None or bool(self.saved.bottlenecks)
-        if is_saved or not recomputes_in_halves(images, width, storage_channels):
-            return [slice(0, self.rows)]
-        first = images // 2 * pixels
-        return [slice(0, first), slice(first, self.rows)]
+        parts = 1 if is_saved else recomputed_parts(images, width, storage_channels, self.inputs.device)
+        ends = [images * part // parts * pixels for part in range(parts + 1)]
+        return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
     def run(self, needed: list[bool], projection: Projection) -> list[Tensor | None]:
         """The gradients of the layer's parameters, None where not needed."""
@@ -162,32 +163,32 @@ class _LayerBackward:
         bottleneck_needed = norm1_needed or conv1
         width = layer.conv1.shape[0]
         affine2 = layer.norm2.affine(self.backend, *self.saved.bottleneck_statistics[self.index].unbind())
-        bottleneck_grad = self._scratch("bottleneck_grad", self.rows, width) if bottleneck_needed else None
         outputs2 = (self._like(layer.conv2, conv2), *self._sums(width, bottleneck_needed or weight2 or bias2))
         for part in self.parts:
             bottleneck = self._bottleneck_output(part)
             own = outputs2 if part is self.parts[0] else _empty_like(outputs2)
-            spatial.bn_relu_conv_backward(
-                self.backend, self.slot_grad[part], bottleneck, affine2.mean, affine2.scale, affine2.shift, layer.conv2,
-                self.size, layer.dilation, _of(part, bottleneck_grad), False, *own,
-            )  # fmt: skip
+            gradient = self._bottleneck_grad(part) if bottleneck_needed else None
+            self._conv2_backward(part, bottleneck, affine2, gradient, own)
             if own is not outputs2:
                 _add(outputs2, own)
         conv2_grad, *sums2 = outputs2
         finish = Projection(self.backend, width, affine2.mean, self.synchronisation)
         norm2_grads = self._norm_grads(layer.norm2, affine2, sums2, finish)
         finish.synchronise(slice(None))
-        if bottleneck_grad is None:
+        if not bottleneck_needed:
             return [None, None, None, *norm2_grads, conv2_grad]
 
         outputs = (self._like(layer.conv1, conv1), *self._sums(self.inputs.shape[1], norm1_needed))
         for part in reversed(self.parts):  # the bottleneck of the last is at hand
             is_last = part is self.parts[-1]
+            gradient = self._bottleneck_grad(part)
             if not is_last:
                 bottleneck = self._bottleneck_output(part)
+                if not self.keeps_gradient:
+                    self._conv2_backward(part, bottleneck, affine2, gradient, (None, *self._sums(width, True)))
             own = outputs if is_last else _empty_like(outputs)
             self.backend.bn_relu_conv1x1_backward(
-                bottleneck_grad[part], bottleneck, affine2.mean, finish.slope, finish.offset, self.inputs[part],
+                gradient, bottleneck, affine2.mean, finish.slope, finish.offset, self.inputs[part],
                 affine.mean, affine.scale, affine.shift, layer.conv1, _of(part, self.inputs_grad), *own,
             )  # fmt: skip
             if not is_last:
@@ -195,18 +196,37 @@ class _LayerBackward:
         conv1_grad, *sums = outputs
         return [*self._norm_grads(layer.norm1, affine, sums, projection), conv1_grad, *norm2_grads, conv2_grad]
 
+    def _conv2_backward(
+        self, part: slice, bottleneck: Tensor, affine2: Affine, gradient: Tensor | None, outputs: Outputs
+    ) -> None:
+        """The gradients of these images' bottlenecks and of the last convolution, and the sums of its norm."""
+        assert self.layer.conv2 is not None
+        spatial.bn_relu_conv_backward(
+            self.backend, self.slot_grad[part], bottleneck, affine2.mean, affine2.scale, affine2.shift,
+            self.layer.conv2, self.size, self.layer.dilation, gradient, False, *outputs,
+        )  # fmt: skip
+
     def _bottleneck_output(self, part: slice) -> Tensor:
         """[rows, K] of these images, as saved or recomputed; the recomputation takes no statistics."""
         if self.saved.bottlenecks:
             return self.saved.bottlenecks[self.index]
-        last = self.parts[-1]
-        bottleneck = self._scratch("bottleneck", last.stop - last.start, self.layer.conv1.shape[0])
-        bottleneck = bottleneck[: part.stop - part.start]
+        bottleneck = self._scratch_of(part, "bottleneck")
         affine = self.affine
         self.backend.bn_relu_conv1x1(
             self.inputs[part], affine.scale, affine.shift, self.layer.conv1, bottleneck, None, None
         )
         return bottleneck
+
+    def _bottleneck_grad(self, part: slice) -> Tensor:
+        """[rows, K], the place for the gradient of these images' bottlenecks."""
+        if not self.keeps_gradient:
+            return self._scratch_of(part, "bottleneck_grad")
+        return self._scratch("bottleneck_grad", self.rows, self.layer.conv1.shape[0])[part]
+
+    def _scratch_of(self, part: slice, name: str) -> Tensor:
+        """[rows, K], the same for every part."""
+        last = self.parts[-1]
+        return self._scratch(name, last.stop - last.start, self.layer.conv1.shape[0])[: part.stop - part.start]
 
     def _norm_grads(
         self, norm: BatchNorm, affine: Affine, sums: Sequence[Tensor | None], projection: Projection
@@ -250,14 +270,22 @@ def _of(part: slice, rows: Tensor | None) -> Tensor | None:
     return None if rows is None else rows[part]
 
 
-def recomputes_in_halves(images: int, bottleneck_channels: int, storage_channels: int) -> bool:
-    """Whether a backward recomputes the bottlenecks of half of the images at a time.
+def recomputed_parts(images: int, bottleneck_channels: int, storage_channels: int, device: torch.device) -> int:
+    """In how many parts of the images a backward recomputes the bottlenecks.
 
     Where a bottleneck and its gradient take as much memory as the whole storage, as in the first block of the paper's
-    networks, they make the peak of a step. A half less of one of them costs half a recomputation more: the first half
-    is needed for the 3x3 convolution's gradient, and again when all sums of the second norm are known.
+    networks, they make the peak of a step. All parts but the last are recomputed twice: for the 3x3 convolution's
+    gradient, and again when all sums of the second norm are known. On the CPU two parts cost half a recomputation more;
+    on a GPU, where all else is smaller too, it takes four, and the gradients are not kept either.
     """
-    return images > 1 and 2 * bottleneck_channels >= storage_channels
+    if 2 * bottleneck_channels < storage_channels:
+        return 1
+    return max(min(images, 4 if recomputes_gradients(device) else 2), 1)
+
+
+def recomputes_gradients(device: torch.device) -> bool:
+    """Whether the gradients of bottlenecks that are recomputed in parts are recomputed with them."""
+    return device.type == "cuda"
 
 
 def _first_needed(layers_needed: list[list[bool]]) -> int:

@@ -50,7 +50,7 @@ def leaving(x: Tensor, parameters: Sequence[Tensor]) -> torch.autograd.graph.sav
 
 def _images(x: Tensor) -> tuple[int, ...]:
     """Their number and size."""
-    return (x.shape[0], *x.shape[2:]) if x.dim() > 1 else ()
+    return (*x.shape[:1], *x.shape[2:])
 
 
 class Lane:

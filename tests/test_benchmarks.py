@@ -19,6 +19,7 @@ from benchmarks import results as results_file
 from benchmarks.cells import COMPILED, INFERENCE_ONLY, Cell, Variant, measure_memory, measure_times, variants_of
 from benchmarks.evidence.__main__ import PARTS
 from benchmarks.implementations import IMPLEMENTATIONS, build
+from benchmarks.picture import panels_of
 from benchmarks.runtimes import ExportedNetwork
 from densenet_efficient.conversion.modules import ConvertedBlock
 from densenet_efficient.measure import build_model, make_step
@@ -380,7 +381,7 @@ def test_the_tables_compare_with_the_best_of_torchvision(published: tuple[Path, 
     figures = next(line for line in lines if line.startswith("Some CPU"))
     for fact in ("2 cores", "AVX512", "torch 2.14.1", "0123456789ab", "2026-01-31", "ours-none 3.2 s"):
         assert fact in figures
-    assert lines.count("Not measured yet on a GPU.") == 3
+    assert lines.count("Not measured yet on a GPU.") == 4
     # The fixture has neither an inference nor the planner, the trainer, the soak, the coverage.
     assert lines.count("Not measured yet on a CPU.") == 5
 
@@ -396,6 +397,23 @@ def test_the_summary_has_a_line_per_workload(published: tuple[Path, list[str]]) 
     workload = f"{KEY['model']}, {KEY['dtype']}, batch {KEY['batch']}, {KEY['size']}x{KEY['size']}"
     assert f"| {workload} | 100 ms | 62 ms | 0.62 | 72 ms | 0.72 | 200.0 | 25.0 (8.0x less) |  |" in lines
     assert f"| {workload} | 40 ms | 20 ms (openvino) | 15 ms | 0.75 |" in lines
+
+
+def test_what_a_cuda_graph_replays_has_a_line_of_its_own(published: tuple[Path, list[str]]) -> None:
+    readme, arguments = published
+    results = json.loads((readme.parent / "results" / "machine.json").read_text())
+    for implementation, step_ms in {"torchvision-graph": 80.0, "ours-none-graph": 20.0}.items():
+        results_file.record(results, KEY | {"implementation": implementation}, step_ms=step_ms)
+    results_file.save(readme.parent / "results" / "machine.json", results)
+    report.main(arguments)
+    lines = readme.read_text().splitlines()
+    workload = f"{KEY['model']}, {KEY['dtype']}, batch {KEY['batch']}, {KEY['size']}x{KEY['size']}"
+    assert f"| {workload} | 100 ms | 62 ms | 0.62 | 72 ms | 0.72 | 200.0 | 25.0 (8.0x less) |  |" in lines
+    assert f"| {workload}, in a CUDA graph | 80 ms | 20 ms | 0.25 |  |  |  |  |  |" in lines
+    replayed = [
+        row for rows in panels_of(results).values() for row in rows if row["implementation"] == "ours-none-graph"
+    ]
+    assert [row["mib_per_image"] for row in replayed] == [25.0]
 
 
 def test_the_roofline_stands_in_the_document(published: tuple[Path, list[str]]) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_kernels, gpu_rows, report
+from benchmarks import gpu, gpu_kernels, gpu_rows, gpu_tiles_table, report
 from benchmarks.cells import Cell, Variant
 from benchmarks.gpu import Stage
 from benchmarks.gpu_rows import GRAPH, Measurement, plan
@@ -208,3 +210,52 @@ def test_every_figure_and_failure_is_kept_at_once_and_measured_once(
     assert [(row["implementation"], row["batch"]) for row in results["largest_batch"]] == [("ours-none", 99)]
     text = report.summary(results)
     assert "The largest batch of 32x32 images whose float32 step of tiny fits: ours-none 99." in text
+
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="torch brings Triton on Linux only")
+
+
+@needs_triton
+def test_a_kernel_takes_a_tile_and_gives_it_back() -> None:
+    from benchmarks.gpu_tiles import KERNELS, TRITON, tile_of
+
+    for kernel in KERNELS:
+        module = importlib.import_module(f"{TRITON}.{kernel.file}")
+        own = module._tile
+        with tile_of(kernel.file, kernel.candidates[0]):
+            assert module._tile(1, 2, 3) is kernel.candidates[0]
+        with tile_of(kernel.file, None):
+            assert module._tile is own
+        assert module._tile is own
+
+
+@needs_triton
+def test_a_tile_that_fails_is_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import gpu_tiles
+
+    times = iter([30.0, 20.0])
+
+    def microseconds(call: object) -> float:
+        time = next(times, None)
+        if time is None:
+            raise RuntimeError("out of resource\nshared memory")
+        return time
+
+    monkeypatch.setattr(gpu_tiles, "microseconds", microseconds)
+    kernel, size = gpu_tiles.KERNELS[0], gpu_kernels.Size(1, 7, 96, 160)
+    rows = list(gpu_tiles.measure(kernel, size, "cpu"))
+    assert [row["tile"] for row in rows] == [None, *kernel.candidates]
+    assert [row["microseconds"] for row in rows] == [30.0, 20.0] + [None] * (len(rows) - 2)
+    assert {row.get("reason") for row in rows[2:]} == {"RuntimeError: out of resource"}
+    assert set(gpu_tiles_table.BARE) == {kernel.file for kernel in gpu_tiles.KERNELS}
+
+
+def test_the_fastest_tile_stands_beside_the_bare_product() -> None:
+    rows = [
+        {"kernel": "bn_relu_conv3x3", "side": side, "tile": tile, "microseconds": time}
+        for side, tile, time in [(7, [64], 16.0), (7, [128], 12.4), (14, [64], 31.0), (14, [128], None)]
+    ]
+    products = [{"product": "conv3x3", "side": side, "microseconds": time} for side, time in [(7, 5.5), (14, 9.6)]]
+    lines = gpu_tiles_table.table({"rows": rows, "products": products})
+    assert lines[0] == "| kernel, with all that is fused / bare | 14x14 | 7x7 |"
+    assert lines[2] == "| `bn_relu_conv3x3` | 31 / 10 | 12 / 6 |"

@@ -29,6 +29,7 @@ from cases import (
 )
 from torch import nn
 
+from densenet_efficient import dense_layers, kernels
 from densenet_efficient.modules import DenseBlock
 from densenet_efficient.reference import NaiveDenseBlock
 
@@ -49,6 +50,16 @@ def assert_same_steps(pair, images, steps=1, seed=None):
     for _ in range(steps):
         expected = step(naive, images, seed)
         assert_close(step(efficient, images, seed), expected)
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.5])
+@pytest.mark.parametrize("images", [1, 2, 3, 5, 9])
+def test_bottlenecks_recomputed_as_on_a_gpu(images, drop_rate, monkeypatch):
+    """In up to four parts of the images, and their gradients with them."""
+    monkeypatch.setenv(kernels.BACKEND_VARIABLE, "reference")
+    monkeypatch.setattr(dense_layers, "recomputes_gradients", lambda device: True)
+    pair = make_pair(checkpointing="bottleneck", drop_rate=drop_rate)
+    assert_same_steps(pair, make_images(images, 3, 33, 47), steps=2, seed=1)
 
 
 @every_level

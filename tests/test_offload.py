@@ -110,7 +110,7 @@ def test_an_earlier_graph_is_not_called_again(lane):
 @pytest.mark.parametrize("wanted", [True, False])
 def test_on_a_gpu_what_is_wanted_leaves(monkeypatch, wanted):
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
-    on_a_gpu = SimpleNamespace(device=torch.device("cuda"))
+    on_a_gpu = SimpleNamespace(device=torch.device("cuda"), shape=(2, 3, 4, 4))
     context = offload.offloaded(wanted, on_a_gpu, [])
     assert isinstance(context, torch.autograd.graph.saved_tensors_hooks) == wanted
     with torch.no_grad():
@@ -133,3 +133,13 @@ def test_on_the_cpu_a_storage_is_where_it_would_go():
         block.offload = True
     assert_close(step(model, make_images(2, 3, 32, 32)), expected, tolerance=0)
     assert not offload._lanes
+
+
+def test_what_is_saved_keeps_no_input_alive():
+    """Of its images the hooks keep the number and the size; torch keeps the hooks with what is saved."""
+    x = torch.randn(2, 3, 4, 4)
+    gone = weakref.ref(x)
+    hooks = offload.leaving(x, [])
+    del x
+    assert gone() is None
+    assert isinstance(hooks, torch.autograd.graph.saved_tensors_hooks)

@@ -154,7 +154,7 @@ struct Backward {
     return {weight_grad, bias_grad, conv1_grad, weight2_grad, bias2_grad, conv2_grad};
   }
 
-  // The images that recompute a bottleneck of ``channels`` together: recomputes_in_halves in dense_layers.py.
+  // The images that recompute a bottleneck of ``channels`` together: recomputed_parts in dense_layers.py.
   std::vector<Part> parts_of(int64_t channels) const {
     const int64_t pixels = height * width, images = rows() / pixels;
     if (!bottlenecks.empty() || 2 * channels < storage.size(1) || images < 2) return {{0, rows()}};

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..dense_layers import recomputes_in_halves
+from ..dense_layers import recomputed_parts, recomputes_gradients
 from ..kernels import accumulation_dtype
 from ..operator_calls import StageBlock
 from ..stem import images_at_a_time
@@ -67,6 +67,7 @@ class BlockShape:
     bottleneck: int  # [M, K], 0 without
     bottlenecks: int  # of all layers
     bottleneck_part: int  # of those images that recompute theirs together
+    gradient_part: int  # the gradients of bottlenecks that are at hand with them
     masks: int  # of the dropout
     dropped: int  # [M, k], a mask as it is multiplied
     pooled: int  # [M', C] of the exit
@@ -125,7 +126,9 @@ def shape_of(model: Any, input_shape: Sequence[int], dtype: torch.dtype, device:
         transition = next((r for r in stages[index + 1 : index + 2] if r.name.startswith("transition")), None)
         parts = [modules[row.name], *([modules[transition.name]] if transition else [])]
         layers = [layer for layer in rows if layer.is_layer and layer.name.startswith(f"{row.name}.")]
-        blocks.append(_block_shape(row, layers, transition, element, parameters(*parts), _drops(modules[row.name])))
+        blocks.append(
+            _block_shape(row, layers, transition, element, parameters(*parts), _drops(modules[row.name]), device)
+        )
     return NetworkShape(input_shape[0], stem, blocks, parameters(modules["norm5"], model.classifier))
 
 
@@ -174,13 +177,16 @@ def _block_shape(
     element: int,
     parameters: Parameters,
     drops: bool,
+    device: str,
 ) -> BlockShape:
     images, channels, *axes = row.output_shape
     pixels = images * math.prod(axes)
     width = layers[0].bottleneck_channels or 0
     out_shape = transition.output_shape if transition else (images, channels)
     windows = math.prod(out_shape) // out_shape[1]
-    together = images - images // 2 if recomputes_in_halves(images, width, channels) else images
+    parts = recomputed_parts(images, width, channels, torch.device(device))
+    together = -(-images // parts)
+    keeps_gradient = parts == 1 or not recomputes_gradients(torch.device(device))
     recomputed = sum(pixels * layer.in_channels * width for layer in layers)
     return BlockShape(
         row.name,
@@ -190,6 +196,7 @@ def _block_shape(
         bottleneck=pixels * width * element,
         bottlenecks=row.costs.saved_none - row.costs.saved_bottleneck,
         bottleneck_part=pixels // images * together * width * element,
+        gradient_part=pixels // images * (images if keeps_gradient else together) * width * element,
         masks=pixels * (channels - row.in_channels) if drops else 0,
         dropped=pixels * (layers[0].growth_rate or 0) * element if drops else 0,
         pooled=windows * channels * element,

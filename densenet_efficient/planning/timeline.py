@@ -158,7 +158,9 @@ class TrainingStep:
         yield Moment("optimizer", "step", gradients, self.images, self._optimizer_workspace())
 
     def _backward_workspace(self, block: BlockShape, level: str) -> int:
-        scratch = block.bottleneck + (block.bottleneck_part if level == "bottleneck" else 0) + block.dropped
+        recomputes = level == "bottleneck"
+        scratch = block.gradient_part + block.bottleneck_part if recomputes else block.bottleneck
+        scratch += block.dropped
         return block.out + block.storage + max(block.pooled, scratch, block.input)
 
     def _optimizer_workspace(self) -> int:

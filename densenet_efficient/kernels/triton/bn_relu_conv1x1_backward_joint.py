@@ -16,7 +16,7 @@ from torch import Tensor
 from .activation import activate, mask_gradient
 from .launch import Tile, dot_precision, has_warpgroup_products, multiprocessors, on_device, programs_per_block
 from .project_gradient import project_gradient
-from .statistics import finish_sums, store_sums, sum_parts
+from .statistics import sum_parts
 
 MOST_OUTPUTS = 256
 PROGRAMS = 2  # on each multiprocessor
@@ -25,7 +25,7 @@ PROGRAMS = 2  # on each multiprocessor
 @triton.jit(do_not_specialize=["rows"])
 def bn_relu_conv1x1_backward_joint_kernel(
     finished, finished_stride, x, x_stride, mean, scale, shift, weight,
-    grad, grad_stride, weight_partials, sum_partials, rows, channels, outputs,
+    grad, grad_stride, partials, rows, channels, outputs,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     dtype = scale.dtype.element_ty
@@ -69,9 +69,10 @@ def bn_relu_conv1x1_backward_joint_kernel(
         if grad is not None:
             tl.store(place, tl.fma(gradient, factor, before.to(dtype)).to(before.dtype), mask=inside_now)
         grad_weight = tl.dot(activation, out_gradient, grad_weight, input_precision=PRECISION, out_dtype=dtype)
-    place = weight_partials + (part.to(tl.int64) * outputs + output[None, :]) * channels + channel[:, None]
-    tl.store(place, grad_weight, mask=present & wanted)
-    store_sums(sum_partials, part, parts, channels, channel, sum_grad, sum_grad_x)
+    place = partials + part.to(tl.int64) * (outputs + 2) * channels + channel
+    tl.store(place[:, None] + output[None, :] * channels, grad_weight, mask=present & wanted)
+    tl.store(place + outputs * channels, sum_grad, mask=channel < channels)
+    tl.store(place + (outputs + 1) * channels, sum_grad_x, mask=channel < channels)
 
 
 def serves(x: Tensor, outputs: int) -> bool:
@@ -107,13 +108,11 @@ def input_and_weight_gradient(
     tile = _tile(outputs)
     blocks = triton.cdiv(channels, tile.columns)
     parts = programs_per_block(rows, tile.rows, blocks, PROGRAMS * multiprocessors(x.device))
-    weight_partials = grad_weight.new_empty(parts, outputs, channels)
-    sum_partials = grad_weight.new_empty(2, parts, channels)
+    partials = grad_weight.new_empty(parts, (outputs + 2) * channels)
     with on_device(x):
         bn_relu_conv1x1_backward_joint_kernel[blocks, parts](
             out_grad, out_grad.stride(0), x, x.stride(0), mean, scale, shift, weight,
-            grad, 0 if grad is None else grad.stride(0), weight_partials, sum_partials, rows, channels, outputs,
+            grad, 0 if grad is None else grad.stride(0), partials, rows, channels, outputs,
             dot_precision(x.dtype), tile.rows, tile.columns, tile.depth, **tile.options(),
         )  # fmt: skip
-    sum_parts(weight_partials[:, None], grad_weight[None])
-    finish_sums(sum_partials, sum_grad, sum_grad_x)
+    sum_parts(partials, grad_weight[None], sum_grad, sum_grad_x)

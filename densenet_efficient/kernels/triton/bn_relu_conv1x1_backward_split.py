@@ -163,4 +163,4 @@ def weight_gradient(
             x, x.stride(0), scale, shift, partials, rows, channels, outputs,
             precision, tile.depth, tile.columns, tile.rows, **tile.options(),
         )  # fmt: skip
-    sum_parts(partials[:, None], grad_weight[None])
+    sum_parts(partials.flatten(1), grad_weight[None])

@@ -91,4 +91,4 @@ def weight_gradient(
             rows, height, width, channels, parts, outputs,
             precision, taps, tile.depth, tile.rows, tile.columns, **tile.options(),
         )  # fmt: skip
-    sum_parts(partials.flatten(1, 2), grad_weight.permute(2, 3, 1, 0).view(9, channels, outputs))
+    sum_parts(partials.flatten(1), grad_weight.permute(2, 3, 1, 0).view(9, channels, outputs))

@@ -94,20 +94,25 @@ def merge_sums_kernel(partials, first, second, parts, channels, PARTS: tl.conste
 
 @triton.jit(do_not_specialize=["parts"])
 def sum_parts_kernel(
-    partials, out, plane_stride, row_stride, column_stride, parts, columns, rows, size,
+    partials, out, plane_stride, row_stride, column_stride, first, second, parts, planes, rows, columns,
     PARTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The sum of all parts of COLUMNS elements, each part ``size`` of them: planes of ``rows`` x ``columns``."""
+    """The sum of all parts of COLUMNS elements; a part is ``planes`` of ``rows`` x ``columns``, then rows of sums."""
     element = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    wanted = (element < size)[None, :]
+    row, column = element // columns, element % columns
+    size = (planes * rows + (0 if first is None else 2)) * columns
     total = tl.zeros((PARTS, COLUMNS), partials.dtype.element_ty)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
         place = partials + part.to(tl.int64)[:, None] * size + element[None, :]
-        total += tl.load(place, mask=(part < parts)[:, None] & wanted, other=0.0)
-    row = element // columns
-    place = out + row // rows * plane_stride + row % rows * row_stride + element % columns * column_stride
-    tl.store(place, tl.sum(total, 0), mask=element < size)
+        total += tl.load(place, mask=(part < parts)[:, None] & (element < size)[None, :], other=0.0)
+    result = tl.sum(total, 0)
+    place = out + row // rows * plane_stride + row % rows * row_stride + column * column_stride
+    tl.store(place, result, mask=row < planes * rows)
+    if first is not None:
+        tl.store(first + column, result, mask=row == planes * rows)
+    if second is not None:
+        tl.store(second + column, result, mask=row == planes * rows + 1)
 
 
 def _blocks(parts: int, channels: int) -> tuple[int, int]:
@@ -148,13 +153,14 @@ def finish_sums(
 
 
 def sum_parts(
-    partials: Tensor,  # [parts, A, B, C], contiguous
+    partials: Tensor,  # [parts, A * B * C], or [parts, A * B * C + 2 * C] with sums
     out: Tensor,  # [A, B, C] of any strides
+    first: Tensor | None = None,  # [C]
+    second: Tensor | None = None,  # [C]
 ) -> None:
-    """Adds partial gradients of a weight in a fixed order."""
-    parts, _, rows, columns = partials.shape
-    grid = (triton.cdiv(out.numel(), SUMMED_COLUMNS),)
+    """Adds partial gradients of a weight, and the sums that lie behind each of them, in a fixed order."""
+    parts, size = partials.shape
     with on_device(partials):
-        sum_parts_kernel[grid](
-            partials, out, *out.stride(), parts, columns, rows, out.numel(), SUMMED_PARTS, SUMMED_COLUMNS
+        sum_parts_kernel[(triton.cdiv(size, SUMMED_COLUMNS),)](
+            partials, out, *out.stride(), first, second, parts, *out.shape, SUMMED_PARTS, SUMMED_COLUMNS
         )
