@@ -29,6 +29,7 @@ TRAINING_ONLY = (
 INFERENCE_ONLY = ("onnxruntime", "openvino")
 COMPILED = ("compile", "compile-budget-0.5", "compile-budget-0.0", "compile-max-autotune")
 ON_A_GPU = ("compile-max-autotune",)  # pays there alone
+GRAPH = "-graph"  # the same implementation, its step captured in a CUDA graph and replayed
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ from torch import Tensor
 from densenet_efficient.measure import MIB, make_forward, make_step
 
 from . import results as results_file
-from .cells import Cell, Variant, row_key
+from .cells import GRAPH, Cell, Variant, row_key
 from .implementations import build
-from .picture import GRAPH
 
 EAGER = ("torchvision", "ours-none", "ours-bottleneck")
 GRAPHS = tuple(name + GRAPH for name in EAGER)

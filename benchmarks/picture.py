@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-GRAPH = "-graph"  # the same implementation, its step captured in a CUDA graph and replayed
+from .cells import GRAPH
 
 # The palette of Okabe and Ito, told apart with every kind of colour vision; the marks differ as well.
 MARKS = {

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from . import blocking, coverage, markdown, uncovered
+from .cells import GRAPH
 from .conversion import table as conversion_table
 from .evidence import pictures, sections
 from .gpu_tiles_table import table as tiles_table
-from .picture import GRAPH, draw, panels_of, picture_path
+from .picture import draw, panels_of, picture_path
 from .planner import table as planner_table
 from .results import MEASURED, RESULTS, ROOT, write_atomically
 from .roofline import COLUMNS as ROOFLINE_COLUMNS

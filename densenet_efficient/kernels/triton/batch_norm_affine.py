@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .launch import ceil_div, on_device
 
 BLOCK = 256
 
@@ -36,6 +36,6 @@ def batch_norm_affine(
     """affine = mean, ``rstd = 1 / sqrt(variance + eps)``, ``scale = weight * rstd``, ``shift``."""
     channels = affine.shape[1]
     with on_device(affine):
-        batch_norm_affine_kernel[(triton.cdiv(channels, BLOCK),)](
+        batch_norm_affine_kernel[(ceil_div(channels, BLOCK),)](
             mean, variance, weight, bias, affine, channels, eps, BLOCK
         )

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .launch import ceil_div, on_device
 
 BLOCK = 256
 
@@ -41,6 +41,6 @@ def batch_norm_gradients(
     """grad_weight = sum_grad_x * rstd; the projection's coefficients are added to ``slope`` and ``offset``."""
     channels = sum_grad.shape[0]
     with on_device(sum_grad):
-        batch_norm_gradients_kernel[(triton.cdiv(channels, BLOCK),)](
+        batch_norm_gradients_kernel[(ceil_div(channels, BLOCK),)](
             sum_grad, sum_grad_x, rstd, scale, count, grad_weight, slope, offset, channels, BLOCK
         )

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate
-from .launch import on_device, pixel_tile
+from .launch import ceil_div, on_device, pixel_tile
 
 ELEMENTS = 1024
 
@@ -50,7 +50,7 @@ def bn_relu_avg_pool(
     """Means of relu(x * scale + shift) over windows; a rest is left out."""
     pooled, channels = out.shape
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
-    grid = triton.cdiv(channels, columns), triton.cdiv(pooled, tile_rows)
+    grid = ceil_div(channels, columns), ceil_div(pooled, tile_rows)
     with on_device(x):
         bn_relu_avg_pool_kernel[grid](
             x, x.stride(0), scale, shift, out, out.stride(0), pooled, channels,

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, deposit, mask_gradient
-from .launch import on_device, pixel_tile
+from .launch import ceil_div, on_device, pixel_tile
 from .statistics import finish_sums, store_sums
 
 ELEMENTS = 4096
@@ -60,7 +60,7 @@ def bn_relu_avg_pool_backward(
     """The sums, and ``grad = scale * masked gradient``, or added to what is there."""
     rows, channels = x.shape
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
-    grid = triton.cdiv(channels, columns), triton.cdiv(rows, tile_rows)
+    grid = ceil_div(channels, columns), ceil_div(rows, tile_rows)
     partials = sum_grad.new_empty(2, grid[1], channels)
     with on_device(x):
         bn_relu_avg_pool_backward_kernel[grid](

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate
-from .launch import Tile, dot_precision, has_warpgroup_products, on_device
+from .launch import Tile, ceil_div, dot_precision, has_warpgroup_products, next_power_of_two, on_device
 from .statistics import finish_statistics, store_statistics, tile_statistics
 
 
@@ -42,7 +42,7 @@ def bn_relu_conv1x1_kernel(
 
 def _tile(x: Tensor, outputs: int, precision: str) -> Tile:
     """As many rows as leave two programs to a multiprocessor, for each reads the whole weight."""
-    columns = min(max(triton.next_power_of_2(outputs), 16), 128)
+    columns = min(max(next_power_of_two(outputs), 16), 128)
     few_rows = x.shape[0] < 2**15
     if x.dtype.itemsize == 2 and has_warpgroup_products(x.device):
         return Tile(64, columns, 64, warps=4, stages=3) if few_rows else Tile(128, columns, 64, 8, 3, registers=128)
@@ -68,7 +68,7 @@ def bn_relu_conv1x1(
     (rows, channels), outputs = x.shape, out.shape[1]
     precision = dot_precision(x.dtype)
     tile = _tile(x, outputs, precision)
-    grid = triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.columns)
+    grid = ceil_div(rows, tile.rows), ceil_div(outputs, tile.columns)
     partials = None if mean is None else mean.new_empty(3, grid[0], outputs)
     with on_device(x):
         bn_relu_conv1x1_kernel[grid](

@@ -14,7 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, mask_gradient
-from .launch import Tile, dot_precision, has_warpgroup_products, multiprocessors, on_device, programs_per_block
+from .launch import (
+    Tile,
+    ceil_div,
+    dot_precision,
+    has_warpgroup_products,
+    multiprocessors,
+    next_power_of_two,
+    on_device,
+    programs_per_block,
+)
 from .project_gradient import project_gradient
 from .statistics import sum_parts
 
@@ -82,7 +91,7 @@ def serves(x: Tensor, outputs: int) -> bool:
 
 def _tile(outputs: int) -> Tile:
     """Its columns are a block of channels, its depth all outputs."""
-    depth = max(triton.next_power_of_2(outputs), 16)
+    depth = max(next_power_of_two(outputs), 16)
     return Tile(32, 64, depth, warps=4 if depth <= 128 else 8, stages=1)
 
 
@@ -106,7 +115,7 @@ def input_and_weight_gradient(
     (rows, channels), outputs = x.shape, out.shape[1]
     project_gradient(out_grad, out, out_mean, out_slope, out_offset)
     tile = _tile(outputs)
-    blocks = triton.cdiv(channels, tile.columns)
+    blocks = ceil_div(channels, tile.columns)
     parts = programs_per_block(rows, tile.rows, blocks, PROGRAMS * multiprocessors(x.device))
     partials = grad_weight.new_empty(parts, (outputs + 2) * channels)
     with on_device(x):

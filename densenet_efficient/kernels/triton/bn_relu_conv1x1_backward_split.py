@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, deposit, mask_gradient, project
-from .launch import Tile, dot_precision, multiprocessors, on_device, programs_per_block
+from .launch import Tile, ceil_div, dot_precision, multiprocessors, on_device, programs_per_block
 from .statistics import finish_sums, store_sums, sum_parts
 
 
@@ -125,7 +125,7 @@ def input_gradient(
     tile = _input_tile(x.dtype, precision)
     if precision == "tf32":
         weight = weight.t().contiguous().t()  # whose tensor cores want the outputs side by side
-    grid = triton.cdiv(channels, tile.columns), triton.cdiv(rows, tile.rows)
+    grid = ceil_div(channels, tile.columns), ceil_div(rows, tile.rows)
     partials = sum_grad.new_empty(2, grid[1], channels)
     with on_device(x):
         bn_relu_conv1x1_backward_input_kernel[grid](
@@ -153,7 +153,7 @@ def weight_gradient(
     outputs = out.shape[1]
     precision = dot_precision(x.dtype)
     tile = _weight_tile(x.dtype, precision)
-    blocks = triton.cdiv(channels, tile.columns), triton.cdiv(outputs, tile.rows)
+    blocks = ceil_div(channels, tile.columns), ceil_div(outputs, tile.rows)
     parts = programs_per_block(rows, tile.depth, blocks[0] * blocks[1], 2 * multiprocessors(x.device))
     partials = grad_weight.new_empty(parts, outputs, channels)
     grid = (*blocks, parts)

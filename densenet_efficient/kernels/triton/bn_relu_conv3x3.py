@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate
-from .launch import Tile, dot_precision, on_device
+from .launch import Tile, ceil_div, dot_precision, next_power_of_two, on_device
 from .statistics import finish_statistics, store_statistics, tile_statistics
 from .taps import existing_neighbours, exists_at
 
@@ -94,7 +94,7 @@ def _is_together(x: Tensor, columns: int) -> bool:
 
 def _tile(x: Tensor, outputs: int, precision: str) -> Tile:
     """One stage, where rows are many: a line is read for three taps above each other, two times from the L1 cache."""
-    columns = min(max(triton.next_power_of_2(outputs), 16), 64)
+    columns = min(max(next_power_of_two(outputs), 16), 64)
     depth = 128 // x.dtype.itemsize // (1 if columns < 64 else 2)
     if _is_together(x, columns):
         return Tile(128 if x.shape[0] >= MANY_ROWS_TOGETHER else 64, columns, depth, warps=4, stages=1)
@@ -121,7 +121,7 @@ def bn_relu_conv3x3(
     (rows, channels), outputs = x.shape, out.shape[1]
     precision = dot_precision(x.dtype)
     tile = _tile(x, outputs, precision)
-    grid = triton.cdiv(rows, tile.rows - 2), triton.cdiv(outputs, tile.columns)
+    grid = ceil_div(rows, tile.rows - 2), ceil_div(outputs, tile.columns)
     partials = None if mean is None else mean.new_empty(3, grid[0], outputs)
     weight = weight.to(x.dtype, memory_format=torch.channels_last)
     with on_device(x):

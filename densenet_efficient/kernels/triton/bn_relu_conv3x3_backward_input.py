@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, mask_gradient
-from .launch import Tile, dot_precision, on_device
+from .launch import Tile, ceil_div, dot_precision, on_device
 from .statistics import finish_sums, store_sums
 from .taps import existing_neighbours, exists_at, row_offset
 
@@ -88,7 +88,7 @@ def input_gradient(
     """The sums, and ``scale * masked gradient`` in ``grad``: assigned, or added where ``accumulate``."""
     (rows, channels), outputs = x.shape, out_grad.shape[1]
     tile = _tile(x, outputs)
-    parts, blocks = triton.cdiv(rows, tile.rows), triton.cdiv(channels, tile.columns)
+    parts, blocks = ceil_div(rows, tile.rows), ceil_div(channels, tile.columns)
     partials = sum_grad.new_empty(2, parts, channels)
     weight, *strides = _packed(weight, x.dtype)
     with on_device(x):

@@ -5,7 +5,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate
-from .launch import Tile, dot_precision, has_warpgroup_products, multiprocessors, on_device, programs_per_block
+from .launch import (
+    Tile,
+    ceil_div,
+    dot_precision,
+    has_warpgroup_products,
+    multiprocessors,
+    next_power_of_two,
+    on_device,
+    programs_per_block,
+)
 from .statistics import sum_parts
 from .taps import existing_neighbours, exists_at, row_offset
 
@@ -55,7 +64,7 @@ def _tile(x: Tensor, outputs: int, precision: str) -> tuple[Tile, int]:
 
     More taps read the storage less often, and leave more partial gradients to add.
     """
-    columns = min(max(triton.next_power_of_2(outputs), 16), 64)
+    columns = min(max(next_power_of_two(outputs), 16), 64)
     block = 128 if x.shape[1] > 64 and columns < 64 else 64
     if x.dtype.itemsize == 2 and x.shape[0] < MANY_ROWS and columns == 32:
         return Tile(64, columns, 64, warps=4, stages=3), 3
@@ -80,7 +89,7 @@ def weight_gradient(
     (rows, channels), outputs = x.shape, out_grad.shape[1]
     precision = dot_precision(x.dtype)
     tile, taps = _tile(x, outputs, precision)
-    blocks, groups = (triton.cdiv(channels, tile.rows), triton.cdiv(outputs, tile.columns)), 9 // taps
+    blocks, groups = (ceil_div(channels, tile.rows), ceil_div(outputs, tile.columns)), 9 // taps
     programs = multiprocessors(x.device) * (1 if taps == 9 else 2)
     parts = programs_per_block(rows, tile.depth, groups * blocks[0] * blocks[1], programs)
     partials = grad_weight.new_empty(parts, 3, 3, channels, outputs)

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate
-from .launch import on_device, pixel_tile
+from .launch import ceil_div, on_device, pixel_tile
 
 ELEMENTS = 2048
 
@@ -65,7 +65,7 @@ def bn_relu_max_pool(
     """The maxima of relu(x * scale + shift)."""
     pooled, channels = out.shape
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
-    grid = triton.cdiv(channels, columns), triton.cdiv(pooled, tile_rows)
+    grid = ceil_div(channels, columns), ceil_div(pooled, tile_rows)
     with on_device(x):
         bn_relu_max_pool_kernel[grid](
             x, x.stride(0), scale, shift, out, out.stride(0), pooled, channels, height, width, tile_rows, columns

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .activation import activate, deposit, mask_gradient
 from .bn_relu_max_pool import ELEMENTS, maximum_of_window
-from .launch import on_device, pixel_tile
+from .launch import ceil_div, on_device, pixel_tile
 from .statistics import finish_sums, store_sums
 
 
@@ -77,12 +77,12 @@ def bn_relu_max_pool_backward(
     """The sums, and ``grad = scale * masked gradient``; a window's gradient goes to its first maximum."""
     (rows, channels), pooled = x.shape, out_grad.shape[0]
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
-    blocks = triton.cdiv(channels, columns)
+    blocks = ceil_div(channels, columns)
     winners = torch.empty(pooled, channels, dtype=torch.uint8, device=x.device)
-    parts = triton.cdiv(rows, tile_rows)
+    parts = ceil_div(rows, tile_rows)
     partials = sum_grad.new_empty(2, parts, channels)
     with on_device(x):
-        _winner_kernel[blocks, triton.cdiv(pooled, tile_rows)](
+        _winner_kernel[blocks, ceil_div(pooled, tile_rows)](
             x, x.stride(0), scale, shift, winners, pooled, channels, height, width, tile_rows, columns
         )
         _gather_kernel[blocks, parts](

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device, pixel_tile
+from .launch import ceil_div, on_device, pixel_tile
 from .statistics import finish_statistics, store_statistics, tile_statistics
 
 ELEMENTS = 16384
@@ -34,7 +34,7 @@ def channel_stats(
     """Mean and biased variance of each column of ``x``."""
     rows, channels = x.shape
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
-    grid = triton.cdiv(channels, columns), triton.cdiv(rows, tile_rows)
+    grid = ceil_div(channels, columns), ceil_div(rows, tile_rows)
     partials = mean.new_empty(3, grid[1], channels)
     with on_device(x):
         channel_stats_kernel[grid](x, x.stride(0), partials, rows, channels, tile_rows, columns, num_warps=WARPS)

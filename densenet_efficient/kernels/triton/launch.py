@@ -58,12 +58,22 @@ def has_warpgroup_products(device: torch.device) -> bool:
     return capability == 9
 
 
+def ceil_div(number: int, divisor: int) -> int:
+    """Triton's own takes ten times as long, for it serves kernels too; a step asks a thousand times."""
+    return -(-number // divisor)
+
+
+def next_power_of_two(number: int) -> int:
+    """The least that is not below ``number``."""
+    return 1 << (number - 1).bit_length()
+
+
 def programs_per_block(rows: int, tile_rows: int, blocks: int, programs: int) -> int:
     """How many programs share the rows of each of ``blocks`` so that ``programs`` run at a time; none without rows."""
-    return min((rows + tile_rows - 1) // tile_rows, max(programs // blocks, 1))
+    return min(ceil_div(rows, tile_rows), max(programs // blocks, 1))
 
 
 def pixel_tile(channels: int, elements: int) -> tuple[int, int]:
     """(rows, columns), powers of two, of a tile of ``elements`` of an operation that bandwidth bounds."""
-    columns = min(1 << (channels - 1).bit_length(), 64)
+    columns = min(next_power_of_two(channels), 64)
     return min(elements // columns, 1024), columns

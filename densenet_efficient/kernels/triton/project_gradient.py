@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import project
-from .launch import on_device, pixel_tile
+from .launch import ceil_div, on_device, pixel_tile
 
 ELEMENTS = 4096
 
@@ -37,7 +37,7 @@ def project_gradient(
     """grad += offset + (x - mean) * slope."""
     rows, channels = x.shape
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
-    grid = triton.cdiv(channels, columns), triton.cdiv(rows, tile_rows)
+    grid = ceil_div(channels, columns), ceil_div(rows, tile_rows)
     with on_device(x):
         project_gradient_kernel[grid](
             grad, grad.stride(0), x, x.stride(0), mean, slope, offset, rows, channels, tile_rows, columns

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .launch import ceil_div, on_device
 
 BLOCK_PARTS = 512
 BLOCK_CHANNELS = 8
@@ -116,7 +116,7 @@ def sum_parts_kernel(
 
 
 def _blocks(parts: int, channels: int) -> tuple[int, int]:
-    return triton.cdiv(channels, BLOCK_CHANNELS), max(triton.cdiv(parts, BLOCK_PARTS), 1)
+    return ceil_div(channels, BLOCK_CHANNELS), max(ceil_div(parts, BLOCK_PARTS), 1)
 
 
 def finish_statistics(
@@ -161,6 +161,6 @@ def sum_parts(
     """Adds partial gradients of a weight, and the sums that lie behind each of them, in a fixed order."""
     parts, size = partials.shape
     with on_device(partials):
-        sum_parts_kernel[(triton.cdiv(size, SUMMED_COLUMNS),)](
+        sum_parts_kernel[(ceil_div(size, SUMMED_COLUMNS),)](
             partials, out, *out.stride(), first, second, parts, *out.shape, SUMMED_PARTS, SUMMED_COLUMNS
         )

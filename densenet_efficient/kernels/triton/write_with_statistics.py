@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device, pixel_tile
+from .launch import ceil_div, on_device, pixel_tile
 from .statistics import finish_statistics, store_statistics, tile_statistics
 
 ELEMENTS = 8192
@@ -41,7 +41,7 @@ def write_with_statistics(
     """out = the pixels of ``x``, and the mean and biased variance of each column."""
     rows, channels = out.shape
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
-    grid = triton.cdiv(channels, columns), triton.cdiv(rows, tile_rows)
+    grid = ceil_div(channels, columns), ceil_div(rows, tile_rows)
     partials = mean.new_empty(3, grid[1], channels)
     with on_device(x):
         write_with_statistics_kernel[grid](
