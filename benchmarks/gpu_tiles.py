@@ -116,9 +116,10 @@ def measure(kernel: Kernel, size: Size, device: str) -> Iterator[dict[str, Any]]
         row = {"kernel": kernel.file, **vars(size), "tile": candidate}
         with tile_of(kernel.file, candidate):
             try:
-                yield row | {"microseconds": round(microseconds(lambda: operation(**arguments)), 1)}
+                row["microseconds"] = round(microseconds(lambda: operation(**arguments)), 1)
             except Exception as error:  # too much of the card's shared memory, say
-                yield row | {"microseconds": None, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
+                row |= {"microseconds": None, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
+        yield row
 
 
 def products(size: Size, device: str) -> dict[str, Callable[[], object]]:

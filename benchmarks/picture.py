@@ -39,17 +39,20 @@ def panels_of(results: dict[str, Any]) -> dict[tuple[str, str, int, int], list[d
 
     A step in a CUDA graph takes the memory of the one that launches its kernels.
     """
-    launched: dict[tuple[Any, ...], float | None] = {}
+    training = [row for row in results["rows"] if row["task"] == "train"]
+    memories = {(workload_of(row), row["implementation"], row["layout"]): row["mib_per_image"] for row in training}
     panels: dict[tuple[str, str, int, int], list[dict[str, Any]]] = {}
-    for row in results["rows"]:
-        if row["task"] != "train":
-            continue
-        workload = (row["model"], row["dtype"], row["batch"], row["size"])
-        name = row["implementation"].removesuffix(GRAPH)
-        memory = launched.setdefault((*workload, name, row["layout"]), row["mib_per_image"])
+    for row in training:
+        launched = row["implementation"].removesuffix(GRAPH)
+        memory = memories.get((workload_of(row), launched, row["layout"]))
         if row["step_ms"] and memory:
-            panels.setdefault(workload, []).append(row | {"mib_per_image": memory})
+            panels.setdefault(workload_of(row), []).append(row | {"mib_per_image": memory})
     return panels
+
+
+def workload_of(row: dict[str, Any]) -> tuple[str, str, int, int]:
+    """Model, dtype, batch and size of a row."""
+    return row["model"], row["dtype"], row["batch"], row["size"]
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

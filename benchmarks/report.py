@@ -20,7 +20,7 @@ from .cells import GRAPH
 from .conversion import table as conversion_table
 from .evidence import pictures, sections
 from .gpu_tiles_table import table as tiles_table
-from .picture import draw, panels_of, picture_path
+from .picture import draw, panels_of, picture_path, workload_of
 from .planner import table as planner_table
 from .results import MEASURED, RESULTS, ROOT, write_atomically
 from .roofline import COLUMNS as ROOFLINE_COLUMNS
@@ -43,7 +43,6 @@ DOCUMENTS = [
     )
 ]
 SECTION = re.compile(r"(<!-- benchmarks:begin (\S+) -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
-WORKLOAD = ("model", "dtype", "batch", "size")
 COLUMNS = (
     "implementation",
     "layout",
@@ -281,8 +280,8 @@ def tables(results: Results, task: str) -> str:
 
 def _workloads(results: Results, task: str) -> list[list[Row]]:
     """The rows of a task by workload."""
-    rows = sorted((row for row in results["rows"] if row["task"] == task), key=_workload)
-    return [list(group) for _, group in itertools.groupby(rows, key=_workload)]
+    rows = sorted((row for row in results["rows"] if row["task"] == task), key=workload_of)
+    return [list(group) for _, group in itertools.groupby(rows, key=workload_of)]
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -324,10 +323,6 @@ def largest_batches(rows: Sequence[Row]) -> str:
     batches = ", ".join(f"{row['implementation']} {row['batch']}" for row in rows)
     images = f"{first['size']}x{first['size']}"
     return f"The largest batch of {images} images whose {first['dtype']} step of {first['model']} fits: {batches}."
-
-
-def _workload(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in WORKLOAD)
 
 
 def _runs_on(device: str, results: Results) -> bool:

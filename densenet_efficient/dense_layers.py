@@ -125,7 +125,7 @@ class _LayerBackward:
         self.size = tuple(saved.features.shape[2:])
         self.backend = backend
         self.parts = self._parts(grad.shape[1])
-        self.keeps_gradient = len(self.parts) == 1 or not recomputes_gradients(grad.device)
+        self.keeps_gradient = keeps_gradients(len(self.parts), grad.device)
         mean, variance = saved.statistics.unbind()
         self.affine = layer.norm1.affine(self.backend, mean[:channels], variance[:channels])
 
@@ -281,6 +281,11 @@ def recomputed_parts(images: int, bottleneck_channels: int, storage_channels: in
     if 2 * bottleneck_channels < storage_channels:
         return 1
     return max(min(images, 4 if recomputes_gradients(device) else 2), 1)
+
+
+def keeps_gradients(parts: int, device: torch.device) -> bool:
+    """Whether the gradients of all images' bottlenecks are kept, and not those of a part alone."""
+    return parts == 1 or not recomputes_gradients(device)
 
 
 def recomputes_gradients(device: torch.device) -> bool:

@@ -386,34 +386,40 @@ def test_the_tables_compare_with_the_best_of_torchvision(published: tuple[Path, 
     assert lines.count("Not measured yet on a CPU.") == 5
 
 
-def test_the_summary_has_a_line_per_workload(published: tuple[Path, list[str]]) -> None:
+WORKLOAD = f"{KEY['model']}, {KEY['dtype']}, batch {KEY['batch']}, {KEY['size']}x{KEY['size']}"
+
+
+def report_with(
+    published: tuple[Path, list[str]], task: str, step_ms: dict[str, float]
+) -> tuple[dict[str, Any], list[str]]:
+    """The results with these times of implementations added, and the lines of the document written from them."""
     readme, arguments = published
-    results = json.loads((readme.parent / "results" / "machine.json").read_text())
-    for implementation, step_ms in {"torchvision": 40.0, "openvino": 20.0, "ours-none": 15.0}.items():
-        results_file.record(results, KEY | {"task": "infer", "implementation": implementation}, step_ms=step_ms)
-    results_file.save(readme.parent / "results" / "machine.json", results)
+    path = readme.parent / "results" / "machine.json"
+    results = json.loads(path.read_text())
+    for implementation, time in step_ms.items():
+        results_file.record(results, KEY | {"task": task, "implementation": implementation}, step_ms=time)
+    results_file.save(path, results)
     report.main(arguments)
-    lines = readme.read_text().splitlines()
-    workload = f"{KEY['model']}, {KEY['dtype']}, batch {KEY['batch']}, {KEY['size']}x{KEY['size']}"
-    assert f"| {workload} | 100 ms | 62 ms | 0.62 | 72 ms | 0.72 | 200.0 | 25.0 (8.0x less) |  |" in lines
-    assert f"| {workload} | 40 ms | 20 ms (openvino) | 15 ms | 0.75 |" in lines
+    return results, readme.read_text().splitlines()
+
+
+def test_the_summary_has_a_line_per_workload(published: tuple[Path, list[str]]) -> None:
+    _, lines = report_with(published, "infer", {"torchvision": 40.0, "openvino": 20.0, "ours-none": 15.0})
+    assert f"| {WORKLOAD} | 100 ms | 62 ms | 0.62 | 72 ms | 0.72 | 200.0 | 25.0 (8.0x less) |  |" in lines
+    assert f"| {WORKLOAD} | 40 ms | 20 ms (openvino) | 15 ms | 0.75 |" in lines
 
 
 def test_what_a_cuda_graph_replays_has_a_line_of_its_own(published: tuple[Path, list[str]]) -> None:
-    readme, arguments = published
-    results = json.loads((readme.parent / "results" / "machine.json").read_text())
-    for implementation, step_ms in {"torchvision-graph": 80.0, "ours-none-graph": 20.0}.items():
-        results_file.record(results, KEY | {"implementation": implementation}, step_ms=step_ms)
-    results_file.save(readme.parent / "results" / "machine.json", results)
-    report.main(arguments)
-    lines = readme.read_text().splitlines()
-    workload = f"{KEY['model']}, {KEY['dtype']}, batch {KEY['batch']}, {KEY['size']}x{KEY['size']}"
-    assert f"| {workload} | 100 ms | 62 ms | 0.62 | 72 ms | 0.72 | 200.0 | 25.0 (8.0x less) |  |" in lines
-    assert f"| {workload}, in a CUDA graph | 80 ms | 20 ms | 0.25 |  |  |  |  |  |" in lines
+    results, lines = report_with(published, "train", {"torchvision-graph": 80.0, "ours-none-graph": 20.0})
+    assert f"| {WORKLOAD} | 100 ms | 62 ms | 0.62 | 72 ms | 0.72 | 200.0 | 25.0 (8.0x less) |  |" in lines
+    assert f"| {WORKLOAD}, in a CUDA graph | 80 ms | 20 ms | 0.25 |  |  |  |  |  |" in lines
     replayed = [
         row for rows in panels_of(results).values() for row in rows if row["implementation"] == "ours-none-graph"
     ]
     assert [row["mib_per_image"] for row in replayed] == [25.0]
+    (backwards,) = panels_of(results | {"rows": results["rows"][::-1]}).values()
+    (forwards,) = panels_of(results).values()
+    assert backwards == forwards[::-1]
 
 
 def test_the_roofline_stands_in_the_document(published: tuple[Path, list[str]]) -> None:

@@ -148,7 +148,10 @@ def test_make_graphed_callables(backend, level):
     for training in (eager, captured):
         for _ in range(2):
             training.step()
-    assert_close(captured.state(), eager.state(), 1e-4)  # cuDNN does not sum a weight's gradient in a fixed order
+    actual, expected = captured.state(), eager.state()
+    cancels = "features.norm0.bias"  # 2e-5 on an H200, where its gradient cancels; all else is within 1e-6
+    assert_close({cancels: actual.pop(cancels)}, {cancels: expected.pop(cancels)}, 1e-4)
+    assert_close(actual, expected, 1e-6)
 
 
 @every_level

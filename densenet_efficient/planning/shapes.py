@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..dense_layers import recomputed_parts, recomputes_gradients
+from ..dense_layers import keeps_gradients, recomputed_parts
 from ..kernels import accumulation_dtype
 from ..operator_calls import StageBlock
 from ..stem import images_at_a_time
@@ -186,7 +186,6 @@ def _block_shape(
     windows = math.prod(out_shape) // out_shape[1]
     parts = recomputed_parts(images, width, channels, torch.device(device))
     together = -(-images // parts)
-    keeps_gradient = parts == 1 or not recomputes_gradients(torch.device(device))
     recomputed = sum(pixels * layer.in_channels * width for layer in layers)
     return BlockShape(
         row.name,
@@ -196,7 +195,11 @@ def _block_shape(
         bottleneck=pixels * width * element,
         bottlenecks=row.costs.saved_none - row.costs.saved_bottleneck,
         bottleneck_part=pixels // images * together * width * element,
-        gradient_part=pixels // images * (images if keeps_gradient else together) * width * element,
+        gradient_part=pixels
+        // images
+        * (images if keeps_gradients(parts, torch.device(device)) else together)
+        * width
+        * element,
         masks=pixels * (channels - row.in_channels) if drops else 0,
         dropped=pixels * (layers[0].growth_rate or 0) * element if drops else 0,
         pooled=windows * channels * element,

@@ -22,7 +22,7 @@ def bn_relu_conv1x1_backward(
     sum_grad: Tensor | None,  # [C]
     sum_grad_x: Tensor | None,  # [C]
 ) -> None:
-    """Backward of `bn_relu_conv1x1`, adding into ``grad``; the gradient of ``out`` is finished on load."""
+    """Backward of `bn_relu_conv1x1`, adding into ``grad``; the gradient of ``out`` is finished on its way."""
     finish = (out_grad, out, out_mean, out_slope, out_offset)
     matrix = weight.flatten(1).to(x.dtype).contiguous()
     grad_matrix = None if grad_weight is None else grad_weight.flatten(1)
