@@ -20,6 +20,8 @@ from .kernels import spatial
 from .layout import as_rows
 from .stage import Stage, StageOutput
 
+MOST_PARTS = 4  # of the images, where bottlenecks are recomputed in parts
+
 
 def forward_layers(
     stage: Stage,
@@ -124,17 +126,23 @@ class _LayerBackward:
         self.rows = inputs.shape[0]
         self.size = tuple(saved.features.shape[2:])
         self.backend = backend
+        self.room = self._room(grad)
         self.parts = self._parts(grad.shape[1])
         self.keeps_gradient = keeps_gradients(len(self.parts), grad.device)
         mean, variance = saved.statistics.unbind()
         self.affine = layer.norm1.affine(self.backend, mean[:channels], variance[:channels])
 
+    def _room(self, grad: Tensor) -> Tensor | None:
+        """[M, K] for all recomputed bottlenecks at once, in gradients that are done with; None where it has none."""
+        width, done = self.layer.conv1.shape[0], grad.shape[1] - self.inputs.shape[1] - self.layer.growth_rate
+        return grad[:, -width:] if has_room(width, grad.shape[1], done, grad.device) else None
+
     def _parts(self, storage_channels: int) -> list[slice]:
         """The rows of those images that recompute their bottlenecks together; those of the last part are the most."""
         pixels, width = math.prod(self.size), self.layer.conv1.shape[0]
         images = self.rows // pixels
-        is_saved = self.layer.conv2 is None or bool(self.saved.bottlenecks)
-        parts = 1 if is_saved else recomputed_parts(images, width, storage_channels, self.inputs.device)
+        is_whole = self.layer.conv2 is None or bool(self.saved.bottlenecks) or self.room is not None
+        parts = 1 if is_whole else recomputed_parts(images, width, storage_channels)
         ends = [images * part // parts * pixels for part in range(parts + 1)]
         return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
@@ -210,7 +218,7 @@ class _LayerBackward:
         """[rows, K] of these images, as saved or recomputed; the recomputation takes no statistics."""
         if self.saved.bottlenecks:
             return self.saved.bottlenecks[self.index]
-        bottleneck = self._scratch_of(part, "bottleneck")
+        bottleneck = self._scratch_of(part, "bottleneck") if self.room is None else self.room
         affine = self.affine
         self.backend.bn_relu_conv1x1(
             self.inputs[part], affine.scale, affine.shift, self.layer.conv1, bottleneck, None, None
@@ -270,17 +278,29 @@ def _of(part: slice, rows: Tensor | None) -> Tensor | None:
     return None if rows is None else rows[part]
 
 
-def recomputed_parts(images: int, bottleneck_channels: int, storage_channels: int, device: torch.device) -> int:
-    """In how many parts of the images a backward recomputes the bottlenecks.
+def recomputed_parts(images: int, bottleneck_channels: int, storage_channels: int) -> int:
+    """In how many parts of the images a backward recomputes the bottlenecks, where it has no room for all at once.
 
     Where a bottleneck and its gradient take as much memory as the whole storage, as in the first block of the paper's
     networks, they make the peak of a step. All parts but the last are recomputed twice: for the 3x3 convolution's
-    gradient, and again when all sums of the second norm are known. On the CPU two parts cost half a recomputation more;
-    on a GPU, where all else is smaller too, it takes four, and the gradients are not kept either.
+    gradient, and again when all sums of the second norm are known. On a GPU, where all else is smaller too, the
+    gradients are not kept either.
     """
-    if 2 * bottleneck_channels < storage_channels:
-        return 1
-    return max(min(images, 4 if recomputes_gradients(device) else 2), 1)
+    return max(min(images, MOST_PARTS), 1) if make_peak(bottleneck_channels, storage_channels) else 1
+
+
+def make_peak(bottleneck_channels: int, storage_channels: int) -> bool:
+    """Whether a bottleneck and its gradient take as much memory as the whole storage."""
+    return 2 * bottleneck_channels >= storage_channels
+
+
+def has_room(bottleneck_channels: int, storage_channels: int, done_channels: int, device: torch.device) -> bool:
+    """Whether bottlenecks that make the peak all fit where ``done_channels`` of the storage's gradient are done with.
+
+    Not on a GPU: what would not fit there is the gradient of all bottlenecks.
+    """
+    fit = make_peak(bottleneck_channels, storage_channels) and done_channels >= bottleneck_channels
+    return fit and not recomputes_gradients(device)
 
 
 def keeps_gradients(parts: int, device: torch.device) -> bool:

