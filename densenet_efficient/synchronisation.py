@@ -77,7 +77,7 @@ def exchange_counts(count: int, group: str, like: Tensor) -> Tensor | None:
     """How many values per channel each process of the group has; None without a group."""
     if not group:
         return None
-    mine = torch.tensor([count], dtype=torch.float64, device=like.device)
+    mine = torch.full((1,), count, dtype=torch.float64, device=like.device)  # on a GPU without waiting for it
     counts = mine.new_empty(dist.get_world_size(resolve(group)))
     all_gather(counts, mine, group=resolve(group))
     return counts

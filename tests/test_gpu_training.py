@@ -2,13 +2,17 @@
 
 import contextlib
 import functools
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from cases import GPU_BACKENDS, LEVELS, assert_close, make_images, make_pair, needs_gpu, step
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from densenet_efficient import EfficientDenseNet, kernels
+from densenet_efficient import EfficientDenseNet, kernels, synchronisation
 
 pytestmark = needs_gpu
 every_level = pytest.mark.parametrize("level", LEVELS)
@@ -152,6 +156,32 @@ def test_make_graphed_callables(backend, level):
     cancels = "features.norm0.bias"  # 2e-5 on an H200, where its gradient cancels; all else is within 1e-6
     assert_close({cancels: actual.pop(cancels)}, {cancels: expected.pop(cancels)}, 1e-4)
     assert_close(actual, expected, 1e-6)
+
+
+@pytest.fixture
+def nccl(tmp_path):
+    """The name of NCCL's group of one process: one card serves no more."""
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    yield dist.group.WORLD.group_name
+    dist.destroy_process_group()
+
+
+@every_level
+def test_statistics_and_gradients_that_go_through_nccl(backend, level, nccl, monkeypatch):
+    """Alone a process would exchange nothing; here it does, and trains as it does alone."""
+    gather, reduce = (MagicMock(wraps=getattr(synchronisation, name)) for name in ("all_gather", "all_reduce"))
+    monkeypatch.setattr(synchronisation, "all_gather", gather)
+    monkeypatch.setattr(synchronisation, "all_reduce", reduce)
+    alone, synchronised = Training(level, torch.float32), Training(level, torch.float32)
+    monkeypatch.setattr(synchronisation, "group_of", lambda norm: nccl if isinstance(norm, nn.SyncBatchNorm) else "")
+    nn.SyncBatchNorm.convert_sync_batchnorm(synchronised.model)
+    network = synchronised.model
+    synchronised.model = DistributedDataParallel(network, device_ids=[0])
+    for training in (alone, synchronised):
+        for _ in range(2):
+            training.step()
+    assert gather.called and reduce.called
+    assert_close(network.state_dict(), alone.state(), 1e-4)
 
 
 @every_level
