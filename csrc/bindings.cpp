@@ -9,6 +9,9 @@
 
 #include "cpu/capability.h"
 #include "module_snapshot.h"
+#if defined(CUDA_ARCHITECTURES)
+#include "cuda/launch_tape.h"
+#endif
 
 namespace py = pybind11;
 
@@ -100,4 +103,7 @@ PYBIND11_MODULE(_C, module) {
   py::class_<densenet_efficient::ModuleSnapshot>(module, "ModuleSnapshot")
       .def(py::init<const py::list&, bool>(), py::arg("modules"), py::kw_only(), py::arg("with_values"))
       .def("matches", &densenet_efficient::ModuleSnapshot::matches);
+#if defined(CUDA_ARCHITECTURES)
+  densenet_efficient::cuda::define_launch_tape(module);
+#endif
 }

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TypedDict
 
-from torch import nn
+from torch import Tensor, nn
 
 class BuildInfo(TypedDict):
     version: str  # of densenet_efficient
@@ -28,3 +28,28 @@ class ModuleSnapshot:
     def __init__(self, modules: Sequence[nn.Module | None], *, with_values: bool) -> None: ...
     def matches(self, modules: Sequence[nn.Module | None]) -> bool:
         """Whether all of it is still the same, no tensor changed in place included."""
+
+class LaunchTape:
+    """Recorded launches of kernels; only in a build with CUDA. See csrc/cuda/launch_tape.h."""
+
+    def __init__(self, scratch_bytes: int, given: Sequence[Tensor]) -> None: ...
+    def add_result(self, result: Tensor) -> None: ...
+    def add_launch(
+        self,
+        kernel: int,
+        blocks: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        arguments: bytes,
+        offsets: Sequence[int],
+        pointers: Sequence[tuple[int, int, int]],
+    ) -> None: ...
+    def add_zeros(self, memory: int, displacement: int, bytes: int) -> None: ...
+    def repeat(self, given: Sequence[Tensor]) -> list[Tensor] | None: ...
+    def arguments_at(self, memories: Sequence[int]) -> list[bytes]: ...
+
+def kernel_takes(kernel: int, arguments: Sequence[tuple[int, int]]) -> bool:
+    """Whether a kernel takes arguments of just these offsets and sizes; only in a build with CUDA."""
+
+def layout_of(tensors: Sequence[Tensor]) -> bytes:
+    """All of tensors but their addresses; only in a build with CUDA."""

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dense_layers, kernels, native_layers
+from . import dense_layers, kernels, native_layers, taped_layers
 from .batch_norm import Projection
 from .dense_layers import drop
 from .kernels import spatial
@@ -45,16 +45,16 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
         as_images(storage[:, :channels], *size).copy_(x)
 
     bottleneck_statistics = x.new_zeros(len(stage.layers), 2, stage.bottleneck_channels, dtype=accumulation)
-    bottlenecks = _layer_loop(stage, backend).forward_layers(
-        _prepared(stage, x), storage, size, statistics, bottleneck_statistics, save_bottlenecks
+    bottlenecks = _layer_loop(stage, backend, x).forward_layers(
+        _prepared(stage, x), backend, storage, size, statistics, bottleneck_statistics, save_bottlenecks
     )
     out = _forward_exit(stage, storage, statistics, size)
     return StageOutput(out, as_images(storage, *size), statistics, bottleneck_statistics, bottlenecks)
 
 
-def _layer_loop(stage: Stage, backend: ModuleType) -> ModuleType:
-    """The module whose loop runs the layers of ``stage``."""
-    return native_layers if native_layers.can_run(stage, backend) else dense_layers
+def _layer_loop(stage: Stage, backend: ModuleType, x: Tensor) -> ModuleType:
+    """The module whose loop runs the layers of ``stage``, for activations like ``x``."""
+    return next((loop for loop in (native_layers, taped_layers) if loop.can_run(stage, backend, x)), dense_layers)
 
 
 def _prepared(stage: Stage, x: Tensor) -> Stage:
@@ -89,7 +89,7 @@ def backward_stage(
         backward_exit = _backward_transition_down if stage.exit == TRANSITION_DOWN else _backward_exit
         exit_grads = backward_exit(stage, out_grad, saved, grad, accumulate, projection, exit_needed)
 
-    layer_grads = _layer_loop(stage, backend).backward_layers(
+    layer_grads = _layer_loop(stage, backend, storage).backward_layers(
         _prepared(stage, storage), saved, grad, projection, input_needed, layers_needed
     )
     input_grad = None

@@ -1,4 +1,6 @@
-"""The loop over the layers of a dense block, over any backend; `native_layers` is the same loop in C++ for the CPU's.
+"""The loop over the layers of a dense block, over any backend.
+
+`native_layers` is the same loop in C++ for the CPU's; on a GPU `taped_layers` records this one and repeats it.
 
 A layer reads the prefix of its input channels and writes its k new ones into its slot. In the backward it takes the
 finished gradient of its slot to the gradient of its inputs.
@@ -25,6 +27,7 @@ MOST_PARTS = 4  # of the images, where bottlenecks are recomputed in parts
 
 def forward_layers(
     stage: Stage,
+    backend: ModuleType,
     storage: Tensor,
     size: spatial.Size,
     statistics: Tensor,
@@ -35,7 +38,6 @@ def forward_layers(
 
     Returns the bottleneck outputs [M, K], none where they are not saved.
     """
-    backend = kernels.backend_for(storage.device)
     mean, variance = statistics.unbind()
     with_statistics = stage.needs_statistics
     bottlenecks: list[Tensor] = []

@@ -24,6 +24,11 @@ def empty_images(like: Tensor, images: int, channels: int, *size: int) -> Tensor
     return torch.empty_permuted((images, channels, *size), order, dtype=like.dtype, device=like.device)
 
 
+def is_channels_last(images: Tensor) -> bool:
+    """Whether images or a weight of two or three dimensions are channels-last, without gaps."""
+    return images.dim() in MEMORY_FORMATS and images.is_contiguous(memory_format=MEMORY_FORMATS[images.dim()])
+
+
 def channels_last(images: Tensor) -> Tensor:
     """``images`` itself where it is channels-last, else a copy that is."""
     if images.dim() in MEMORY_FORMATS:

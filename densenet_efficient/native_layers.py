@@ -18,7 +18,7 @@ from .layout import as_rows
 from .stage import Stage, StageOutput
 
 
-def can_run(stage: Stage, backend: ModuleType) -> bool:
+def can_run(stage: Stage, backend: ModuleType, x: Tensor) -> bool:
     """Whether the native loop runs the layers of ``stage``.
 
     It knows neither dropout nor synchronised statistics, and 3x3 convolutions alone.
@@ -35,6 +35,7 @@ def can_run(stage: Stage, backend: ModuleType) -> bool:
 
 def forward_layers(
     stage: Stage,
+    backend: ModuleType,
     storage: Tensor,
     size: spatial.Size,
     statistics: Tensor,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .batch_norm import BatchNorm
 from .kernels import spatial
+from .layout import MEMORY_FORMATS, is_channels_last
 from .synchronisation import Synchronisation
 
 TRANSITION, TRANSITION_DOWN, HEAD, NO_EXIT = "transition", "transition down", "head", "none"
@@ -74,11 +75,14 @@ class Stage:
         return storage.shape[1] - sum(layer.growth_rate for layer in self.layers)
 
     def in_dtype(self, dtype: torch.dtype) -> Stage:
-        """The same with the layers' convolutions in ``dtype``, all of them cast in one go."""
+        """The same with the layers' convolutions in ``dtype`` and channels-last, all of them cast in one go."""
         weights = [weight for layer in self.layers for weight in layer.convolutions]
-        if all(weight.dtype == dtype for weight in weights):
+        if all(weight.dtype == dtype and (weight.dim() == 3 or is_channels_last(weight)) for weight in weights):
             return self
-        cast = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        cast = [
+            torch.empty_like(weight, dtype=dtype, memory_format=MEMORY_FORMATS.get(weight.dim(), torch.preserve_format))
+            for weight in weights
+        ]
         torch._foreach_copy_(cast, weights)
         remaining = iter(cast)
         layers = [

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections import OrderedDict
 from unittest.mock import MagicMock
 
 import pytest
@@ -12,7 +13,7 @@ from cases import GPU_BACKENDS, LEVELS, assert_close, make_images, make_pair, ne
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from densenet_efficient import EfficientDenseNet, kernels, synchronisation
+from densenet_efficient import EfficientDenseNet, kernels, synchronisation, taped_layers
 
 pytestmark = needs_gpu
 every_level = pytest.mark.parametrize("level", LEVELS)
@@ -105,6 +106,27 @@ def test_the_same_bits_in_every_run(backend, level):
             training.step()
         runs.append(training.state())
     assert_same_bits(*runs)
+
+
+@every_level
+@pytest.mark.skipif(not taped_layers._is_built(), reason="the native extension has no CUDA operators")
+def test_repeated_launches_have_the_bits_of_the_loop(monkeypatch, level):
+    """Triton's kernels alone, since a repetition knows no others; in training, then in evaluation."""
+    monkeypatch.setenv(kernels.BACKEND_VARIABLE, "triton")
+    monkeypatch.setattr(taped_layers, "_tapes", OrderedDict())
+    states = []
+    for can_run in (taped_layers.can_run, lambda *_: False):
+        monkeypatch.setattr(taped_layers, "can_run", can_run)
+        training = Training(level)
+        for _ in range(4):
+            training.step()
+        training.model.eval()
+        for _ in range(4):
+            loss = training.loss().detach()
+        states.append(training.state() | {"loss": loss})
+    assert_same_bits(*states)
+    assert len(taped_layers._tapes) == 3 * len(MODEL["block_config"])
+    assert all(tape is not None and tape.native is not None for tape in taped_layers._tapes.values())
 
 
 @every_level

@@ -113,7 +113,11 @@ def backend_name(device: torch.device | str) -> str:
 
 def backend_for(device: torch.device) -> ModuleType:
     """The backend module that serves ``device``; raises as `backend_name` does."""
-    name = backend_name(device)
+    return backend_named(backend_name(device))
+
+
+def backend_named(name: str) -> ModuleType:
+    """The backend module, whether or not it serves any device here."""
     if name not in BACKENDS:
         BACKENDS[name] = importlib.import_module(f"{__name__}.{name}")
     return BACKENDS[name]

@@ -1,15 +1,14 @@
 """The affine map of a batch norm, from its statistics and parameters."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, on_device
+from .launch import ceil_div, kernel, on_device
 
 BLOCK = 256
 
 
-@triton.jit
+@kernel()
 def batch_norm_affine_kernel(mean, variance, weight, bias, affine, channels, EPS: tl.constexpr, CHANNELS: tl.constexpr):
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     present = channel < channels

@@ -1,15 +1,14 @@
 """What the sums of a batch norm's backward give: its weight's gradient, and its share of the projection."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, on_device
+from .launch import ceil_div, kernel, on_device
 
 BLOCK = 256
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel(do_not_specialize=["count"])
 def batch_norm_gradients_kernel(
     sum_grad, sum_grad_x, rstd, scale, count, grad_weight, slope, offset, channels, CHANNELS: tl.constexpr
 ):  # fmt: skip

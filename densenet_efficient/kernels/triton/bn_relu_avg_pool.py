@@ -1,16 +1,15 @@
 """Average pooling of relu(x * scale + shift) over windows side by side."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import activate
-from .launch import ceil_div, on_device, pixel_tile
+from .launch import ceil_div, kernel, on_device, pixel_tile
 
 ELEMENTS = 1024
 
 
-@triton.jit(do_not_specialize=["pooled"])
+@kernel(do_not_specialize=["pooled"])
 def bn_relu_avg_pool_kernel(
     x, x_stride, scale, shift, out, out_stride, pooled, channels,
     height, width, window_height, window_width, ROWS: tl.constexpr, CHANNELS: tl.constexpr,

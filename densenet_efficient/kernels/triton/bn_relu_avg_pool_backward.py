@@ -1,18 +1,17 @@
 """Backward of the average pooling."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, deposit, mask_gradient
-from .launch import ceil_div, on_device, pixel_tile
+from .launch import ceil_div, kernel, on_device, pixel_tile
 from .statistics import finish_sums, store_sums
 
 ELEMENTS = 4096
 WARPS = 8
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def bn_relu_avg_pool_backward_kernel(
     out_grad, out_grad_stride, x, x_stride, mean, scale, shift, grad, grad_stride, partials, rows, channels,
     height, width, window_height, window_width,

@@ -1,15 +1,14 @@
 """1x1 convolution of relu(x * scale + shift): the activation goes from registers into the tensor cores."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import activate
-from .launch import Tile, ceil_div, dot_precision, has_warpgroup_products, next_power_of_two, on_device
+from .launch import Tile, ceil_div, dot_precision, has_warpgroup_products, kernel, next_power_of_two, on_device
 from .statistics import finish_statistics, store_statistics, tile_statistics
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def bn_relu_conv1x1_kernel(
     x, x_stride, scale, shift, weight, out, out_stride, partials, rows, channels, outputs,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr,

@@ -9,7 +9,6 @@ Every block of channels reads the gradient of ``out``, so it is finished once, i
 load takes up to 1.9 times as long (measured on an H200).
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from .launch import (
     ceil_div,
     dot_precision,
     has_warpgroup_products,
+    kernel,
     multiprocessors,
     next_power_of_two,
     on_device,
@@ -31,7 +31,7 @@ MOST_OUTPUTS = 256
 PROGRAMS = 2  # on each multiprocessor
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def bn_relu_conv1x1_backward_joint_kernel(
     finished, finished_stride, x, x_stride, mean, scale, shift, weight,
     grad, grad_stride, partials, rows, channels, outputs,

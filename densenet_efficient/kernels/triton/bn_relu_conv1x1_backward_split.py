@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, deposit, mask_gradient, project
-from .launch import Tile, ceil_div, dot_precision, multiprocessors, on_device, programs_per_block
+from .launch import Tile, ceil_div, dot_precision, kernel, multiprocessors, on_device, programs_per_block
 from .statistics import finish_sums, store_sums, sum_parts
 
 
@@ -21,7 +21,7 @@ def _finished(out_grad, out_grad_stride, out, out_stride, out_mean, out_slope, o
     return project(gradient, value, mean, slope, offset)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def bn_relu_conv1x1_backward_input_kernel(
     out_grad, out_grad_stride, out, out_stride, out_mean, out_slope, out_offset,
     x, x_stride, mean, scale, shift, weight, weight_stride_output, weight_stride_channel,
@@ -59,7 +59,7 @@ def bn_relu_conv1x1_backward_input_kernel(
         deposit(grad, row[:, None] * grad_stride + channel[None, :], gradient, factor, inside, True)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def bn_relu_conv1x1_backward_weight_kernel(
     out_grad, out_grad_stride, out, out_stride, out_mean, out_slope, out_offset,
     x, x_stride, scale, shift, weight_partials, rows, channels, outputs,

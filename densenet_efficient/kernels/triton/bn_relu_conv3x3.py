@@ -1,19 +1,18 @@
 """3x3 convolution of relu(x * scale + shift): one activation, in registers, serves the three taps of an image line."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import activate
-from .launch import Tile, ceil_div, dot_precision, next_power_of_two, on_device
+from .launch import Tile, ceil_div, dot_precision, kernel, next_power_of_two, on_device
 from .statistics import finish_statistics, store_statistics, tile_statistics
 from .taps import existing_neighbours, exists_at
 
 MANY_ROWS, MANY_ROWS_TOGETHER = 2**15, 2**13
 
 
-@triton.jit(do_not_specialize=["rows", "height", "width"])
+@kernel(do_not_specialize=["rows", "height", "width"])
 def bn_relu_conv3x3_kernel(
     x, x_stride, scale, shift, weight, tap_stride, output_stride, out, out_stride, partials,
     rows, height, width, channels, OUT_CHANNELS: tl.constexpr, TOGETHER: tl.constexpr, PRECISION: tl.constexpr,

@@ -1,19 +1,18 @@
 """Gradient of the input of the 3x3 convolution of relu(x * scale + shift)."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, mask_gradient
-from .launch import Tile, ceil_div, dot_precision, on_device
+from .launch import Tile, ceil_div, dot_precision, kernel, on_device
 from .statistics import finish_sums, store_sums
 from .taps import existing_neighbours, exists_at, row_offset
 
 MANY_ROWS = 2**16
 
 
-@triton.jit(do_not_specialize=["rows", "height", "width", "blocks"])
+@kernel(do_not_specialize=["rows", "height", "width", "blocks"])
 def bn_relu_conv3x3_backward_input_kernel(
     out_grad, out_grad_stride, x, x_stride, mean, scale, shift, weight, tap_stride, output_stride, channel_stride,
     grad, grad_stride, partials, rows, height, width, channels, blocks, OUT_CHANNELS: tl.constexpr,

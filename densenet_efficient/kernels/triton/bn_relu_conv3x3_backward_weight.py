@@ -1,6 +1,5 @@
 """Gradient of the weight of the 3x3 convolution of relu(x * scale + shift)."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -10,6 +9,7 @@ from .launch import (
     ceil_div,
     dot_precision,
     has_warpgroup_products,
+    kernel,
     multiprocessors,
     next_power_of_two,
     on_device,
@@ -21,7 +21,7 @@ from .taps import existing_neighbours, exists_at, row_offset
 MANY_ROWS = 2**17
 
 
-@triton.jit(do_not_specialize=["rows", "height", "width", "parts"])
+@kernel(do_not_specialize=["rows", "height", "width", "parts"])
 def bn_relu_conv3x3_backward_weight_kernel(
     out_grad, out_grad_stride, x, x_stride, scale, shift, partials,
     rows, height, width, channels, parts, OUT_CHANNELS: tl.constexpr,

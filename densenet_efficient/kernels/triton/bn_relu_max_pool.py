@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate
-from .launch import ceil_div, on_device, pixel_tile
+from .launch import ceil_div, kernel, on_device, pixel_tile
 
 ELEMENTS = 2048
 
@@ -36,7 +36,7 @@ def maximum_of_window(
     return best, winner
 
 
-@triton.jit(do_not_specialize=["pooled"])
+@kernel(do_not_specialize=["pooled"])
 def bn_relu_max_pool_kernel(
     x, x_stride, scale, shift, out, out_stride, pooled, channels, height, width,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,

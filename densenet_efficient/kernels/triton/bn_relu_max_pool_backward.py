@@ -1,17 +1,16 @@
 """Backward of the maximum pooling: the winner of each window first (a byte each), then every pixel asks its windows."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, deposit, mask_gradient
 from .bn_relu_max_pool import ELEMENTS, maximum_of_window
-from .launch import ceil_div, on_device, pixel_tile
+from .launch import ceil_div, kernel, on_device, pixel_tile
 from .statistics import finish_sums, store_sums
 
 
-@triton.jit(do_not_specialize=["pooled"])
+@kernel(do_not_specialize=["pooled"])
 def _winner_kernel(
     x, x_stride, scale, shift, winners, pooled, channels, height, width, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -27,7 +26,7 @@ def _winner_kernel(
     tl.store(winners + row.to(tl.int64)[:, None] * channels + channel[None, :], winner.to(tl.uint8), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _gather_kernel(
     out_grad, out_grad_stride, winners, x, x_stride, mean, scale, shift, grad, grad_stride, partials, rows, channels,
     height, width, ROWS: tl.constexpr, CHANNELS: tl.constexpr,

@@ -1,17 +1,16 @@
 """Mean and variance of each channel."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, on_device, pixel_tile
+from .launch import ceil_div, kernel, on_device, pixel_tile
 from .statistics import finish_statistics, store_statistics, tile_statistics
 
 ELEMENTS = 16384
 WARPS = 8
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def channel_stats_kernel(x, x_stride, partials, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """The statistics of one tile."""
     dtype = partials.dtype.element_ty

@@ -1,18 +1,65 @@
-"""What every launch needs: its device, the precision of its products, the size of its tiles.
+"""What every launch needs: its kernel, its device, the precision of its products, the size of its tiles.
 
 Kernels count pixels in 32 bits and elements in 64.
 """
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import triton
 from torch import Tensor
 
 # Where there is no card: few multiprocessors, so that in the interpreter too a program works through several tiles.
 INTERPRETED_MULTIPROCESSORS = 4
 INTERPRETED_CAPABILITY = 9
+
+
+class Listener(Protocol):
+    """Who wants to know of launches."""
+
+    def launched(self, compiled: Any, blocks: Sequence[int], arguments: Sequence[Any]) -> None:
+        """Triton's compiled kernel, its number of programs along each axis, and its arguments in order."""
+
+
+_of_thread = threading.local()
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Within, ``listener`` is told of every launch of this thread."""
+    before = getattr(_of_thread, "listener", None)
+    _of_thread.listener = listener
+    try:
+        yield
+    finally:
+        _of_thread.listener = before
+
+
+class Kernel:
+    """What `triton.jit` makes of a function, launched as that is: ``kernel[blocks](*arguments, **options)``."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __getitem__(self, blocks: Sequence[int]) -> Callable[..., Any]:
+        launch: Callable[..., Any] = self.function[blocks]
+        listener: Listener | None = getattr(_of_thread, "listener", None)
+        if listener is None:
+            return launch
+
+        def launch_and_tell(*arguments: Any, **options: Any) -> None:
+            listener.launched(launch(*arguments, **options), blocks, arguments)
+
+        return launch_and_tell
+
+
+def kernel(**options: Any) -> Callable[[Callable[..., Any]], Kernel]:
+    """Decorates a kernel that is launched, with the options of `triton.jit`; what kernels call, that itself does."""
+    return lambda function: Kernel(triton.jit(function, **options))
 
 
 class Tile(NamedTuple):

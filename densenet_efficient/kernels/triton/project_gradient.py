@@ -1,16 +1,15 @@
 """The batch norm's projection of a gradient, in place."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import project
-from .launch import ceil_div, on_device, pixel_tile
+from .launch import ceil_div, kernel, on_device, pixel_tile
 
 ELEMENTS = 4096
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def project_gradient_kernel(
     grad, grad_stride, x, x_stride, mean, slope, offset, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):

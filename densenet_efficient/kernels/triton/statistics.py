@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, on_device
+from .launch import ceil_div, kernel, on_device
 
 BLOCK_PARTS = 512
 BLOCK_CHANNELS = 8
@@ -53,7 +53,7 @@ def _block_of_parts(parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr
     return part[:, None] * channels + column[None, :], (part < parts)[:, None] & (column < channels)[None, :], column
 
 
-@triton.jit(do_not_specialize=["parts"])
+@kernel(do_not_specialize=["parts"])
 def merge_statistics_kernel(
     partials, count, mean, m2_or_variance, parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -80,7 +80,7 @@ def merge_statistics_kernel(
         tl.store(m2_or_variance + row, m2, mask=within)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@kernel(do_not_specialize=["parts"])
 def merge_sums_kernel(partials, first, second, parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
     """PARTS parts become one row of ``first``, and those of the second plane one of ``second``."""
     place, exists, column = _block_of_parts(parts, channels, PARTS, CHANNELS)
@@ -92,7 +92,7 @@ def merge_sums_kernel(partials, first, second, parts, channels, PARTS: tl.conste
         tl.store(second + row, tl.sum(tl.load(partials + plane + place, mask=exists, other=0.0), 0), mask=within)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@kernel(do_not_specialize=["parts"])
 def sum_parts_kernel(
     partials, out, plane_stride, row_stride, column_stride, first, second, parts, planes, rows, columns,
     PARTS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -1,17 +1,16 @@
 """Images written as rows of a slot, with the mean and variance of each channel."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, on_device, pixel_tile
+from .launch import ceil_div, kernel, on_device, pixel_tile
 from .statistics import finish_statistics, store_statistics, tile_statistics
 
 ELEMENTS = 8192
 WARPS = 8
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def write_with_statistics_kernel(
     x, image_stride, channel_stride, pixel_stride, pixels, out, out_stride, partials, rows, channels,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,

@@ -1,0 +1,272 @@
+"""The recorded loop over a block's layers against the loop itself, in Triton's interpreter, to the last bit.
+
+A tape written in Python stands in for `densenet_efficient._C.LaunchTape`: it takes the kernels' arguments from the same
+bytes. Whatever it hands out is full of NaN at first. `test_taped_layers.py` runs this file in a process of its own.
+"""
+
+import copy
+import itertools
+import struct
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton_interpreter
+from cases import LEVELS, make_images
+from torch.utils._python_dispatch import _disable_current_modes
+
+import densenet_efficient._C
+from densenet_efficient import EfficientDenseNet, dense_block, dense_layers, kernels, launch_recording, taped_layers
+from densenet_efficient.kernels.triton import launch
+
+triton_interpreter.mend()
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
+MODEL = {"growth_rate": 16, "block_config": (2,), "num_init_features": 16, "bn_size": 2, "num_classes": 5}
+OUTSIDE = torch.ones(2)
+launches = []  # the kernels of all launches, and the arguments that a tape does not know
+
+
+class Interpreted:
+    """What the interpreter lacks: a compiled kernel."""
+
+    name = "interpreted"
+    metadata = SimpleNamespace(
+        num_ctas=1, launch_cooperative_grid=False, launch_pdl=False, global_scratch_size=0, profile_scratch_size=0,
+        num_warps=1, shared=0,
+    )  # fmt: skip
+
+    def __init__(self, kernel, arguments):
+        is_constant = ["constexpr" in str(kernel.fn.__annotations__.get(name)) for name in kernel.arg_names]
+        kinds = [
+            "constexpr" if constant or value is None else f"*{value.dtype}" if torch.is_tensor(value) else "i64"
+            for constant, value in zip(is_constant, arguments, strict=True)
+        ]
+        self.src = SimpleNamespace(signature=dict(enumerate(kinds)))
+        launches.append((kernel, kinds, arguments))
+        self.function = len(launches)
+
+
+def getitem(self, blocks):
+    listener = getattr(launch._of_thread, "listener", None)
+
+    def run(*arguments, **options):
+        with _disable_current_modes():  # the interpreter makes tensors too
+            self.function[blocks](*arguments, **options)
+        if listener is not None:
+            listener.launched(Interpreted(self.function, arguments), blocks, arguments)
+
+    return run
+
+
+class Tape:
+    """`densenet_efficient._C.LaunchTape`, but that it interprets."""
+
+    repetitions = 0
+
+    def __init__(self, scratch_bytes, given):
+        self.scratch_bytes, self.results, self.steps = scratch_bytes, [], []
+
+    def add_result(self, result):
+        self.results.append((result.untyped_storage().nbytes(), result))
+
+    def add_zeros(self, *step):
+        self.steps.append(step)
+
+    def add_launch(self, kernel, blocks, threads, shared_bytes, arguments, offsets, pointers):
+        self.steps.append((*launches[kernel - 1], blocks, arguments, offsets, pointers))
+
+    def repeat(self, given):
+        Tape.repetitions += 1
+        sizes = [size for size, _ in self.results]
+        scratch, *results = (torch.full((size,), 0xFF, dtype=torch.uint8) for size in (self.scratch_bytes, *sizes))
+        memories = [scratch, *given, *results]
+        for step in self.steps:
+            if len(step) == 3:
+                memory, displacement, size = step
+                part(memories[memory], displacement, torch.uint8)[:size] = 0
+            else:
+                self.launch(memories, *step)
+        return [
+            torch.empty(0, dtype=like.dtype).set_(
+                made.untyped_storage(), like.storage_offset(), like.shape, like.stride()
+            )
+            for made, (_, like) in zip(results, self.results, strict=True)
+        ]
+
+    def launch(self, memories, kernel, kinds, template, blocks, packed, offsets, pointers):
+        places = {offset: place for offset, *place in pointers}
+        offsets = iter(offsets)
+        arguments = []
+        for kind, value in zip(kinds, template, strict=True):
+            if kind == "constexpr":
+                arguments.append(value)
+                continue
+            offset = next(offsets)
+            if kind.startswith("*"):
+                memory, displacement = places.pop(offset)
+                arguments.append(part(memories[memory], displacement, value.dtype))
+            else:
+                arguments.append(struct.unpack_from("q", packed, offset)[0])
+        assert not places
+        assert len(list(offsets)) == launch_recording.SCRATCH_POINTERS
+        kernel[blocks](*arguments)
+
+
+def part(memory, displacement, dtype):
+    """Everything from so many bytes behind the first element of a tensor on."""
+    storage = memory.untyped_storage()
+    start = memory.data_ptr() - storage.data_ptr() + displacement
+    return (
+        torch.empty(0, dtype=torch.uint8)
+        .set_(storage)[start:]
+        .view(torch.uint8)[: (storage.nbytes() - start) // dtype.itemsize * dtype.itemsize]
+        .view(dtype)
+    )
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    monkeypatch.setenv(kernels.BACKEND_VARIABLE, "triton")
+    monkeypatch.setattr(launch.Kernel, "__getitem__", getitem)
+    monkeypatch.setattr(densenet_efficient._C, "LaunchTape", Tape, raising=False)
+    monkeypatch.setattr(densenet_efficient._C, "kernel_takes", lambda *_: True, raising=False)
+    monkeypatch.setattr(densenet_efficient._C, "layout_of", layout_of, raising=False)
+    monkeypatch.setattr(kernels, "empty_kept", lambda like, *size: like.new_empty(size))
+    monkeypatch.setattr(dense_block, "_prepared", lambda stage, x: stage.in_dtype(x.dtype))
+    monkeypatch.setattr(dense_layers, "recomputes_gradients", lambda device: True)  # as on a card
+    taped_layers._tapes.clear()
+    Tape.repetitions = 0
+
+
+def layout_of(tensors):
+    return tuple((t.dtype, t.device, t.shape, t.stride()) for t in tensors)
+
+
+def tape_everything(stage, backend, x):
+    return x.dtype.itemsize == 2
+
+
+def tape_nothing(stage, backend, x):
+    return False
+
+
+def step(model, images):
+    """The loss and the gradients of all parameters."""
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(model(images), torch.arange(len(images)))
+    if loss.requires_grad:
+        loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
+
+
+def assert_same_bits(monkeypatch, model, batches):
+    """Three times and more, each with other images and weights, against a model whose loops are not recorded."""
+    twin = copy.deepcopy(model)
+    for images in batches:
+        monkeypatch.setattr(taped_layers, "can_run", tape_nothing)
+        expected = step(twin, images)
+        monkeypatch.setattr(taped_layers, "can_run", tape_everything)
+        found = step(model, images)
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+        with torch.no_grad():
+            for parameter in (*model.parameters(), *twin.parameters()):
+                parameter.mul_(0.9)
+
+
+def make_model(**options):
+    torch.manual_seed(0)
+    return EfficientDenseNet(**MODEL, **options)
+
+
+def batches(number, images=2, size=(12, 16)):
+    return [make_images(images, 3, *size, dtype=torch.float32) + index for index in range(number)]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_training(monkeypatch, level):
+    model = make_model(checkpointing=level)
+    if level == "none":
+        model.to(memory_format=torch.channels_last)
+    assert_same_bits(monkeypatch, model, batches(3))
+    assert Tape.repetitions == 2  # forward and backward of the third step
+
+
+def test_several_layouts_in_turn(monkeypatch):
+    sizes = batches(3), batches(3, images=1)
+    assert_same_bits(monkeypatch, make_model(), itertools.chain(*zip(*sizes, strict=True)))
+    assert Tape.repetitions == 2 * 2
+
+
+def test_frozen_parameters(monkeypatch):
+    model = make_model()
+    for module in (model.features.denseblock1.denselayer2, model.features.conv0, model.features.norm0):
+        module.requires_grad_(False)
+    assert_same_bits(monkeypatch, model, batches(3))
+    assert Tape.repetitions == 2
+
+
+def test_running_statistics(monkeypatch):
+    model = make_model().eval()
+    assert_same_bits(monkeypatch, model, batches(3))
+    model.requires_grad_(False)
+    assert_same_bits(monkeypatch, model, batches(1))
+    assert Tape.repetitions == 2 + 1
+
+
+def test_the_oldest_tape_makes_way(monkeypatch):
+    monkeypatch.setattr(taped_layers, "MOST_TAPES", 2)
+    stage = SimpleNamespace(layers=[])
+    for _ in range(3):
+        for size in (1, 2, 3):
+            taped_layers._run(("loop",), lambda size=size: [torch.zeros(size)], stage, [torch.zeros(size)])
+    assert len(taped_layers._tapes) == 2
+    assert Tape.repetitions == 0  # three layouts take turns
+
+
+@pytest.mark.parametrize(
+    ("loop", "obstacle"),
+    [
+        (lambda x: x.mul(2), "aten.mul.Tensor is not recorded"),
+        (lambda x: x.new_zeros(2).add_(1), "aten.add_.Tensor is not recorded"),
+        (lambda x: x.new_zeros(2).add_(x[0, 0]), "aten.add_.Tensor is not recorded"),
+        (lambda x: x.new_zeros(2).add_(x[0], alpha=2), "aten.add_.Tensor is not recorded"),
+        (lambda x: x.new_zeros(2).add_(OUTSIDE), "a tensor that was neither given nor made"),
+        (lambda x: x.to(torch.float64).new_empty(2), "is not recorded"),
+        (lambda x: x[0], "results that share their memory"),
+    ],
+)
+def test_what_cannot_be_recorded_is_named(loop, obstacle):
+    x = torch.ones(2, 2)
+    with launch_recording.Recording([x], []) as recording:
+        result = loop(x)
+    assert recording.tape([result]) is None
+    assert obstacle in recording.obstacle
+
+
+def test_tensors_that_share_their_memory_are_not_told_apart():
+    x = torch.ones(2, 2)
+    assert launch_recording.Recording([x, x[0]], []).obstacle == "tensors that share their memory"
+    assert launch_recording.Recording([], [x, x.flatten()]).obstacle == "tensors that share their memory"
+    assert launch_recording.Recording([], [x[0], x[1]]).obstacle is None
+
+
+def test_what_is_made_may_be_added():
+    x = torch.ones(2, 2)
+    with launch_recording.Recording([x], []) as recording:
+        recorded = x.new_zeros(2).add_(x[0])
+    tape = recording.tape([recorded])
+    assert recorded.tolist() == [1, 1]
+    assert tape.repeat([torch.tensor([[5.0, 6.0], [7.0, 8.0]])])[0].tolist() == [5, 6]
+
+
+def test_memories_in_use_at_the_same_time_lie_side_by_side():
+    lives = [(100, 0, 2), (600, 1, 1), (50, 2, 3), (512, 3, 3)]  # bytes, first and last launch
+    memories = [launch_recording.Memory(*life) for life in lives]
+    total, offsets = launch_recording._lay_out(memories)
+    assert [offsets[memory] for memory in memories] == [0, 512, 512, 0]
+    assert total == 512 + 600
