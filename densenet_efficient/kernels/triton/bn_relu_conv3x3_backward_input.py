@@ -9,7 +9,7 @@ from .launch import Tile, ceil_div, dot_precision, kernel, on_device
 from .statistics import finish_sums, store_sums
 from .taps import existing_neighbours, exists_at, row_offset
 
-MANY_ROWS = 2**16
+MANY_ROWS = 2**13
 
 
 @kernel(do_not_specialize=["rows", "height", "width", "blocks"])
@@ -63,8 +63,7 @@ def _tile(x: Tensor, outputs: int) -> Tile:
     """Its depth goes into the outputs, or they into it."""
     depth = 16 if outputs <= 16 or 0 < outputs % 32 <= 16 else 32
     if x.dtype.itemsize == 2:
-        columns = 128 if x.shape[0] >= MANY_ROWS and x.shape[1] > 64 else 64
-        return Tile(64, columns, depth, warps=4, stages=4 if columns == 128 else 3)
+        return Tile(128 if x.shape[0] >= MANY_ROWS else 64, 64, depth, warps=4, stages=3)
     if x.dtype.itemsize == 4:
         return Tile(128, 64, depth, warps=8, stages=2)
     return Tile(128, 32, depth, warps=8, stages=1)
