@@ -192,3 +192,18 @@ def test_a_layer_more_compiles_nothing_new(architecture, compiled):
         Layer(torch.bfloat16, 256, 14, channels, 128, 32).convolutions()
         Layer(torch.bfloat16, 256, 14, channels, 128, 32).plain_convolution()
     assert len(compiled) == number
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_no_batch_is_too_large_for_a_grid(dtype, monkeypatch):
+    """Along its second and third axis a grid has at most 65,535 programs, along the first 2^31 - 1."""
+    grids = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *_, grid, **__: grids.append((self.fn.__name__, *grid)))
+    layer = Layer(dtype, 2**31 // 112**2 - 1, 112, 256, 128, 32)  # pixels are counted in 32 bits
+    layer.convolutions()
+    layer.plain_convolution()
+    layer.others()
+    assert len({name for name, *_ in grids}) > 10
+    for name, first, *others in grids:
+        assert first < 2**31, name
+        assert max(others, default=1) < 2**16, name

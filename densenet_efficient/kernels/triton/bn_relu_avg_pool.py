@@ -4,7 +4,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate
-from .launch import ceil_div, kernel, on_device, pixel_tile
+from .blocks import block_and_part
+from .launch import grid_of, kernel, on_device, pixel_tile
 
 ELEMENTS = 1024
 
@@ -16,8 +17,9 @@ def bn_relu_avg_pool_kernel(
 ):  # fmt: skip
     """A tile of pooled pixels, its windows one tap at a time."""
     dtype = scale.dtype.element_ty
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    block, part = block_and_part(channels, CHANNELS)
+    row = part * ROWS + tl.arange(0, ROWS)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
     present = channel < channels
     inside = (row < pooled)[:, None] & present[None, :]
     factor = tl.load(scale + channel, mask=present, other=0.0)[None, :]
@@ -49,9 +51,8 @@ def bn_relu_avg_pool(
     """Means of relu(x * scale + shift) over windows; a rest is left out."""
     pooled, channels = out.shape
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
-    grid = ceil_div(channels, columns), ceil_div(pooled, tile_rows)
     with on_device(x):
-        bn_relu_avg_pool_kernel[grid](
+        bn_relu_avg_pool_kernel[grid_of(pooled, tile_rows, channels, columns)](
             x, x.stride(0), scale, shift, out, out.stride(0), pooled, channels,
             height, width, window_height, window_width, tile_rows, columns,
         )  # fmt: skip

@@ -4,7 +4,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, deposit, mask_gradient
-from .launch import ceil_div, kernel, on_device, pixel_tile
+from .blocks import block_and_part
+from .launch import ceil_div, grid_of, kernel, on_device, pixel_tile
 from .statistics import finish_sums, store_sums
 
 ELEMENTS = 4096
@@ -19,9 +20,9 @@ def bn_relu_avg_pool_backward_kernel(
 ):  # fmt: skip
     """A tile of pixels; those outside every window get zero."""
     dtype = scale.dtype.element_ty
-    part = tl.program_id(1)
+    block, part = block_and_part(channels, CHANNELS)
     row = part * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
     present = channel < channels
     inside = (row < rows)[:, None] & present[None, :]
     factor = tl.load(scale + channel, mask=present, other=0.0)[None, :]
@@ -36,7 +37,7 @@ def bn_relu_avg_pool_backward_kernel(
     gradient = spread.to(dtype) / tl.cast(window_height * window_width, dtype)
     gradient = mask_gradient(gradient, activate(values, factor, summand, values.dtype))
     sum_grad_x = tl.sum(gradient * (values.to(dtype) - centre), 0)
-    store_sums(partials, part, tl.num_programs(1), channels, channel, tl.sum(gradient, 0), sum_grad_x)
+    store_sums(partials, part, tl.cdiv(rows, ROWS), channels, channel, tl.sum(gradient, 0), sum_grad_x)
     if grad is not None:
         deposit(grad, row.to(tl.int64)[:, None] * grad_stride + channel[None, :], gradient, factor, inside, ACCUMULATE)
 
@@ -59,10 +60,9 @@ def bn_relu_avg_pool_backward(
     """The sums, and ``grad = scale * masked gradient``, or added to what is there."""
     rows, channels = x.shape
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
-    grid = ceil_div(channels, columns), ceil_div(rows, tile_rows)
-    partials = sum_grad.new_empty(2, grid[1], channels)
+    partials = sum_grad.new_empty(2, ceil_div(rows, tile_rows), channels)
     with on_device(x):
-        bn_relu_avg_pool_backward_kernel[grid](
+        bn_relu_avg_pool_backward_kernel[grid_of(rows, tile_rows, channels, columns)](
             out_grad, out_grad.stride(0), x, x.stride(0), mean, scale, shift,
             grad, 0 if grad is None else grad.stride(0), partials, rows, channels,
             height, width, window_height, window_width, accumulate, tile_rows, columns, num_warps=WARPS,

@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, deposit, mask_gradient, project
-from .launch import Tile, ceil_div, dot_precision, kernel, multiprocessors, on_device, programs_per_block
+from .blocks import block_and_part
+from .launch import Tile, ceil_div, dot_precision, grid_of, kernel, multiprocessors, on_device, programs_per_block
 from .statistics import finish_sums, store_sums, sum_parts
 
 
@@ -30,9 +31,9 @@ def bn_relu_conv1x1_backward_input_kernel(
 ):  # fmt: skip
     """One tile [ROWS, CHANNELS] of the input's gradient: its sums, and its deposit in ``grad``."""
     dtype = scale.dtype.element_ty
-    part = tl.program_id(1)
+    block, part = block_and_part(channels, CHANNELS)
     row = part.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
     valid, present = (row < rows)[:, None], channel < channels
     gradient = tl.zeros((ROWS, CHANNELS), dtype)
     for start in range(0, outputs, DEPTH):
@@ -54,7 +55,7 @@ def bn_relu_conv1x1_backward_input_kernel(
     inputs = tl.load(x + row[:, None] * x_stride + channel[None, :], mask=inside, other=0.0)
     gradient = tl.where(valid, mask_gradient(gradient, activate(inputs, factor, summand, inputs.dtype)), 0.0)
     sum_grad_x = tl.sum(gradient * (inputs.to(dtype) - centre), 0)
-    store_sums(sum_partials, part, tl.num_programs(1), channels, channel, tl.sum(gradient, 0), sum_grad_x)
+    store_sums(sum_partials, part, tl.cdiv(rows, ROWS), channels, channel, tl.sum(gradient, 0), sum_grad_x)
     if grad is not None:
         deposit(grad, row[:, None] * grad_stride + channel[None, :], gradient, factor, inside, True)
 
@@ -125,10 +126,9 @@ def input_gradient(
     tile = _input_tile(x.dtype, precision)
     if precision == "tf32":
         weight = weight.t().contiguous().t()  # whose tensor cores want the outputs side by side
-    grid = ceil_div(channels, tile.columns), ceil_div(rows, tile.rows)
-    partials = sum_grad.new_empty(2, grid[1], channels)
+    partials = sum_grad.new_empty(2, ceil_div(rows, tile.rows), channels)
     with on_device(x):
-        bn_relu_conv1x1_backward_input_kernel[grid](
+        bn_relu_conv1x1_backward_input_kernel[grid_of(rows, tile.rows, channels, tile.columns)](
             out_grad, out_grad.stride(0), out, out.stride(0), out_mean, out_slope, out_offset,
             x, x.stride(0), mean, scale, shift, weight, *weight.stride(),
             grad, 0 if grad is None else grad.stride(0), partials, rows, channels, outputs,

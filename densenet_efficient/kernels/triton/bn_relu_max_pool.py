@@ -5,7 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate
-from .launch import ceil_div, kernel, on_device, pixel_tile
+from .blocks import block_and_part
+from .launch import grid_of, kernel, on_device, pixel_tile
 
 ELEMENTS = 2048
 
@@ -41,8 +42,9 @@ def bn_relu_max_pool_kernel(
     x, x_stride, scale, shift, out, out_stride, pooled, channels, height, width,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    block, part = block_and_part(channels, CHANNELS)
+    row = part * ROWS + tl.arange(0, ROWS)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
     present = channel < channels
     factor = tl.load(scale + channel, mask=present, other=0.0)[None, :]
     summand = tl.load(shift + channel, mask=present, other=0.0)[None, :]
@@ -65,8 +67,7 @@ def bn_relu_max_pool(
     """The maxima of relu(x * scale + shift)."""
     pooled, channels = out.shape
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
-    grid = ceil_div(channels, columns), ceil_div(pooled, tile_rows)
     with on_device(x):
-        bn_relu_max_pool_kernel[grid](
+        bn_relu_max_pool_kernel[grid_of(pooled, tile_rows, channels, columns)](
             x, x.stride(0), scale, shift, out, out.stride(0), pooled, channels, height, width, tile_rows, columns
         )

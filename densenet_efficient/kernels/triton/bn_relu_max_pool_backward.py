@@ -5,8 +5,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, deposit, mask_gradient
+from .blocks import block_and_part
 from .bn_relu_max_pool import ELEMENTS, maximum_of_window
-from .launch import ceil_div, kernel, on_device, pixel_tile
+from .launch import ceil_div, grid_of, kernel, on_device, pixel_tile
 from .statistics import finish_sums, store_sums
 
 
@@ -14,8 +15,9 @@ from .statistics import finish_sums, store_sums
 def _winner_kernel(
     x, x_stride, scale, shift, winners, pooled, channels, height, width, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    block, part = block_and_part(channels, CHANNELS)
+    row = part * ROWS + tl.arange(0, ROWS)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
     present = channel < channels
     factor = tl.load(scale + channel, mask=present, other=0.0)[None, :]
     summand = tl.load(shift + channel, mask=present, other=0.0)[None, :]
@@ -33,9 +35,9 @@ def _gather_kernel(
 ):  # fmt: skip
     """A tile of pixels; each lies in one or two windows per direction."""
     dtype = scale.dtype.element_ty
-    part = tl.program_id(1)
+    block, part = block_and_part(channels, CHANNELS)
     row = part * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
     present = channel < channels
     inside = (row < rows)[:, None] & present[None, :]
     pooled_height, pooled_width = (height + 1) // 2, (width + 1) // 2
@@ -57,7 +59,7 @@ def _gather_kernel(
     values = tl.load(x + row.to(tl.int64)[:, None] * x_stride + channel[None, :], mask=inside, other=0.0)
     gradient = mask_gradient(gradient, activate(values, factor, summand, values.dtype))
     sum_grad_x = tl.sum(gradient * (values.to(dtype) - centre), 0)
-    store_sums(partials, part, tl.num_programs(1), channels, channel, tl.sum(gradient, 0), sum_grad_x)
+    store_sums(partials, part, tl.cdiv(rows, ROWS), channels, channel, tl.sum(gradient, 0), sum_grad_x)
     deposit(grad, row.to(tl.int64)[:, None] * grad_stride + channel[None, :], gradient, factor, inside, False)
 
 
@@ -76,15 +78,13 @@ def bn_relu_max_pool_backward(
     """The sums, and ``grad = scale * masked gradient``; a window's gradient goes to its first maximum."""
     (rows, channels), pooled = x.shape, out_grad.shape[0]
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
-    blocks = ceil_div(channels, columns)
     winners = torch.empty(pooled, channels, dtype=torch.uint8, device=x.device)
-    parts = ceil_div(rows, tile_rows)
-    partials = sum_grad.new_empty(2, parts, channels)
+    partials = sum_grad.new_empty(2, ceil_div(rows, tile_rows), channels)
     with on_device(x):
-        _winner_kernel[blocks, ceil_div(pooled, tile_rows)](
+        _winner_kernel[grid_of(pooled, tile_rows, channels, columns)](
             x, x.stride(0), scale, shift, winners, pooled, channels, height, width, tile_rows, columns
         )
-        _gather_kernel[blocks, parts](
+        _gather_kernel[grid_of(rows, tile_rows, channels, columns)](
             out_grad, out_grad.stride(0), winners, x, x.stride(0), mean, scale, shift, grad, grad.stride(0),
             partials, rows, channels, height, width, tile_rows, columns,
         )  # fmt: skip

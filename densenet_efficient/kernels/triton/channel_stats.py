@@ -3,7 +3,8 @@
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, kernel, on_device, pixel_tile
+from .blocks import block_and_part
+from .launch import ceil_div, grid_of, kernel, on_device, pixel_tile
 from .statistics import finish_statistics, store_statistics, tile_statistics
 
 ELEMENTS = 16384
@@ -14,15 +15,15 @@ WARPS = 8
 def channel_stats_kernel(x, x_stride, partials, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """The statistics of one tile."""
     dtype = partials.dtype.element_ty
-    part = tl.program_id(1)
+    block, part = block_and_part(channels, CHANNELS)
     row = part.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
     valid = (row < rows)[:, None]
     inside = valid & (channel < channels)[None, :]
     values = tl.load(x + row[:, None] * x_stride + channel[None, :], mask=inside, other=0.0).to(dtype)
     count = tl.minimum(rows - part.to(tl.int64) * ROWS, ROWS).to(dtype)
     mean, m2 = tile_statistics(values, valid, count)
-    store_statistics(partials, part, tl.num_programs(1), channels, channel, count, mean, m2)
+    store_statistics(partials, part, tl.cdiv(rows, ROWS), channels, channel, count, mean, m2)
 
 
 def channel_stats(
@@ -33,8 +34,8 @@ def channel_stats(
     """Mean and biased variance of each column of ``x``."""
     rows, channels = x.shape
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
-    grid = ceil_div(channels, columns), ceil_div(rows, tile_rows)
-    partials = mean.new_empty(3, grid[1], channels)
+    grid = grid_of(rows, tile_rows, channels, columns)
+    partials = mean.new_empty(3, ceil_div(rows, tile_rows), channels)
     with on_device(x):
         channel_stats_kernel[grid](x, x.stride(0), partials, rows, channels, tile_rows, columns, num_warps=WARPS)
     finish_statistics(partials, mean, variance)

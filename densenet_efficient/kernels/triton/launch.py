@@ -115,6 +115,11 @@ def next_power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def grid_of(rows: int, tile_rows: int, channels: int, columns: int) -> tuple[int]:
+    """The programs of a tile each, as `blocks.block_and_part` numbers them."""
+    return (ceil_div(rows, tile_rows) * ceil_div(channels, columns),)
+
+
 def programs_per_block(rows: int, tile_rows: int, blocks: int, programs: int) -> int:
     """How many programs share the rows of each of ``blocks`` so that ``programs`` run at a time; none without rows."""
     return min(ceil_div(rows, tile_rows), max(programs // blocks, 1))

@@ -4,7 +4,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import project
-from .launch import ceil_div, kernel, on_device, pixel_tile
+from .blocks import block_and_part
+from .launch import grid_of, kernel, on_device, pixel_tile
 
 ELEMENTS = 4096
 
@@ -13,8 +14,9 @@ ELEMENTS = 4096
 def project_gradient_kernel(
     grad, grad_stride, x, x_stride, mean, slope, offset, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    block, part = block_and_part(channels, CHANNELS)
+    row = part.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
     present = channel < channels
     inside = (row < rows)[:, None] & present[None, :]
     place = grad + row[:, None] * grad_stride + channel[None, :]
@@ -36,8 +38,7 @@ def project_gradient(
     """grad += offset + (x - mean) * slope."""
     rows, channels = x.shape
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
-    grid = ceil_div(channels, columns), ceil_div(rows, tile_rows)
     with on_device(x):
-        project_gradient_kernel[grid](
+        project_gradient_kernel[grid_of(rows, tile_rows, channels, columns)](
             grad, grad.stride(0), x, x.stride(0), mean, slope, offset, rows, channels, tile_rows, columns
         )

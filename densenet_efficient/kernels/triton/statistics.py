@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, kernel, on_device
+from .blocks import block_and_part
+from .launch import ceil_div, grid_of, kernel, on_device
 
 BLOCK_PARTS = 512
 BLOCK_CHANNELS = 8
@@ -47,10 +48,12 @@ def store_sums(partials, part, parts, channels, column, first, second):
 
 @triton.jit
 def _block_of_parts(parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Where a program's parts and columns lie in a plane [parts, channels], which of them exist, and the columns."""
-    column = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
-    part = tl.program_id(1).to(tl.int64) * PARTS + tl.arange(0, PARTS)
-    return part[:, None] * channels + column[None, :], (part < parts)[:, None] & (column < channels)[None, :], column
+    """Where a program's parts lie in a plane [parts, channels] and which exist; its columns, and its result's place."""
+    block, row = block_and_part(channels, CHANNELS)
+    column = block.to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
+    part = row.to(tl.int64) * PARTS + tl.arange(0, PARTS)
+    place, exists = part[:, None] * channels + column[None, :], (part < parts)[:, None] & (column < channels)[None, :]
+    return place, exists, column, row.to(tl.int64) * channels + column
 
 
 @kernel(do_not_specialize=["parts"])
@@ -58,7 +61,7 @@ def merge_statistics_kernel(
     partials, count, mean, m2_or_variance, parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr
 ):
     """PARTS parts become one row of the results; without a ``count`` it is the last, and the variance is wanted."""
-    place, exists, column = _block_of_parts(parts, channels, PARTS, CHANNELS)
+    place, exists, column, row = _block_of_parts(parts, channels, PARTS, CHANNELS)
     plane = tl.cast(parts, tl.int64) * channels
     counts = tl.load(partials + place, mask=exists, other=0.0)
     means = tl.load(partials + plane + place, mask=exists, other=0.0)
@@ -70,7 +73,6 @@ def merge_statistics_kernel(
     delta = means - merged[None, :]
     m2 = tl.sum(tl.where(exists, m2s + counts * delta * delta, 0.0), 0)
 
-    row = tl.program_id(1).to(tl.int64) * channels + column
     within = column < channels
     tl.store(mean + row, merged, mask=within)
     if count is None:
@@ -83,8 +85,7 @@ def merge_statistics_kernel(
 @kernel(do_not_specialize=["parts"])
 def merge_sums_kernel(partials, first, second, parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
     """PARTS parts become one row of ``first``, and those of the second plane one of ``second``."""
-    place, exists, column = _block_of_parts(parts, channels, PARTS, CHANNELS)
-    row = tl.program_id(1).to(tl.int64) * channels + column
+    place, exists, column, row = _block_of_parts(parts, channels, PARTS, CHANNELS)
     within = column < channels
     tl.store(first + row, tl.sum(tl.load(partials + place, mask=exists, other=0.0), 0), mask=within)
     if second is not None:
@@ -115,8 +116,9 @@ def sum_parts_kernel(
         tl.store(second + column, result, mask=row == planes * rows + 1)
 
 
-def _blocks(parts: int, channels: int) -> tuple[int, int]:
-    return ceil_div(channels, BLOCK_CHANNELS), max(ceil_div(parts, BLOCK_PARTS), 1)
+def _merged_parts(parts: int) -> int:
+    """How many rows of results are left of so many parts."""
+    return max(ceil_div(parts, BLOCK_PARTS), 1)
 
 
 def finish_statistics(
@@ -126,9 +128,9 @@ def finish_statistics(
 ) -> None:
     """Merges partial statistics into the mean and the biased variance."""
     _, parts, channels = partials.shape
-    grid = _blocks(parts, channels)
-    is_last = grid[1] == 1
-    merged = (None, mean, variance) if is_last else partials.new_empty(3, grid[1], channels)
+    rows = _merged_parts(parts)
+    grid = grid_of(rows, 1, channels, BLOCK_CHANNELS)
+    merged = (None, mean, variance) if rows == 1 else partials.new_empty(3, rows, channels)
     with on_device(partials):
         merge_statistics_kernel[grid](partials, *merged, parts, channels, BLOCK_PARTS, BLOCK_CHANNELS, num_warps=WARPS)
     if isinstance(merged, Tensor):
@@ -142,9 +144,9 @@ def finish_sums(
 ) -> None:
     """Adds partial sums in a fixed order."""
     kinds, parts, channels = partials.shape
-    grid = _blocks(parts, channels)
-    is_last = grid[1] == 1
-    merged = None if is_last else partials.new_empty(kinds, grid[1], channels)
+    rows = _merged_parts(parts)
+    grid = grid_of(rows, 1, channels, BLOCK_CHANNELS)
+    merged = None if rows == 1 else partials.new_empty(kinds, rows, channels)
     sums = (first, second) if merged is None else (merged[0], None if second is None else merged[1])
     with on_device(partials):
         merge_sums_kernel[grid](partials, *sums, parts, channels, BLOCK_PARTS, BLOCK_CHANNELS, num_warps=WARPS)

@@ -3,7 +3,8 @@
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, kernel, on_device, pixel_tile
+from .blocks import block_and_part
+from .launch import ceil_div, grid_of, kernel, on_device, pixel_tile
 from .statistics import finish_statistics, store_statistics, tile_statistics
 
 ELEMENTS = 8192
@@ -17,9 +18,9 @@ def write_with_statistics_kernel(
 ):  # fmt: skip
     """A tile of rows: side by side lie the pixels of a channel in contiguous images, the channels in channels-last."""
     dtype = partials.dtype.element_ty
-    part = tl.program_id(1)
+    block, part = block_and_part(channels, CHANNELS)
     row = part * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
     valid = (row < rows)[:, None]
     inside = valid & (channel < channels)[None, :]
     pixel = (row // pixels).to(tl.int64) * image_stride + (row % pixels).to(tl.int64) * pixel_stride
@@ -28,7 +29,7 @@ def write_with_statistics_kernel(
     tl.store(out + row.to(tl.int64)[:, None] * out_stride + channel[None, :], values, mask=inside)
     count = tl.minimum(rows - part * ROWS, ROWS).to(dtype)
     mean, m2 = tile_statistics(values.to(dtype), valid, count)
-    store_statistics(partials, part, tl.num_programs(1), channels, channel, count, mean, m2)
+    store_statistics(partials, part, tl.cdiv(rows, ROWS), channels, channel, count, mean, m2)
 
 
 def write_with_statistics(
@@ -40,8 +41,8 @@ def write_with_statistics(
     """out = the pixels of ``x``, and the mean and biased variance of each column."""
     rows, channels = out.shape
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
-    grid = ceil_div(channels, columns), ceil_div(rows, tile_rows)
-    partials = mean.new_empty(3, grid[1], channels)
+    grid = grid_of(rows, tile_rows, channels, columns)
+    partials = mean.new_empty(3, ceil_div(rows, tile_rows), channels)
     with on_device(x):
         write_with_statistics_kernel[grid](
             x, *x.stride(), x.shape[2], out, out.stride(0), partials, rows, channels, tile_rows, columns,
