@@ -17,6 +17,7 @@ from ..stem import images_at_a_time
 from ..summary import SummaryRow, summarize
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+CUDNN_PIXEL = 16  # bytes of which the channels of a pixel have to be a multiple
 
 
 @dataclass(frozen=True)
@@ -158,16 +159,24 @@ def _stem_shape(
     if conv_out:
         pixels = conv_out // (images * conv.out_channels * dtype.itemsize)
         part = min(images_at_a_time(device, images, pixels) / images, 1)
+    padded = 0 if device == "cpu" else _padded_images(input_shape, dtype)
     return StemShape(
         parameters,
         images=elements * stored.itemsize,
         cast=elements * dtype.itemsize if stored != dtype else 0,
         conv_out=conv_out,
         out=out,
-        forward_workspace=int(part * (columns + (conv_out if device == "cpu" else 0))),
-        backward_workspace=int(part * 2 * gradient),
+        forward_workspace=int(part * (columns + conv_out)) if device == "cpu" else padded,
+        backward_workspace=int(part * 2 * gradient) if device == "cpu" else padded,
         recomputed=row.costs.multiply_adds if conv_out else 0,
     )
+
+
+def _padded_images(input_shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes of cuDNN's copy of the images, whose pixels it pads to 16 bytes (seen on an H100, in bfloat16)."""
+    images, channels, *axes = input_shape
+    pixel = channels * dtype.itemsize
+    return images * math.prod(axes) * (pixel + -pixel % CUDNN_PIXEL) if pixel % CUDNN_PIXEL else 0
 
 
 def _block_shape(
