@@ -63,6 +63,10 @@ class Zeros:
     address: Address
     size: int
 
+    @property
+    def addresses(self) -> list[Address]:
+        return [self.address]
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -71,6 +75,10 @@ class Launch:
     compiled: Any
     blocks: tuple[int, int, int]
     arguments: list[Argument]
+
+    @property
+    def addresses(self) -> list[Address]:
+        return [value for _, value in self.arguments if isinstance(value, Address)]
 
 
 class Recording(TorchDispatchMode):
@@ -166,18 +174,18 @@ class Recording(TorchDispatchMode):
             self._refuse("results that share their memory")
         if self.obstacle is not None:
             return None
-        scratch_bytes, offsets = _lay_out([memory for memory in self._used() if memory not in made])
+        results_at = {memory: (1 + len(self.given) + index, 0) for index, memory in enumerate(made) if memory}
+        scratch_bytes, offsets = _lay_out([memory for memory in self._used() if memory not in results_at])
+        places = results_at | {memory: (0, offset) for memory, offset in offsets.items()}
         tape = LaunchTape(scratch_bytes, self.given)
         for result in results:
             tape.add_result(result)
 
         def place(address: Address) -> tuple[int, int]:
             """The index of a memory of the tape (0: scratch, then the given, then the results) and a displacement."""
-            if isinstance(address.memory, int):
-                return 1 + address.memory, address.displacement
-            if address.memory in offsets:
-                return 0, offsets[address.memory] + address.displacement
-            return 1 + len(self.given) + made.index(address.memory), address.displacement
+            memory = address.memory
+            index, offset = (1 + memory, 0) if isinstance(memory, int) else places[memory]
+            return index, offset + address.displacement
 
         for step in self._steps:
             if isinstance(step, Zeros):
@@ -200,15 +208,11 @@ class Recording(TorchDispatchMode):
 
     def _used(self) -> list[Memory]:
         """The memories that launches use, once each, by their first."""
-        steps = [[step.address] if isinstance(step, Zeros) else step.arguments for step in self._steps]
-        addresses = [value[1] if isinstance(value, tuple) else value for values in steps for value in values]
-        used = {a.memory: None for a in addresses if isinstance(a, Address) and isinstance(a.memory, Memory)}
-        return list(used)
+        addresses = (address for step in self._steps for address in step.addresses)
+        return list(dict.fromkeys(address.memory for address in addresses if isinstance(address.memory, Memory)))
 
 
-def _pack(
-    arguments: Sequence[tuple[str, int | Address]],
-) -> tuple[bytes, list[tuple[int, int]], list[tuple[int, Address]]]:
+def _pack(arguments: Sequence[Argument]) -> tuple[bytes, list[tuple[int, int]], list[tuple[int, Address]]]:
     """The arguments one after the other, each aligned to its size; (offset, size) of each; those that are addresses."""
     packed, layout, pointers = bytearray(), [], []
     for kind, value in [*arguments, *([("*", 0)] * SCRATCH_POINTERS)]:

@@ -218,6 +218,16 @@ def test_running_statistics(monkeypatch):
     assert Tape.repetitions == 2 + 1
 
 
+def test_no_images(monkeypatch):
+    """Nothing has an address then, and nothing is recorded."""
+    monkeypatch.setattr(taped_layers, "can_run", tape_everything)
+    model = make_model().eval()
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(torch.zeros(0, 3, 12, 16)).shape == (0, MODEL["num_classes"])
+    assert Tape.repetitions == 0
+
+
 def test_the_oldest_tape_makes_way(monkeypatch):
     monkeypatch.setattr(taped_layers, "MOST_TAPES", 2)
     stage = SimpleNamespace(layers=[])

@@ -129,6 +129,20 @@ def test_repeated_launches_have_the_bits_of_the_loop(monkeypatch, level):
     assert all(tape is not None and tape.native is not None for tape in taped_layers._tapes.values())
 
 
+@pytest.mark.large
+@every_level
+def test_more_pixels_than_a_grid_has_programs_along_an_axis(backend, level):
+    """4.2 million rows in the first block, 64 to a program: more than 65,535 of them."""
+    training = Training(level)
+    images = torch.randn(1400, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
+    training.images, training.labels = images, torch.arange(len(images), device="cuda") % MODEL["num_classes"]
+    for _ in range(3):
+        assert training.step().isfinite()
+    training.model.eval()
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(training.model(images), torch.cat([training.model(half) for half in images.split(700)]))
+
+
 @every_level
 def test_a_step_never_waits_for_the_device(backend, level):
     training = Training(level)
