@@ -127,6 +127,8 @@ class Recording(TorchDispatchMode):
 
     def launched(self, compiled: Any, blocks: Sequence[int], arguments: Sequence[Any]) -> None:
         """As `launch.Listener` has it."""
+        if 0 in blocks:  # nothing was launched, and the driver refuses it
+            return
         metadata = compiled.metadata
         if metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.launch_pdl:
             self._refuse(f"{compiled.name} is launched in a way of its own")
