@@ -256,6 +256,46 @@ def test_what_cannot_be_recorded_is_named(loop, obstacle):
     assert obstacle in recording.obstacle
 
 
+@pytest.mark.parametrize(
+    ("setting", "obstacle"),
+    [
+        ({"num_ctas": 2}, "interpreted is launched in a way of its own"),
+        ({"launch_cooperative_grid": True}, "interpreted is launched in a way of its own"),
+        ({"launch_pdl": True}, "interpreted is launched in a way of its own"),
+        ({"global_scratch_size": 8}, "interpreted needs memory from Triton"),
+        ({"profile_scratch_size": 8}, "interpreted needs memory from Triton"),
+    ],
+)
+def test_kernels_that_need_more_than_their_arguments_are_not_recorded(monkeypatch, setting, obstacle):
+    monkeypatch.setattr(Interpreted, "metadata", SimpleNamespace(**vars(Interpreted.metadata) | setting))
+    x = torch.ones(2, 2)
+    with launch_recording.Recording([x], []) as recording:
+        result = x.new_zeros(2).add_(x[0])
+    assert recording.tape([result]) is None
+    assert recording.obstacle == obstacle
+
+
+class MisalignedTape(Tape):
+    def repeat(self, given):
+        return None
+
+
+@pytest.mark.parametrize(("name", "answer"), [("kernel_takes", lambda *_: False), ("LaunchTape", MisalignedTape)])
+def test_what_is_not_repeated_runs_as_a_loop(monkeypatch, name, answer):
+    """Where a kernel takes other arguments than Triton's names say, and where a tensor is aligned otherwise."""
+    monkeypatch.setattr(densenet_efficient._C, name, answer)
+    stage, x = SimpleNamespace(layers=[]), torch.ones(2, 2)
+
+    def loop():
+        return [x.new_zeros(2).add_(x[0]), None]
+
+    for factor in range(1, 5):
+        x.fill_(factor)
+        found = taped_layers._run(("loop",), loop, stage, [x])
+        assert found[0].tolist() == [factor, factor] and found[1] is None
+    assert Tape.repetitions == 0
+
+
 def test_tensors_that_share_their_memory_are_not_told_apart():
     x = torch.ones(2, 2)
     assert launch_recording.Recording([x, x[0]], []).obstacle == "tensors that share their memory"

@@ -5,11 +5,13 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <c10/util/accumulate.h>
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace densenet_efficient::cuda {
@@ -82,9 +84,8 @@ bool LaunchTape::are_aligned(const std::vector<at::Tensor>& given) const {
 
 at::Tensor LaunchTape::new_result(const Result& result, const at::Tensor& like) const {
   const auto options = like.options().dtype(result.dtype);
-  int64_t elements = 1;
-  for (const int64_t size : result.sizes) elements *= size;
-  if (elements == result.elements) return at::empty_strided(result.sizes, result.strides, options);
+  const bool is_whole = c10::multiply_integers(result.sizes) == result.elements;
+  if (is_whole) return at::empty_strided(result.sizes, result.strides, options);
   return at::empty({result.elements}, options).as_strided(result.sizes, result.strides, result.offset);
 }
 
@@ -93,6 +94,7 @@ std::optional<std::vector<at::Tensor>> LaunchTape::repeat(const std::vector<at::
               given.size());
   if (!are_aligned(given)) return std::nullopt;
   const c10::cuda::CUDAGuard guard(given.front().device());
+  C10_CUDA_CHECK(cudaSetDevice(given.front().get_device()));  // for the driver, a thread needs the device's context
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
   const at::Tensor scratch = at::empty({scratch_bytes_}, given.front().options().dtype(at::kByte));
   std::vector<at::Tensor> results;
