@@ -15,16 +15,18 @@ import torch.nn.functional as F
 import triton_interpreter
 from cases import make_images
 from torch.utils._python_dispatch import _disable_current_modes
+from triton.runtime.interpreter import InterpretedFunction
 
 import densenet_efficient._C
 from densenet_efficient import EfficientDenseNet, dense_block, dense_layers, kernels, launch_recording, taped_layers
-from densenet_efficient.kernels.triton import launch
+from densenet_efficient.stage import NO_EXIT, DenseLayer, Stage
 
 triton_interpreter.mend()
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
 MODEL = {"growth_rate": 16, "block_config": (2,), "num_init_features": 16, "bn_size": 2, "num_classes": 5}
 OUTSIDE = torch.ones(2)
+interpret = InterpretedFunction.run
 launches = []  # the kernels of all launches, and the arguments that a tape does not know
 
 
@@ -48,16 +50,11 @@ class Interpreted:
         self.function = len(launches)
 
 
-def getitem(self, blocks):
-    listener = getattr(launch._of_thread, "listener", None)
-
-    def run(*arguments, **options):
-        with _disable_current_modes():  # the interpreter makes tensors too
-            self.function[blocks](*arguments, **options)
-        if listener is not None:
-            listener.launched(Interpreted(self.function, arguments), blocks, arguments)
-
-    return run
+def run(self, *arguments, **options):
+    """As the interpreter runs a kernel, but that it returns one, as a card's launch does."""
+    with _disable_current_modes():  # the interpreter makes tensors too
+        interpret(self, *arguments, **options)
+    return Interpreted(self, arguments)
 
 
 class Tape:
@@ -130,7 +127,7 @@ def part(memory, displacement, dtype):
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
     monkeypatch.setenv(kernels.BACKEND_VARIABLE, "triton")
-    monkeypatch.setattr(launch.Kernel, "__getitem__", getitem)
+    monkeypatch.setattr(InterpretedFunction, "run", run)
     monkeypatch.setattr(densenet_efficient._C, "LaunchTape", Tape, raising=False)
     monkeypatch.setattr(densenet_efficient._C, "kernel_takes", lambda *_: True, raising=False)
     monkeypatch.setattr(densenet_efficient._C, "layout_of", layout_of, raising=False)
@@ -214,6 +211,17 @@ def test_running_statistics(monkeypatch):
     model.requires_grad_(False)
     assert_same_bits(monkeypatch, model, batches(1))
     assert Tape.repetitions == 2 + 1
+
+
+def test_weights_are_cast_once_and_for_all():
+    convolutions = {"conv1": torch.randn(8, 4, 1, 1), "conv2": torch.randn(4, 8, 3, 3)}
+    stage = Stage(
+        [DenseLayer(None, norm2=None, dilation=1, dropout=None, **convolutions)], NO_EXIT, None, None, None, 0
+    )
+    cast = stage.in_dtype(torch.bfloat16)
+    for weight, own in zip(cast.layers[0].convolutions, convolutions.values(), strict=True):
+        assert torch.equal(weight, own.bfloat16()) and weight.is_contiguous(memory_format=torch.channels_last)
+    assert cast.in_dtype(torch.bfloat16) is cast
 
 
 def test_no_images(monkeypatch):
