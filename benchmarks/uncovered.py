@@ -20,6 +20,7 @@ REASONS: dict[str, str] = {
     "csrc/cpu/kernels/tile.h": "inlined, and counted at the lines around it",
     "csrc/cpu/memory.cpp": "what torch's allocators must offer, and torch calls for no tensor",
     "densenet_efficient/kernels/__init__.py::empty_kept_images": "for a GPU, whose allocator keeps freed memory",
+    "densenet_efficient/kernels/cuda.py::architectures": "for an installation without the native extension",
     "densenet_efficient/kernels/triton/launch.py::multiprocessors": "asks a GPU for its number of multiprocessors",
     "densenet_efficient/kernels/triton/launch.py::on_device": "makes another GPU the current one",
     "densenet_efficient/measure.py::_peak_bytes": "begins to count a GPU's memory anew",
@@ -29,7 +30,6 @@ REASONS: dict[str, str] = {
         for function in ("Lane.__init__", "Lane.to_host", "Lane.to_device", "Lane.wait", "Lane._copy", "lane_of")
     },
     "densenet_efficient/stem.py::_convolve": "convolves all images at once, on a GPU",
-    "densenet_efficient/taped_layers.py::_is_built": "for an installation without the native extension",
     "densenet_efficient/training/batch_size.py::available_memory": "asks a GPU for its free memory",
     "densenet_efficient/training/progress.py::_memory_mib": "asks a GPU for its peak memory",
 }

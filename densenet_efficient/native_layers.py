@@ -19,18 +19,8 @@ from .stage import Stage, StageOutput
 
 
 def can_run(stage: Stage, backend: ModuleType, x: Tensor) -> bool:
-    """Whether the native loop runs the layers of ``stage``.
-
-    It knows neither dropout nor synchronised statistics, and 3x3 convolutions alone.
-    """
-    return (
-        backend is kernels.cpu
-        and stage.synchronisation is None
-        and all(
-            layer.dropout is None and spatial.has_kernel(layer.convolutions[-1], layer.dilation)
-            for layer in stage.layers
-        )
-    )
+    """Whether the native loop runs the layers of ``stage``."""
+    return backend is kernels.cpu and stage.has_kernels_alone
 
 
 def forward_layers(
@@ -70,11 +60,11 @@ def backward_layers(
 
 def _flatten(stage: Stage) -> tuple[list[Any], ...]:
     """The layers' norms and convolutions as the operators take them."""
-    norms = [norm for layer in stage.layers for norm in layer.norms]
+    norms = stage.norms
     return (
         [norm.weight for norm in norms],
         [norm.bias for norm in norms],
         [norm.eps for norm in norms],
         [statistic for norm in norms for statistic in norm.running or (None, None)],
-        [convolution for layer in stage.layers for convolution in layer.convolutions],
+        stage.convolutions,
     )

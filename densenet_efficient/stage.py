@@ -65,6 +65,24 @@ class Stage:
         return 0 if first.conv2 is None else first.conv1.shape[0]
 
     @property
+    def norms(self) -> list[BatchNorm]:
+        """The layers', in order."""
+        return [norm for layer in self.layers for norm in layer.norms]
+
+    @property
+    def convolutions(self) -> list[Tensor]:
+        """The layers', in order."""
+        return [convolution for layer in self.layers for convolution in layer.convolutions]
+
+    @property
+    def has_kernels_alone(self) -> bool:
+        """Whether its layers are nothing but kernels: no dropout, no synchronised statistics, 3x3 convolutions."""
+        return self.synchronisation is None and all(
+            layer.dropout is None and spatial.has_kernel(layer.convolutions[-1], layer.dilation)
+            for layer in self.layers
+        )
+
+    @property
     def needs_statistics(self) -> bool:
         """Whether any consumer of the storage normalises by the batch's statistics."""
         norms = [layer.norm1 for layer in self.layers] + ([self.exit_norm] if self.exit_norm else [])
@@ -76,7 +94,7 @@ class Stage:
 
     def in_dtype(self, dtype: torch.dtype) -> Stage:
         """The same with the layers' convolutions in ``dtype`` and channels-last, all of them cast in one go."""
-        weights = [weight for layer in self.layers for weight in layer.convolutions]
+        weights = self.convolutions
         if all(weight.dtype == dtype and (weight.dim() == 3 or is_channels_last(weight)) for weight in weights):
             return self
         cast = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -37,30 +36,15 @@ _lock = threading.Lock()
 def can_run(stage: Stage, backend: ModuleType, x: Tensor) -> bool:
     """Whether the loop over the layers of ``stage`` can be recorded, for activations like ``x``.
 
-    It knows neither dropout nor synchronised statistics, and 3x3 convolutions alone; and in float32 and float64 weights
-    are packed by torch for each layer, where the card takes longer than Python.
+    In float32 and float64 weights are packed by torch for each layer, where the card takes longer than Python.
     """
     return (
         x.device.type == "cuda"
         and x.dtype.itemsize == 2
         and backend is not kernels.reference
-        and _is_built()
-        and stage.synchronisation is None
-        and all(
-            layer.dropout is None and spatial.has_kernel(layer.convolutions[-1], layer.dilation)
-            for layer in stage.layers
-        )
+        and kernels.cuda.architectures() is not None
+        and stage.has_kernels_alone
     )
-
-
-@functools.cache
-def _is_built() -> bool:
-    """Whether the native extension was built with CUDA."""
-    if not kernels.cpu.is_available():
-        return False
-    from . import _C
-
-    return _C.build_info()["cuda_architectures"] is not None
 
 
 def forward_layers(
@@ -154,8 +138,7 @@ def _record(
 
 def _flatten(stage: Stage) -> tuple[list[Tensor], tuple[float, ...], tuple[bool, ...]]:
     """The parameters and running statistics of the layers; the norms' epsilons; which of them have the latter."""
-    norms = [norm for layer in stage.layers for norm in layer.norms]
+    norms = stage.norms
     vectors = [vector for norm in norms for vector in (norm.weight, norm.bias, *(norm.running or ()))]
-    convolutions = [convolution for layer in stage.layers for convolution in layer.convolutions]
     runs = tuple(norm.running is not None for norm in norms)
-    return [*vectors, *convolutions], tuple(norm.eps for norm in norms), runs
+    return [*vectors, *stage.convolutions], tuple(norm.eps for norm in norms), runs

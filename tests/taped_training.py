@@ -116,12 +116,8 @@ def part(memory, displacement, dtype):
     """Everything from so many bytes behind the first element of a tensor on."""
     storage = memory.untyped_storage()
     start = memory.data_ptr() - storage.data_ptr() + displacement
-    return (
-        torch.empty(0, dtype=torch.uint8)
-        .set_(storage)[start:]
-        .view(torch.uint8)[: (storage.nbytes() - start) // dtype.itemsize * dtype.itemsize]
-        .view(dtype)
-    )
+    size = (storage.nbytes() - start) // dtype.itemsize * dtype.itemsize
+    return torch.empty(0, dtype=torch.uint8).set_(storage)[start : start + size].view(dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -215,9 +211,8 @@ def test_running_statistics(monkeypatch):
 
 def test_weights_are_cast_once_and_for_all():
     convolutions = {"conv1": torch.randn(8, 4, 1, 1), "conv2": torch.randn(4, 8, 3, 3)}
-    stage = Stage(
-        [DenseLayer(None, norm2=None, dilation=1, dropout=None, **convolutions)], NO_EXIT, None, None, None, 0
-    )
+    layer = DenseLayer(norm1=None, norm2=None, dilation=1, dropout=None, **convolutions)
+    stage = Stage([layer], NO_EXIT, None, None, None, drop_rate=0)
     cast = stage.in_dtype(torch.bfloat16)
     for weight, own in zip(cast.layers[0].convolutions, convolutions.values(), strict=True):
         assert torch.equal(weight, own.bfloat16()) and weight.is_contiguous(memory_format=torch.channels_last)
@@ -236,7 +231,7 @@ def test_no_images(monkeypatch):
 
 def test_the_oldest_tape_makes_way(monkeypatch):
     monkeypatch.setattr(taped_layers, "MOST_TAPES", 2)
-    stage = SimpleNamespace(layers=[])
+    stage = Stage([], NO_EXIT, None, None, None, drop_rate=0)
     for _ in range(3):
         for size in (1, 2, 3):
             taped_layers._run(("loop",), lambda size=size: [torch.zeros(size)], stage, [torch.zeros(size)])
@@ -292,7 +287,7 @@ class MisalignedTape(Tape):
 def test_what_is_not_repeated_runs_as_a_loop(monkeypatch, name, answer):
     """Where a kernel takes other arguments than Triton's names say, and where a tensor is aligned otherwise."""
     monkeypatch.setattr(densenet_efficient._C, name, answer)
-    stage, x = SimpleNamespace(layers=[]), torch.ones(2, 2)
+    stage, x = Stage([], NO_EXIT, None, None, None, drop_rate=0), torch.ones(2, 2)
 
     def loop():
         return [x.new_zeros(2).add_(x[0]), None]

@@ -109,7 +109,7 @@ def test_the_same_bits_in_every_run(backend, level):
 
 
 @every_level
-@pytest.mark.skipif(not taped_layers._is_built(), reason="the native extension has no CUDA operators")
+@pytest.mark.skipif(kernels.cuda.architectures() is None, reason="the native extension has no CUDA operators")
 def test_repeated_launches_have_the_bits_of_the_loop(monkeypatch, level):
     """Triton's kernels alone, since a repetition knows no others; in training, then in evaluation."""
     monkeypatch.setenv(kernels.BACKEND_VARIABLE, "triton")

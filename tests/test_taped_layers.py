@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from densenet_efficient import taped_layers
+from densenet_efficient import kernels
 
 TRAINING = Path(__file__).with_name("taped_training.py")
-needs_cuda_build = pytest.mark.skipif(not taped_layers._is_built(), reason="the native extension has no CUDA operators")
+needs_cuda_build = pytest.mark.skipif(
+    kernels.cuda.architectures() is None, reason="the native extension has no CUDA operators"
+)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")

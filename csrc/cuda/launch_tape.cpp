@@ -82,6 +82,14 @@ bool LaunchTape::are_aligned(const std::vector<at::Tensor>& given) const {
   return true;
 }
 
+void LaunchTape::put_arguments(const Launch& launch, const std::vector<uintptr_t>& memories, char* arguments) {
+  std::memcpy(arguments, launch.arguments.data(), launch.arguments.size());
+  for (const auto& [offset, address] : launch.pointers) {
+    const uintptr_t value = memories[address.memory] + address.displacement;
+    std::memcpy(arguments + offset, &value, sizeof(value));
+  }
+}
+
 at::Tensor LaunchTape::new_result(const Result& result, const at::Tensor& like) const {
   const auto options = like.options().dtype(result.dtype);
   const bool is_whole = c10::multiply_integers(result.sizes) == result.elements;
@@ -100,27 +108,24 @@ std::optional<std::vector<at::Tensor>> LaunchTape::repeat(const std::vector<at::
   std::vector<at::Tensor> results;
   for (const Result& result : results_) results.push_back(new_result(result, given.front()));
 
-  std::vector<char*> memories{static_cast<char*>(scratch.data_ptr())};
+  std::vector<uintptr_t> memories{reinterpret_cast<uintptr_t>(scratch.data_ptr())};
   // What a kernel only reads is given too; none of it is marked as written, for no copy on write takes part.
-  for (const at::Tensor& tensor : given) {
-    memories.push_back(const_cast<char*>(static_cast<const char*>(tensor.const_data_ptr())));
+  for (const at::Tensor& tensor : given) memories.push_back(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()));
+  for (const at::Tensor& result : results) {
+    memories.push_back(reinterpret_cast<uintptr_t>(result.storage().mutable_data()));
   }
-  for (const at::Tensor& result : results) memories.push_back(static_cast<char*>(result.storage().mutable_data()));
 
-  const auto address = [&](const Address& place) { return memories[place.memory] + place.displacement; };
   std::vector<std::max_align_t> buffer(most_argument_bytes_ / sizeof(std::max_align_t) + 1);
   char* arguments = reinterpret_cast<char*>(buffer.data());
   std::vector<void*> pointers;
   for (const Launch& launch : launches_) {
     if (launch.kernel == 0) {
-      C10_CUDA_CHECK(cudaMemsetAsync(address(launch.pointers.front().address), 0, launch.bytes, stream));
+      const Address& place = launch.pointers.front().address;
+      const uintptr_t address = memories[place.memory] + place.displacement;
+      C10_CUDA_CHECK(cudaMemsetAsync(reinterpret_cast<void*>(address), 0, launch.bytes, stream));
       continue;
     }
-    std::memcpy(arguments, launch.arguments.data(), launch.arguments.size());
-    for (const Pointer& pointer : launch.pointers) {
-      const char* value = address(pointer.address);
-      std::memcpy(arguments + pointer.offset, &value, sizeof(value));
-    }
+    put_arguments(launch, memories, arguments);
     pointers.clear();
     for (const size_t offset : launch.offsets) pointers.push_back(arguments + offset);
     const auto& [x, y, z] = launch.blocks;
@@ -135,12 +140,8 @@ std::optional<std::vector<at::Tensor>> LaunchTape::repeat(const std::vector<at::
 std::vector<std::string> LaunchTape::arguments_at(const std::vector<uintptr_t>& memories) const {
   std::vector<std::string> all;
   for (const Launch& launch : launches_) {
-    std::string arguments = launch.arguments;
-    for (const Pointer& pointer : launch.pointers) {
-      if (launch.kernel == 0) continue;
-      const uintptr_t value = memories.at(pointer.address.memory) + pointer.address.displacement;
-      std::memcpy(arguments.data() + pointer.offset, &value, sizeof(value));
-    }
+    std::string arguments(launch.arguments.size(), '\0');
+    if (launch.kernel != 0) put_arguments(launch, memories, arguments.data());
     all.push_back(arguments);
   }
   return all;

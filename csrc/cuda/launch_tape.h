@@ -68,6 +68,8 @@ class LaunchTape {
     int64_t elements;  // of its storage
   };
 
+  // A kernel's arguments, with its pointers into memories that begin at these addresses.
+  static void put_arguments(const Launch& launch, const std::vector<uintptr_t>& memories, char* arguments);
   at::Tensor new_result(const Result& result, const at::Tensor& like) const;
   bool are_aligned(const std::vector<at::Tensor>& given) const;
 

@@ -28,22 +28,30 @@ def obstacle(device: torch.device) -> str | None:
     return gpu.obstacle(device) or _missing_operators(device)
 
 
+def architectures() -> str | None:
+    """Those that the native extension was built for, as in TORCH_CUDA_ARCH_LIST; None without CUDA operators."""
+    if not cpu.is_available():
+        return None
+    from densenet_efficient import _C
+
+    return _C.build_info()["cuda_architectures"]
+
+
 @functools.cache
 def _missing_operators(device: torch.device) -> str | None:
     if not cpu.is_available():
         return cpu.obstacle()
     from densenet_efficient import _C
 
-    info = _C.build_info()
-    architectures = info["cuda_architectures"]
-    if architectures is None:
-        return f"its native extension was built without CUDA: {info['why_not_cuda']}"
+    built_for = architectures()
+    if built_for is None:
+        return f"its native extension was built without CUDA: {_C.build_info()['why_not_cuda']}"
     capability = torch.cuda.get_device_capability(device)
-    if serves(architectures, capability):
+    if serves(built_for, capability):
         return None
     card = ".".join(map(str, capability))
     return (
-        f"its native extension was built for the CUDA architectures {architectures}, this card is {card}. "
+        f"its native extension was built for the CUDA architectures {built_for}, this card is {card}. "
         f"Remedy: install the package again with TORCH_CUDA_ARCH_LIST={card}"
     )
 

@@ -159,15 +159,18 @@ def _stem_shape(
     if conv_out:
         pixels = conv_out // (images * conv.out_channels * dtype.itemsize)
         part = min(images_at_a_time(device, images, pixels) / images, 1)
-    padded = 0 if device == "cpu" else _padded_images(input_shape, dtype)
+    if device == "cpu":
+        workspaces = int(part * (columns + conv_out)), int(part * 2 * gradient)
+    else:
+        workspaces = (_padded_images(input_shape, dtype),) * 2
     return StemShape(
         parameters,
         images=elements * stored.itemsize,
         cast=elements * dtype.itemsize if stored != dtype else 0,
         conv_out=conv_out,
         out=out,
-        forward_workspace=int(part * (columns + conv_out)) if device == "cpu" else padded,
-        backward_workspace=int(part * 2 * gradient) if device == "cpu" else padded,
+        forward_workspace=workspaces[0],
+        backward_workspace=workspaces[1],
         recomputed=row.costs.multiply_adds if conv_out else 0,
     )
 

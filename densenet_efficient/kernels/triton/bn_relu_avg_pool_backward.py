@@ -60,9 +60,10 @@ def bn_relu_avg_pool_backward(
     """The sums, and ``grad = scale * masked gradient``, or added to what is there."""
     rows, channels = x.shape
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
-    partials = sum_grad.new_empty(2, ceil_div(rows, tile_rows), channels)
+    parts = ceil_div(rows, tile_rows)
+    partials = sum_grad.new_empty(2, parts, channels)
     with on_device(x):
-        bn_relu_avg_pool_backward_kernel[grid_of(rows, tile_rows, channels, columns)](
+        bn_relu_avg_pool_backward_kernel[grid_of(parts, channels, columns)](
             out_grad, out_grad.stride(0), x, x.stride(0), mean, scale, shift,
             grad, 0 if grad is None else grad.stride(0), partials, rows, channels,
             height, width, window_height, window_width, accumulate, tile_rows, columns, num_warps=WARPS,

@@ -126,9 +126,10 @@ def input_gradient(
     tile = _input_tile(x.dtype, precision)
     if precision == "tf32":
         weight = weight.t().contiguous().t()  # whose tensor cores want the outputs side by side
-    partials = sum_grad.new_empty(2, ceil_div(rows, tile.rows), channels)
+    parts = ceil_div(rows, tile.rows)
+    partials = sum_grad.new_empty(2, parts, channels)
     with on_device(x):
-        bn_relu_conv1x1_backward_input_kernel[grid_of(rows, tile.rows, channels, tile.columns)](
+        bn_relu_conv1x1_backward_input_kernel[grid_of(parts, channels, tile.columns)](
             out_grad, out_grad.stride(0), out, out.stride(0), out_mean, out_slope, out_offset,
             x, x.stride(0), mean, scale, shift, weight, *weight.stride(),
             grad, 0 if grad is None else grad.stride(0), partials, rows, channels, outputs,

@@ -5,17 +5,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, mask_gradient
-from .launch import Tile, ceil_div, dot_precision, kernel, on_device
+from .blocks import block_and_part
+from .launch import Tile, ceil_div, dot_precision, grid_of, kernel, on_device
 from .statistics import finish_sums, store_sums
 from .taps import existing_neighbours, exists_at, row_offset
 
 MANY_ROWS = 2**13
 
 
-@kernel(do_not_specialize=["rows", "height", "width", "blocks"])
+@kernel(do_not_specialize=["rows", "height", "width"])
 def bn_relu_conv3x3_backward_input_kernel(
     out_grad, out_grad_stride, x, x_stride, mean, scale, shift, weight, tap_stride, output_stride, channel_stride,
-    grad, grad_stride, partials, rows, height, width, channels, blocks, OUT_CHANNELS: tl.constexpr,
+    grad, grad_stride, partials, rows, height, width, channels, OUT_CHANNELS: tl.constexpr,
     ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -24,11 +25,11 @@ def bn_relu_conv3x3_backward_input_kernel(
     The product runs over the taps, and the outputs of each; a pixel was read by the output on the tap's other side.
     """
     dtype = scale.dtype.element_ty
-    part = tl.program_id(0) // blocks
+    block, part = block_and_part(channels, CHANNELS)
     first = part.to(tl.int64) * ROWS
     row = first + tl.arange(0, ROWS)
     neighbours = tl.where(row < rows, existing_neighbours(first, height, width, ROWS), 0)
-    channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
     within = channel < channels
     gradient = tl.zeros((ROWS, CHANNELS), dtype)
     chunks: tl.constexpr = (OUT_CHANNELS + DEPTH - 1) // DEPTH
@@ -86,13 +87,13 @@ def input_gradient(
     """The sums, and ``scale * masked gradient`` in ``grad``: assigned, or added where ``accumulate``."""
     (rows, channels), outputs = x.shape, out_grad.shape[1]
     tile = _tile(x, outputs)
-    parts, blocks = ceil_div(rows, tile.rows), ceil_div(channels, tile.columns)
+    parts = ceil_div(rows, tile.rows)
     partials = sum_grad.new_empty(2, parts, channels)
     weight, *strides = _packed(weight, x.dtype)
     with on_device(x):
-        bn_relu_conv3x3_backward_input_kernel[(parts * blocks,)](
+        bn_relu_conv3x3_backward_input_kernel[grid_of(parts, channels, tile.columns)](
             out_grad, out_grad.stride(0), x, x.stride(0), mean, scale, shift, weight, *strides,
-            grad, 0 if grad is None else grad.stride(0), partials, rows, height, width, channels, blocks, outputs,
+            grad, 0 if grad is None else grad.stride(0), partials, rows, height, width, channels, outputs,
             accumulate, dot_precision(x.dtype), tile.rows, tile.columns, tile.depth, **tile.options(),
         )  # fmt: skip
     finish_sums(partials, sum_grad, sum_grad_x)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .activation import activate
 from .blocks import block_and_part
-from .launch import grid_of, kernel, on_device, pixel_tile
+from .launch import ceil_div, grid_of, kernel, on_device, pixel_tile
 
 ELEMENTS = 2048
 
@@ -68,6 +68,6 @@ def bn_relu_max_pool(
     pooled, channels = out.shape
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
     with on_device(x):
-        bn_relu_max_pool_kernel[grid_of(pooled, tile_rows, channels, columns)](
+        bn_relu_max_pool_kernel[grid_of(ceil_div(pooled, tile_rows), channels, columns)](
             x, x.stride(0), scale, shift, out, out.stride(0), pooled, channels, height, width, tile_rows, columns
         )

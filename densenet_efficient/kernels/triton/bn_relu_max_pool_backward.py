@@ -79,12 +79,13 @@ def bn_relu_max_pool_backward(
     (rows, channels), pooled = x.shape, out_grad.shape[0]
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
     winners = torch.empty(pooled, channels, dtype=torch.uint8, device=x.device)
-    partials = sum_grad.new_empty(2, ceil_div(rows, tile_rows), channels)
+    parts = ceil_div(rows, tile_rows)
+    partials = sum_grad.new_empty(2, parts, channels)
     with on_device(x):
-        _winner_kernel[grid_of(pooled, tile_rows, channels, columns)](
+        _winner_kernel[grid_of(ceil_div(pooled, tile_rows), channels, columns)](
             x, x.stride(0), scale, shift, winners, pooled, channels, height, width, tile_rows, columns
         )
-        _gather_kernel[grid_of(rows, tile_rows, channels, columns)](
+        _gather_kernel[grid_of(parts, channels, columns)](
             out_grad, out_grad.stride(0), winners, x, x.stride(0), mean, scale, shift, grad, grad.stride(0),
             partials, rows, channels, height, width, tile_rows, columns,
         )  # fmt: skip

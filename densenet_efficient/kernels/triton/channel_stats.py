@@ -34,8 +34,9 @@ def channel_stats(
     """Mean and biased variance of each column of ``x``."""
     rows, channels = x.shape
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
-    grid = grid_of(rows, tile_rows, channels, columns)
-    partials = mean.new_empty(3, ceil_div(rows, tile_rows), channels)
+    parts = ceil_div(rows, tile_rows)
+    grid = grid_of(parts, channels, columns)
+    partials = mean.new_empty(3, parts, channels)
     with on_device(x):
         channel_stats_kernel[grid](x, x.stride(0), partials, rows, channels, tile_rows, columns, num_warps=WARPS)
     finish_statistics(partials, mean, variance)

@@ -115,9 +115,9 @@ def next_power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def grid_of(rows: int, tile_rows: int, channels: int, columns: int) -> tuple[int]:
-    """The programs of a tile each, as `blocks.block_and_part` numbers them."""
-    return (ceil_div(rows, tile_rows) * ceil_div(channels, columns),)
+def grid_of(parts: int, channels: int, columns: int) -> tuple[int]:
+    """A program for each block of channels of each part of the rows, as `blocks.block_and_part` numbers them."""
+    return (parts * ceil_div(channels, columns),)
 
 
 def programs_per_block(rows: int, tile_rows: int, blocks: int, programs: int) -> int:

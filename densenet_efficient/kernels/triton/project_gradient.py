@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .activation import project
 from .blocks import block_and_part
-from .launch import grid_of, kernel, on_device, pixel_tile
+from .launch import ceil_div, grid_of, kernel, on_device, pixel_tile
 
 ELEMENTS = 4096
 
@@ -39,6 +39,6 @@ def project_gradient(
     rows, channels = x.shape
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
     with on_device(x):
-        project_gradient_kernel[grid_of(rows, tile_rows, channels, columns)](
+        project_gradient_kernel[grid_of(ceil_div(rows, tile_rows), channels, columns)](
             grad, grad.stride(0), x, x.stride(0), mean, slope, offset, rows, channels, tile_rows, columns
         )

@@ -129,7 +129,7 @@ def finish_statistics(
     """Merges partial statistics into the mean and the biased variance."""
     _, parts, channels = partials.shape
     rows = _merged_parts(parts)
-    grid = grid_of(rows, 1, channels, BLOCK_CHANNELS)
+    grid = grid_of(rows, channels, BLOCK_CHANNELS)
     merged = (None, mean, variance) if rows == 1 else partials.new_empty(3, rows, channels)
     with on_device(partials):
         merge_statistics_kernel[grid](partials, *merged, parts, channels, BLOCK_PARTS, BLOCK_CHANNELS, num_warps=WARPS)
@@ -145,7 +145,7 @@ def finish_sums(
     """Adds partial sums in a fixed order."""
     kinds, parts, channels = partials.shape
     rows = _merged_parts(parts)
-    grid = grid_of(rows, 1, channels, BLOCK_CHANNELS)
+    grid = grid_of(rows, channels, BLOCK_CHANNELS)
     merged = None if rows == 1 else partials.new_empty(kinds, rows, channels)
     sums = (first, second) if merged is None else (merged[0], None if second is None else merged[1])
     with on_device(partials):

@@ -41,8 +41,9 @@ def write_with_statistics(
     """out = the pixels of ``x``, and the mean and biased variance of each column."""
     rows, channels = out.shape
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
-    grid = grid_of(rows, tile_rows, channels, columns)
-    partials = mean.new_empty(3, ceil_div(rows, tile_rows), channels)
+    parts = ceil_div(rows, tile_rows)
+    grid = grid_of(parts, channels, columns)
+    partials = mean.new_empty(3, parts, channels)
     with on_device(x):
         write_with_statistics_kernel[grid](
             x, *x.stride(), x.shape[2], out, out.stride(0), partials, rows, channels, tile_rows, columns,
