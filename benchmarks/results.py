@@ -27,12 +27,13 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
     """The header: machine, cores, device, driver, versions, commit, date. No host names."""
     cuda = torch.device(device).type == "cuda"
     cpu, cores = _cpu_name(), len(os.sched_getaffinity(0))
-    name = torch.cuda.get_device_name(device) if cuda else f"{cpu} {cores} cores"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    instructions += " AMX" if torch.cpu._is_amx_tile_supported() else ""
+    name = torch.cuda.get_device_name(device) if cuda else f"{cpu} {cores} cores {instructions}"
     return {
         "machine": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
         "cpu": cpu,
-        "instructions": torch.backends.cpu.get_cpu_capability()
-        + (" AMX" if torch.cpu._is_amx_tile_supported() else ""),
+        "instructions": instructions,
         "cores": cores,
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dense_layers, kernels, native_layers, taped_layers
+from . import dense_layers, kernels, native_layers, products, taped_layers
 from .batch_norm import Projection
 from .dense_layers import drop
 from .kernels import spatial
@@ -112,7 +112,7 @@ def _forward_exit(stage: Stage, storage: Tensor, statistics: Tensor, size: spati
     pooled_size = spatial.pooled_size(size, pooling_window(stage.exit, size))
     images = storage.shape[0] // math.prod(size)
     out = kernels.empty_kept_images(storage, images, stage.exit_conv.shape[0], *pooled_size)
-    torch.mm(pooled, stage.exit_conv.flatten(1).to(pooled.dtype).t(), out=as_rows(out))
+    products.multiply(pooled, stage.exit_conv.flatten(1).to(pooled.dtype).t(), as_rows(out))
     return out
 
 
@@ -147,10 +147,10 @@ def _backward_exit(
         weight = stage.exit_conv.flatten(1).to(out_rows.dtype)
         if needed[2]:
             pooled = _pool(stage, storage, saved.statistics, size)
-            conv_grad = (out_rows.t() @ pooled).view_as(stage.exit_conv)
+            conv_grad = products.multiply_transposed(out_rows, pooled).view_as(stage.exit_conv)
             del pooled
         pooled_grad = kernels.empty_kept(storage, out_rows.shape[0], weight.shape[1])
-        torch.mm(out_rows, weight, out=pooled_grad)
+        products.multiply(out_rows, weight, pooled_grad)
     backend = projection.backend
     affine = stage.exit_norm.affine(backend, *saved.statistics.unbind())
     window = pooling_window(stage.exit, size)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels
+from . import kernels, products
 from .batch_norm import BatchNorm, Projection
 from .kernels import spatial
 from .layout import as_images, as_rows, channels_last
@@ -109,13 +109,11 @@ def _backward_convolution(stem: Stem, grad: Tensor, x: Tensor, needed: list[bool
         and math.prod(grad.shape[2:]) > PIXELS_OF_A_BAND
     ):
         for grad_band, x_band, geometry in _bands(stem, grad, x):
-            conv_grad += torch.ops.aten.convolution_backward(
-                grad_band, x_band, weight, None, *geometry, [False, True, False]
-            )[1]
+            conv_grad += products.convolve_backward(grad_band, x_band, weight, geometry, [False, True])[1]
         return [None, conv_grad]
     for images in _some_images_at_a_time(grad) if any(needed) else ():
-        input_part, conv_part, _ = torch.ops.aten.convolution_backward(
-            grad[images], channels_last(x[images]), weight, None, *stem.geometry, [*needed, False]
+        input_part, conv_part = products.convolve_backward(
+            grad[images], channels_last(x[images]), weight, stem.geometry, needed
         )
         if input_grad is not None:
             input_grad[images] = input_part
@@ -146,11 +144,11 @@ def _convolve(stem: Stem, x: Tensor) -> Tensor:
     """
     weight = channels_last(stem.conv.to(x.dtype))
     if x.device.type != "cpu":
-        return channels_last(torch.convolution(channels_last(x), weight, None, *stem.geometry))
+        return channels_last(products.convolve(channels_last(x), weight, stem.geometry))
     size = stem.output_size(x.shape[2:])
     out = as_images(kernels.empty_kept(x, x.shape[0] * math.prod(size), weight.shape[0]), *size)
     for images in _some_images_at_a_time(out):
-        out[images] = torch.convolution(channels_last(x[images]), weight, None, *stem.geometry)
+        out[images] = products.convolve(channels_last(x[images]), weight, stem.geometry)
     return out
 
 

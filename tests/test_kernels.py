@@ -145,7 +145,7 @@ def test_results_that_nobody_needs(operation, unneeded, dtype):
 @pytest.mark.parametrize("operation", CONTRACT)
 def test_means_far_from_zero(operation, dtype):
     case = getattr(Factory(2, 9, 8, 33, 12, mean=1e3), operation)()
-    assert_exact(case, dtype, floors={torch.float64: 1e-12, torch.float32: 2e-5})
+    assert_exact(case, dtype, floors={torch.float64: 1e-12, torch.float32: 3e-5})  # 2e-5 with fused multiply-adds
 
 
 @needs_native

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import products
 from ..layout import as_images, as_rows
 
 Size = tuple[int, ...]
@@ -54,8 +55,7 @@ def bn_relu_conv(
         backend.bn_relu_conv3x3(x, scale, shift, weight, *size, out, mean, variance)
         return
     activation = as_images(_activate(backend, x, scale, shift, size), *size)
-    convolved = torch.convolution(activation, weight.to(x.dtype), None, *_geometry(weight, dilation))
-    out.copy_(as_rows(convolved))
+    out.copy_(as_rows(products.convolve(activation, weight.to(x.dtype), _geometry(weight, dilation))))
     if mean is not None and variance is not None:
         backend.channel_stats(out, mean, variance)
 
@@ -82,15 +82,16 @@ def bn_relu_conv_backward(
             out_grad, x, mean, scale, shift, weight, *size, grad, accumulate, grad_weight, sum_grad, sum_grad_x
         )
         return
-    x_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
-        as_images(out_grad, *size), as_images(_activate(backend, x, scale, shift, size), *size), weight.to(x.dtype),
-        None, *_geometry(weight, dilation), [sum_grad is not None, grad_weight is not None, False],
+    activation = as_images(_activate(backend, x, scale, shift, size), *size)
+    x_grad, weight_grad = products.convolve_backward(
+        as_images(out_grad, *size), activation, weight.to(x.dtype), _geometry(weight, dilation),
+        [sum_grad is not None, grad_weight is not None],
     )  # fmt: skip
     if grad_weight is not None:
         grad_weight.copy_(weight_grad)
     if sum_grad is not None:
         backend.bn_relu_avg_pool_backward(
-            as_rows(x_grad).contiguous(), x, mean, scale, shift, *_plane(size), 1, 1, grad, accumulate,
+            as_rows(x_grad).to(x.dtype).contiguous(), x, mean, scale, shift, *_plane(size), 1, 1, grad, accumulate,
             sum_grad, sum_grad_x,
         )  # fmt: skip
 

@@ -28,10 +28,10 @@ struct Deposit {
   void run() const {
     constexpr int64_t lanes = kLanes<A>;
     int64_t column = 0;
-#if defined(CPU_CAPABILITY_AVX512)  // the registers of a narrower CPU hold no more than one vector's sums and maps
+#if defined(CPU_CAPABILITY_AVX512)  // which has registers for four vectors' sums and maps
     for (; column + 4 * lanes <= columns; column += 4 * lanes) strip<4>(column, lanes);
-    for (; column + 2 * lanes <= columns; column += 2 * lanes) strip<2>(column, lanes);
 #endif
+    for (; column + 2 * lanes <= columns; column += 2 * lanes) strip<2>(column, lanes);
     for (; column < columns; column += lanes) strip<1>(column, columns - column);
   }
 

@@ -1,13 +1,14 @@
 // The matrix product of a tile, and the memory that its successor needs, asked for meanwhile.
 //
 // oneDNN's micro-kernels run at the peak on data in cache, but nothing else can run beside them: the next tile's misses
-// then cost as much again as 15 to 30 % of the product. So where this project's own micro-kernels are as fast (AVX-512
-// in float32, AVX-512 BF16 and AMX in bfloat16) they are used, and they spread prefetches over their multiplications.
+// then cost as much again as 15 to 30 % of the product. So where this project's own micro-kernels are as fast (AVX2 and
+// AVX-512 in float32, AVX-512 BF16 and AMX in bfloat16) they are used, and they spread prefetches over their
+// multiplications.
 #pragma once
 
 #include "cpu/gemm.h"
 #include "cpu/kernels/multiply_amx.h"
-#include "cpu/kernels/multiply_avx512.h"
+#include "cpu/kernels/multiply_vectors.h"
 #include "cpu/kernels/prefetch.h"
 #include "cpu/kernels/product.h"
 
@@ -53,7 +54,7 @@ class Multiplying {
 // Computes ``p``, asking for the lines of ``prefetch`` meanwhile where it can; within the life of a Multiplying<T>.
 template <typename T, typename A>
 void multiply(const Product<T, A>& p, [[maybe_unused]] Prefetch& prefetch) {
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float>) return detail::multiply<detail::FloatStep>(p, prefetch);
 #endif
 #if defined(CPU_CAPABILITY_AMX)

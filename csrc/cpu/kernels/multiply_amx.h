@@ -1,7 +1,7 @@
 // The micro-kernel of AMX: sums in four tiles of 16x16, beside two tiles of A and two of B.
 #pragma once
 
-#include "cpu/kernels/multiply_avx512.h"
+#include "cpu/kernels/multiply_vectors.h"
 
 #if defined(CPU_CAPABILITY_AMX)
 

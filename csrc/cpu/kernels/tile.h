@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "cpu/gemm.h"
 #include "cpu/memory.h"
@@ -44,10 +45,11 @@ ALWAYS_INLINE void store_pair(T* to, Vector<float> even, Vector<float> odd) {
     return;
   }
 #endif
-  alignas(64) T rows[2][16];
+  constexpr int64_t lanes = kLanes<float>;
+  alignas(kVectorBytes) T rows[2][lanes];
   store(rows[0], even);
   store(rows[1], odd);
-  for (int i = 0; i < 16; i++) {
+  for (int64_t i = 0; i < lanes; i++) {
     to[2 * i] = rows[0][i];
     to[2 * i + 1] = rows[1][i];
   }
@@ -110,23 +112,29 @@ void load_rows(const S* from, int64_t from_stride, int64_t rows, int64_t columns
   }
 }
 
-// Rows i and i + 8, element by element in turn, as rows 2 * i and 2 * i + 1.
-ALWAYS_INLINE void interleave_halves(const Vector<float>* from, Vector<float>* to) {
+constexpr int kSquare = kLanes<float>;  // the rows and columns of a square of floats in registers
+
+// Rows i and i + kSquare / 2, element by element in turn, as rows 2 * i and 2 * i + 1.
+template <int... lane>
+ALWAYS_INLINE void interleave_halves(const Vector<float>* from, Vector<float>* to,
+                                     std::integer_sequence<int, lane...>) {
+  constexpr int half = kSquare / 2;
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) {
-    to[2 * i] = __builtin_shufflevector(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    to[2 * i + 1] =
-        __builtin_shufflevector(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  for (int i = 0; i < half; i++) {
+    to[2 * i] = __builtin_shufflevector(from[i], from[i + half], (lane / 2 + lane % 2 * kSquare)...);
+    to[2 * i + 1] = __builtin_shufflevector(from[i], from[i + half], (half + lane / 2 + lane % 2 * kSquare)...);
   }
 }
 
-// The transpose of a 16x16 block held in registers: four rounds of interleaving its halves.
+// Transposes a square: each round of interleaving its halves moves one bit of a row's index into the column's.
 ALWAYS_INLINE void transpose_registers(Vector<float>* rows) {
-  Vector<float> other[16];
-  interleave_halves(rows, other);
-  interleave_halves(other, rows);
-  interleave_halves(rows, other);
-  interleave_halves(other, rows);
+  Vector<float> other[kSquare];
+#pragma GCC unroll 4
+  for (int size = kSquare; size > 1; size /= 2) {
+    interleave_halves(rows, other, std::make_integer_sequence<int, kSquare>());
+#pragma GCC unroll 16
+    for (int i = 0; i < kSquare; i++) rows[i] = other[i];
+  }
 }
 
 // [channels, 9] to [9, channels], the taps of a 3x3 convolution first; ``readable`` channels lie there.
@@ -134,11 +142,13 @@ template <typename A>
 void taps_first(const A* from, int64_t channels, int64_t readable, A* to, int64_t to_stride) {
   int64_t c = 0;
   if constexpr (std::is_same_v<A, float>) {
-    for (; c + 16 <= channels && c + 16 < readable; c += 16) {  // a vector of nine taps reads seven beyond them
-      Vector<float> block[16];
-      for (int i = 0; i < 16; i++) block[i] = load<float>(from + (c + i) * 9);
-      transpose_registers(block);
-      for (int tap = 0; tap < 9; tap++) store(to + tap * to_stride + c, block[tap]);
+    for (; c + kSquare <= channels && c + kSquare < readable; c += kSquare) {  // the last vector reads beyond nine taps
+      for (int first = 0; first < 9; first += kSquare) {
+        Vector<float> block[kSquare];
+        for (int i = 0; i < kSquare; i++) block[i] = load<float>(from + (c + i) * 9 + first);
+        transpose_registers(block);
+        for (int i = 0; i < std::min(kSquare, 9 - first); i++) store(to + (first + i) * to_stride + c, block[i]);
+      }
     }
   }
   for (; c < channels; c++) {
@@ -151,12 +161,16 @@ template <typename A>
 void taps_last(const A* from, int64_t from_stride, int64_t channels, A* to) {
   int64_t c = 0;
   if constexpr (std::is_same_v<A, float>) {
-    for (; c + 32 <= channels; c += 16) {  // a vector writes seven values too many, which the next channel overwrites
-      Vector<float> block[16];
-      for (int tap = 0; tap < 16; tap++)
-        block[tap] = tap < 9 ? load<float>(from + tap * from_stride + c) : Vector<float>{};
-      transpose_registers(block);
-      for (int i = 0; i < 16; i++) store(to + (c + i) * 9, block[i]);
+    constexpr int squares = (9 + kSquare - 1) / kSquare;
+    for (; c + 2 * kSquare <= channels; c += kSquare) {
+      Vector<float> block[squares][kSquare];
+      for (int tap = 0; tap < squares * kSquare; tap++) {
+        block[tap / kSquare][tap % kSquare] = tap < 9 ? load<float>(from + tap * from_stride + c) : Vector<float>{};
+      }
+      for (auto& square : block) transpose_registers(square);
+      for (int i = 0; i < kSquare; i++) {  // the last vector writes beyond nine taps what the next channel overwrites
+        for (int square = 0; square < squares; square++) store(to + (c + i) * 9 + square * kSquare, block[square][i]);
+      }
     }
   }
   for (; c < channels; c++) {
@@ -169,16 +183,16 @@ template <typename F, typename T>
 void transpose(const F* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
   int64_t row = 0;
   if constexpr (std::is_same_v<Accumulate<F>, float> && std::is_same_v<Accumulate<T>, float>) {
-    for (; row + 16 <= rows; row += 16) {
+    for (; row + kSquare <= rows; row += kSquare) {
       int64_t column = 0;
-      for (; column + 16 <= columns; column += 16) {
-        Vector<float> block[16];
-        for (int i = 0; i < 16; i++) block[i] = load<float>(from + (row + i) * from_stride + column);
+      for (; column + kSquare <= columns; column += kSquare) {
+        Vector<float> block[kSquare];
+        for (int i = 0; i < kSquare; i++) block[i] = load<float>(from + (row + i) * from_stride + column);
         transpose_registers(block);
-        for (int i = 0; i < 16; i++) store(to + (column + i) * to_stride + row, block[i]);
+        for (int i = 0; i < kSquare; i++) store(to + (column + i) * to_stride + row, block[i]);
       }
       for (; column < columns; column++) {
-        for (int i = 0; i < 16; i++)
+        for (int i = 0; i < kSquare; i++)
           to[column * to_stride + row + i] = static_cast<T>(from[(row + i) * from_stride + column]);
       }
     }
@@ -200,7 +214,7 @@ void pack_gathered(int64_t depth, int64_t columns, T* to, RowOf row_of) {
       const auto *even = row_of(k), *odd = k + 1 < depth ? row_of(k + 1) : nullptr;
       T* pair = to + k * columns;
       int64_t n = 0;
-      for (; n + 16 <= columns; n += 16) {
+      for (; n + kLanes<float> <= columns; n += kLanes<float>) {
         store_pair(pair + 2 * n, load<float>(even + n), odd ? load<float>(odd + n) : Vector<float>{});
       }
       for (; n < columns; n++) {
