@@ -37,7 +37,7 @@ void avg_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t
   arguments.shift = shift.const_data_ptr();
   arguments.out = out.data_ptr();
   arguments.out_stride = out.stride(0);
-  DISPATCH_CAPABILITY(bn_relu_avg_pool)(arguments);
+  DISPATCH_CAPABILITY(arguments.dtype, bn_relu_avg_pool)(arguments);
 }
 
 void avg_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mean, const Tensor& scale,
@@ -74,7 +74,7 @@ void avg_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& me
   arguments.accumulate = accumulate;
   arguments.sum_grad = sum_grad.data_ptr();
   arguments.sum_grad_x = sum_grad_x.data_ptr();
-  DISPATCH_CAPABILITY(bn_relu_avg_pool_backward)(arguments);
+  DISPATCH_CAPABILITY(arguments.dtype, bn_relu_avg_pool_backward)(arguments);
 }
 
 }  // namespace

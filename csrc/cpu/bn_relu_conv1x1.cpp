@@ -31,7 +31,7 @@ void bn_relu_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, 
   arguments.out_stride = out.stride(0);
   arguments.mean = optional_vector(mean, "mean", outputs, x);
   arguments.variance = optional_vector(variance, "variance", outputs, x);
-  DISPATCH_CAPABILITY(bn_relu_conv1x1)(arguments);
+  DISPATCH_CAPABILITY(arguments.dtype, bn_relu_conv1x1)(arguments);
 }
 
 void bn_relu_conv1x1_backward(const Tensor& out_grad, const Tensor& out, const Tensor& out_mean,
@@ -76,7 +76,7 @@ void bn_relu_conv1x1_backward(const Tensor& out_grad, const Tensor& out, const T
   arguments.grad_weight = optional_grad_weight(grad_weight, weight, x);
   arguments.sum_grad = optional_vector(sum_grad, "sum_grad", channels, x);
   arguments.sum_grad_x = optional_vector(sum_grad_x, "sum_grad_x", channels, x);
-  DISPATCH_CAPABILITY(bn_relu_conv1x1_backward)(arguments);
+  DISPATCH_CAPABILITY(arguments.dtype, bn_relu_conv1x1_backward)(arguments);
 }
 
 TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) {

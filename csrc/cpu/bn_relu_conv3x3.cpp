@@ -35,7 +35,7 @@ void bn_relu_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, 
   arguments.out_stride = out.stride(0);
   arguments.mean = optional_vector(mean, "mean", outputs, x);
   arguments.variance = optional_vector(variance, "variance", outputs, x);
-  DISPATCH_CAPABILITY(bn_relu_conv3x3)(arguments);
+  DISPATCH_CAPABILITY(arguments.dtype, bn_relu_conv3x3)(arguments);
 }
 
 void bn_relu_conv3x3_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mean, const Tensor& scale,
@@ -76,7 +76,7 @@ void bn_relu_conv3x3_backward(const Tensor& out_grad, const Tensor& x, const Ten
   arguments.grad_channels_last = grad_weight && !grad_weight->is_contiguous();
   arguments.sum_grad = optional_vector(sum_grad, "sum_grad", channels, x);
   arguments.sum_grad_x = optional_vector(sum_grad_x, "sum_grad_x", channels, x);
-  DISPATCH_CAPABILITY(bn_relu_conv3x3_backward)(arguments);
+  DISPATCH_CAPABILITY(arguments.dtype, bn_relu_conv3x3_backward)(arguments);
 }
 
 TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) {

@@ -33,7 +33,7 @@ void max_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t
   arguments.shift = shift.const_data_ptr();
   arguments.out = out.data_ptr();
   arguments.out_stride = out.stride(0);
-  DISPATCH_CAPABILITY(bn_relu_max_pool)(arguments);
+  DISPATCH_CAPABILITY(arguments.dtype, bn_relu_max_pool)(arguments);
 }
 
 void max_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mean, const Tensor& scale,
@@ -67,7 +67,7 @@ void max_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& me
   arguments.grad_stride = grad.stride(0);
   arguments.sum_grad = sum_grad.data_ptr();
   arguments.sum_grad_x = sum_grad_x.data_ptr();
-  DISPATCH_CAPABILITY(bn_relu_max_pool_backward)(arguments);
+  DISPATCH_CAPABILITY(arguments.dtype, bn_relu_max_pool_backward)(arguments);
 }
 
 }  // namespace

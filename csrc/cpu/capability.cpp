@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "cpu/gemm.h"
+
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -83,6 +85,13 @@ Capability choose_capability() {
 Capability cpu_capability() {
   static const Capability capability = choose_capability();
   return capability;
+}
+
+Capability kernel_capability(c10::ScalarType dtype) {
+  const Capability best = cpu_capability();
+  const bool multiplies_it =
+      dtype == c10::kBFloat16 || (dtype == c10::kHalf && best == Capability::AMX && multiplies_half());
+  return multiplies_it ? best : std::min(best, Capability::AVX512);
 }
 
 std::string cpu_capability_name() { return name_of(cpu_capability()); }

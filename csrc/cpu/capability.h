@@ -2,6 +2,8 @@
 // run time.
 #pragma once
 
+#include <c10/core/ScalarType.h>
+
 #include <array>
 #include <cstddef>
 #include <string>
@@ -25,10 +27,10 @@
   __VA_ARGS__                              \
   }
 
-// The declared kernel of the capability in use: DISPATCH_CAPABILITY(copy)(x, size, out)
-#define DISPATCH_CAPABILITY(...)         \
+// The declared kernel that serves activations of a dtype: DISPATCH_CAPABILITY(dtype, copy)(x, size, out)
+#define DISPATCH_CAPABILITY(dtype, ...)  \
   (::std::array{FOR_EACH_CPU_CAPABILITY( \
-      KERNEL_POINTER_IN, __VA_ARGS__)}[static_cast<::std::size_t>(::densenet_efficient::cpu_capability())])
+      KERNEL_POINTER_IN, __VA_ARGS__)}[static_cast<::std::size_t>(::densenet_efficient::kernel_capability(dtype))])
 #define KERNEL_POINTER_IN(capability, ...) &::densenet_efficient::capability::__VA_ARGS__,
 
 namespace densenet_efficient {
@@ -39,6 +41,10 @@ enum class Capability : std::size_t { DEFAULT, AVX2, AVX512, AVX512_BF16, AMX };
 // names, else the best that this CPU supports. Raises ValueError for an unknown name, RuntimeError for one
 // that this CPU does not support.
 Capability cpu_capability();
+
+// The capability whose kernels serve activations of ``dtype``: beyond AVX-512 there are only those whose products have
+// operands of 16 bits.
+Capability kernel_capability(c10::ScalarType dtype);
 
 // "default", "avx2", "avx512", "avx512_bf16" or "amx".
 std::string cpu_capability_name();

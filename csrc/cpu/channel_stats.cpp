@@ -22,7 +22,7 @@ void stats(const Tensor& x, const Tensor& mean, const Tensor& variance) {
   arguments.channels = channels;
   arguments.mean = mean.data_ptr();
   arguments.variance = variance.data_ptr();
-  DISPATCH_CAPABILITY(channel_stats)(arguments);
+  DISPATCH_CAPABILITY(arguments.dtype, channel_stats)(arguments);
 }
 
 }  // namespace

@@ -27,8 +27,8 @@ constexpr int64_t kBytesOfAVisit = 1 << 20;
 
 // The bytes of a packed weight for activations of ``dtype``.
 int64_t packed_bytes(at::ScalarType dtype, int64_t kernel, int64_t channels, int64_t outputs) {
-  return kernel == 1 ? DISPATCH_CAPABILITY(conv1x1_packed_bytes)(dtype, channels, outputs)
-                     : DISPATCH_CAPABILITY(conv3x3_packed_bytes)(dtype, channels, outputs);
+  return kernel == 1 ? DISPATCH_CAPABILITY(dtype, conv1x1_packed_bytes)(dtype, channels, outputs)
+                     : DISPATCH_CAPABILITY(dtype, conv3x3_packed_bytes)(dtype, channels, outputs);
 }
 
 Tensor pack(const Tensor& weight, at::ScalarType dtype) {
@@ -37,7 +37,7 @@ Tensor pack(const Tensor& weight, at::ScalarType dtype) {
   const int64_t outputs = weight.size(0), channels = weight.size(1), kernel = weight.size(2);
   const Tensor dense = weight.to(dtype == at::kDouble ? at::kDouble : at::kFloat).contiguous();
   Tensor packed = at::empty({packed_bytes(dtype, kernel, channels, outputs)}, at::kByte);
-  const auto run = kernel == 1 ? DISPATCH_CAPABILITY(pack_conv1x1) : DISPATCH_CAPABILITY(pack_conv3x3);
+  const auto run = kernel == 1 ? DISPATCH_CAPABILITY(dtype, pack_conv1x1) : DISPATCH_CAPABILITY(dtype, pack_conv3x3);
   run(dtype, dense.const_data_ptr(), channels, outputs, packed.data_ptr());
   return packed;
 }
@@ -131,14 +131,14 @@ void set_images(Forward& arguments, const Images& images) {
 void conv1x1(at::ScalarType dtype, int64_t rows, const Columns& x, const Convolution& convolution, const Columns& out) {
   auto arguments = forward_of<Conv1x1Forward>(dtype, x, convolution, out);
   arguments.rows = rows;
-  DISPATCH_CAPABILITY(bn_relu_conv1x1)(arguments);
+  DISPATCH_CAPABILITY(arguments.dtype, bn_relu_conv1x1)(arguments);
 }
 
 void conv3x3(at::ScalarType dtype, const Images& images, const Columns& x, const Convolution& convolution,
              const Columns& out) {
   auto arguments = forward_of<Conv3x3Forward>(dtype, x, convolution, out);
   set_images(arguments, images);
-  DISPATCH_CAPABILITY(bn_relu_conv3x3)(arguments);
+  DISPATCH_CAPABILITY(arguments.dtype, bn_relu_conv3x3)(arguments);
 }
 
 void avg_pool(const Stage& stage, const Images& images, const Columns& x, const Columns& out) {
@@ -146,7 +146,7 @@ void avg_pool(const Stage& stage, const Images& images, const Columns& x, const 
   set_images(arguments, images);
   arguments.window_height = stage.window[0];
   arguments.window_width = stage.window[1];
-  DISPATCH_CAPABILITY(bn_relu_avg_pool)(arguments);
+  DISPATCH_CAPABILITY(arguments.dtype, bn_relu_avg_pool)(arguments);
 }
 
 void copy_input(const Stage& stage, int64_t rows, const Columns& x, const Columns& features) {

@@ -5,7 +5,9 @@
 namespace densenet_efficient {
 namespace {
 
-double measured_rate(at::ScalarType dtype, double seconds) { return DISPATCH_CAPABILITY(product_rate)(dtype, seconds); }
+double measured_rate(at::ScalarType dtype, double seconds) {
+  return DISPATCH_CAPABILITY(dtype, product_rate)(dtype, seconds);
+}
 
 }  // namespace
 

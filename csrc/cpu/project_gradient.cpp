@@ -28,7 +28,7 @@ void project_gradient(const Tensor& grad, const Tensor& x, const Tensor& mean, c
   arguments.mean = mean.const_data_ptr();
   arguments.slope = slope.const_data_ptr();
   arguments.offset = offset.const_data_ptr();
-  DISPATCH_CAPABILITY(project_gradient)(arguments);
+  DISPATCH_CAPABILITY(arguments.dtype, project_gradient)(arguments);
 }
 
 TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("project_gradient", &project_gradient); }

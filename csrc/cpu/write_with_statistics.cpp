@@ -28,7 +28,7 @@ void write(const Tensor& x, const Tensor& out, const Tensor& mean, const Tensor&
   arguments.out_stride = out.stride(0);
   arguments.mean = mean.data_ptr();
   arguments.variance = variance.data_ptr();
-  DISPATCH_CAPABILITY(write_with_statistics)(arguments);
+  DISPATCH_CAPABILITY(arguments.dtype, write_with_statistics)(arguments);
 }
 
 }  // namespace

@@ -233,7 +233,7 @@ class Backward {
 
 void bn_relu_conv3x3_backward_winograd(const Conv3x3Backward& arguments) {
   dispatch_storage(arguments.dtype, [&]<typename S>() {
-    if constexpr (!std::is_same_v<S, double>) Backward<S>(arguments).run();
+    if constexpr (kTransforms<Operand<S>>) Backward<S>(arguments).run();
   });
 }
 

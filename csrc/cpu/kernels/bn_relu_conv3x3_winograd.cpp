@@ -76,7 +76,7 @@ void transform_conv3x3(const float* weight, int64_t channels, int64_t outputs, f
 
 void bn_relu_conv3x3_winograd(const Conv3x3Forward& arguments) {
   dispatch_storage(arguments.dtype, [&]<typename S>() {
-    if constexpr (!std::is_same_v<S, double>) forward<S>(arguments);
+    if constexpr (kTransforms<Operand<S>>) forward<S>(arguments);
   });
 }
 

@@ -45,7 +45,7 @@ class Multiplying {
       return;
     }
 #endif
-    release_gemm<T>();
+    if constexpr (std::is_same_v<T, Half>) release_gemm();
   }
   Multiplying(const Multiplying&) = delete;
   Multiplying& operator=(const Multiplying&) = delete;
@@ -53,19 +53,6 @@ class Multiplying {
 
 // Computes ``p``, asking for the lines of ``prefetch`` meanwhile where it can; within the life of a Multiplying<T>.
 template <typename T, typename A>
-void multiply(const Product<T, A>& p, [[maybe_unused]] Prefetch& prefetch) {
-#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<T, float>) return detail::multiply<detail::FloatStep>(p, prefetch);
-#endif
-#if defined(CPU_CAPABILITY_AMX)
-  if constexpr (std::is_same_v<T, BFloat16>) return detail::multiply_with_tiles(p, prefetch);
-#elif defined(CPU_CAPABILITY_AVX512_BF16)
-  if constexpr (std::is_same_v<T, BFloat16>) return detail::multiply<detail::BFloat16Step>(p, prefetch);
-#endif
-  for (int64_t segment = 0; segment < p.segments; segment++) {
-    gemm(p.rows, p.columns, p.depth, p.a + segment * p.a_segment, p.a_stride, p.b + segment * p.b_segment, p.b_stride,
-         p.c, p.c_stride, p.accumulate || segment > 0);
-  }
-}
+void multiply(const Product<T, A>& p, Prefetch& prefetch);
 
 }  // namespace densenet_efficient::CPU_CAPABILITY
