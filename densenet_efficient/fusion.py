@@ -63,9 +63,13 @@ def tracer(x: object, training: bool) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace it, but enters the transforms while it traces
 def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+# torch.compile cannot trace it, but enters the transforms while it traces. torch.compiler.assume_constant_result sets
+# the same mark, and imports the compiler for it, which takes as long as torch itself.
+_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def any_global_hook() -> bool:

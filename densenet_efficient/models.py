@@ -119,7 +119,8 @@ class EfficientDenseNet(PretrainedNetwork):
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, Convolution):
-                nn.init.kaiming_normal_(module.weight)
+                if not module.weight.is_meta:  # there it would do nothing but import the compiler
+                    nn.init.kaiming_normal_(module.weight)
             elif isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, BatchNorm):

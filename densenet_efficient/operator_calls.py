@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -148,7 +150,9 @@ def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool) -> 
     counts = exchange_counts(count, group, x)
     if counts is None:
         check_count([norm], count, x)
-    out, statistics, _ = operators.stem(
+    # An operator's first call imports the compiler, which takes as long as torch itself; nothing sees an inference's.
+    run: Callable[..., Any] = operators.compute_stem if inference.applies(x) else operators.stem
+    out, statistics, _ = run(
         x, conv.weight, norm.weight, norm.bias, running, list(conv.stride), list(conv.padding), norm.eps,
         save_conv and torch.is_grad_enabled(), counts, group,
     )  # fmt: skip

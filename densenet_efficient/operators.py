@@ -285,8 +285,7 @@ def _split(values: Any, lengths: list[int]) -> list[list[Tensor]]:
 dense_stage.register_autograd(_backward_stage, setup_context=_save_stage)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::stem", mutates_args=())
-def stem(
+def compute_stem(
     x: Tensor,
     conv: Tensor,
     weight: Tensor,
@@ -306,6 +305,9 @@ def stem(
     description = _describe_stem(conv, weight, bias, running, stride, padding, epsilon, counts, group)
     with _without_autocast(x.device.type):
         return forward_stem(description, x, save_conv)
+
+
+stem = torch.library.custom_op(f"{NAMESPACE}::stem", compute_stem, mutates_args=())
 
 
 def _describe_stem(

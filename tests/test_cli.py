@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from cases import needs_native
 from PIL import Image
 from sklearn.datasets import load_digits
 from training_cases import fails, fit, fit_arguments, make_cifar, make_images
@@ -98,6 +99,22 @@ print(*sys.modules)
     assert "densenet_efficient.cli" in modules.split()
     heavy = {"torchvision", "sklearn", "matplotlib", "rich", "pytorch_lightning", "torchmetrics", "jsonargparse"}
     assert not heavy & set(modules.split())
+
+
+@needs_native
+def test_the_compiler_is_not_imported_for_an_inference_or_a_summary() -> None:
+    """It takes as long to import as torch itself."""
+    code = """
+import sys, torch, densenet_efficient
+from densenet_efficient import cli
+model = densenet_efficient.EfficientDenseNet121().eval()
+with torch.inference_mode():
+    model(torch.zeros(1, 3, 64, 64))
+cli.main(["summary", "densenet121", "--input", "1x3x64x64"])
+print("torch._dynamo" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split()[-1] == "False"
 
 
 def test_summary_prints_the_layers(capsys: pytest.CaptureFixture[str]) -> None:

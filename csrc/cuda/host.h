@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -25,7 +24,7 @@ void launch_for(const at::Tensor& like, Launch launch) {
 // The same, with memory for the partial results of two stages: launch(partials, stream).
 template <typename Launch>
 void launch_with_partials(const at::Tensor& like, int64_t size, Launch launch) {
-  const at::Tensor partials = at::empty({size}, like.options().dtype(accumulation_dtype(like)));
+  const at::Tensor partials = like.new_empty({size}, accumulation_dtype(like));
   launch_for(like, [&](cudaStream_t stream) { launch(partials.data_ptr(), stream); });
 }
 
