@@ -119,8 +119,8 @@ def test_torchvision_is_timed_in_both_layouts_and_inference_has_no_checkpointing
 def test_a_cell_times_all_its_variants_in_turn(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
-    def step_times(steps: dict[Any, Any], rounds: int) -> dict[Any, float]:
-        calls.append((list(steps), rounds))
+    def step_times(steps: dict[Any, Any], rounds: int, rest: float) -> dict[Any, float]:
+        calls.append((list(steps), rounds, rest > 0))
         return {name: 100.0 if name[1] == "step_ms" else 40.0 for name in steps}
 
     monkeypatch.setattr(cells, "step_times", step_times)
@@ -131,7 +131,8 @@ def test_a_cell_times_all_its_variants_in_turn(task: str, monkeypatch: pytest.Mo
     expected = {"step_ms": step_ms, "forward_ms": 40.0, "images_per_second": 4e3 / step_ms}
     assert times == dict.fromkeys(variants, expected)
     names = ["forward_ms", "step_ms"] if task == "train" else ["forward_ms"]
-    assert calls == [([((cell, variant), name) for variant in variants for name in names], 3)]
+    in_turn = [((cell, variant), name) for variant in variants for name in names]
+    assert calls == [(in_turn, 3, task == "infer")]
 
 
 def test_memory_is_measured_on_the_network_and_layout_that_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
