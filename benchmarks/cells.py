@@ -29,9 +29,9 @@ TRAINING_ONLY = (
 INFERENCE_ONLY = ("onnxruntime", "openvino")
 COMPILED = ("compile", "compile-budget-0.5", "compile-budget-0.0", "compile-max-autotune")
 ON_A_GPU = ("compile-max-autotune",)  # pays there alone
-# Before a runtime's inference is timed on the CPU: the threads of the one before it spin on for up to 0.2 s, during which
+# Of an inference on the CPU, before it is timed: threads of the runtime before it spin on for up to 0.2 s, during which
 # another one takes half as long again.
-SECONDS_OF_REST = 0.5
+SECONDS_TO_SETTLE = 0.5
 GRAPH = "-graph"  # the same implementation, its step captured in a CUDA graph and replayed
 
 
@@ -102,7 +102,7 @@ def measure_times_together(
     torch.compiler.reset()
     timed = {(pair, name): function for pair in pairs for name, function in make_timed(*pair, device).items()}
     is_disturbed = device == "cpu" and any(cell.task == "infer" for cell, _ in pairs)
-    medians = step_times(timed, rounds, rest=SECONDS_OF_REST if is_disturbed else 0.0)
+    medians = step_times(timed, rounds, settle=SECONDS_TO_SETTLE if is_disturbed else 0.0)
     times = {}
     for pair in pairs:
         forward_ms = medians[pair, "forward_ms"]

@@ -96,12 +96,12 @@ def make_forward(
 
 
 def step_times(
-    steps: Mapping[Name, Callable[[], object]], rounds: int = 5, warmup: int = 1, rest: float = 0.0
+    steps: Mapping[Name, Callable[[], object]], rounds: int = 5, warmup: int = 1, settle: float = 0.0
 ) -> dict[Name, float]:
     """Median milliseconds of each step, over `rounds` rounds that run all of them in turn: A B A B.
 
-    `warmup` rounds come first and are not timed. CUDA work is waited for. With a `rest`, in seconds, each step is timed
-    after that much of it and one run that is not timed.
+    `warmup` rounds come first and are not timed. CUDA work is waited for. Before a step is timed it runs untimed for
+    `settle` seconds, in which what the step before it left behind goes: its data in the caches, its spinning threads.
     """
     if rounds < 1 or warmup < 0:
         raise ValueError(f"expected rounds >= 1 and warmup >= 0, got rounds={rounds}, warmup={warmup}")
@@ -111,8 +111,8 @@ def step_times(
     times: dict[Name, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            if rest:
-                time.sleep(rest)
+            settled = time.perf_counter() + settle
+            while time.perf_counter() < settled:
                 step()
             times[name].append(_milliseconds(step))
     return {name: statistics.median(values) for name, values in times.items()}

@@ -119,8 +119,8 @@ def test_torchvision_is_timed_in_both_layouts_and_inference_has_no_checkpointing
 def test_a_cell_times_all_its_variants_in_turn(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
-    def step_times(steps: dict[Any, Any], rounds: int, rest: float) -> dict[Any, float]:
-        calls.append((list(steps), rounds, rest > 0))
+    def step_times(steps: dict[Any, Any], rounds: int, settle: float) -> dict[Any, float]:
+        calls.append((list(steps), rounds, settle > 0))
         return {name: 100.0 if name[1] == "step_ms" else 40.0 for name in steps}
 
     monkeypatch.setattr(cells, "step_times", step_times)

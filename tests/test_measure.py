@@ -50,11 +50,17 @@ def test_steps_run_in_turn() -> None:
     assert list(times) == ["a", "b"]
 
 
-def test_a_step_rests_and_runs_untimed_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[object] = []
-    monkeypatch.setattr(measure.time, "sleep", order.append)
-    step_times({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=1, warmup=0, rest=0.5)
-    assert order == [0.5, "a", "a", 0.5, "b", "b"]
+def test_a_step_settles_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = 0.0, []
+
+    def step(name: str) -> None:
+        nonlocal clock
+        clock += 0.2
+        order.append(name)
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock)
+    step_times({"a": lambda: step("a"), "b": lambda: step("b")}, rounds=1, warmup=0, settle=0.5)
+    assert "".join(order) == "aaaabbbb"
 
 
 def test_times_are_medians_in_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
