@@ -1,7 +1,6 @@
 // Small matrix products on tiles in cache by torch, for operands without a micro-kernel of this project's own.
 #pragma once
 
-#include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include <cstdint>

@@ -35,8 +35,11 @@ using Operand = Accumulate<S>;
 template <typename Function>
 void dispatch_storage(c10::ScalarType dtype, Function function) {
   const auto call = [&]<typename S>() {
-    if constexpr (kServes<S>) return function.template operator()<S>();
-    TORCH_INTERNAL_ASSERT(kServes<S>, dtype, " is another capability's to serve");
+    if constexpr (kServes<S>) {
+      function.template operator()<S>();
+    } else {
+      TORCH_INTERNAL_ASSERT(false, dtype, " is another capability's to serve");
+    }
   };
   switch (dtype) {
     case c10::kFloat:
