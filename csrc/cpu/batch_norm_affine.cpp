@@ -1,9 +1,7 @@
-#include <torch/library.h>
-
 #include <cmath>
 
 #include "checks.h"
-#include "cpu/operations.h"
+#include "cpu/operators.h"
 
 namespace densenet_efficient {
 namespace {
@@ -46,7 +44,5 @@ void batch_norm_affine(const Tensor& mean, const Tensor& variance, const Tensor&
   run(checked_vector(mean, "mean", affine), checked_vector(variance, "variance", affine),
       checked_vector(weight, "weight", affine), checked_vector(bias, "bias", affine), eps, affine);
 }
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("batch_norm_affine", &batch_norm_affine); }
 
 }  // namespace densenet_efficient

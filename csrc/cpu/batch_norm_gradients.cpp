@@ -1,7 +1,5 @@
-#include <torch/library.h>
-
 #include "checks.h"
-#include "cpu/operations.h"
+#include "cpu/operators.h"
 
 namespace densenet_efficient {
 namespace {
@@ -43,7 +41,5 @@ void batch_norm_gradients(const Tensor& sum_grad, const Tensor& sum_grad_x, cons
   run(sum_grad, sum_grad_x, rstd, scale, count, optional_vector(grad_weight, "grad_weight", channels, sum_grad),
       optional_vector(slope, "slope", channels, sum_grad), optional_vector(offset, "offset", channels, sum_grad));
 }
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("batch_norm_gradients", &batch_norm_gradients); }
 
 }  // namespace densenet_efficient

@@ -1,8 +1,7 @@
 #include "cpu/kernels/bn_relu_avg_pool.h"
 
-#include <torch/library.h>
-
 #include "checks.h"
+#include "cpu/operators.h"
 
 namespace densenet_efficient {
 namespace {
@@ -15,8 +14,10 @@ void check_window(int64_t height, int64_t width, int64_t window_height, int64_t 
               window_width);
 }
 
-void avg_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t height, int64_t width,
-              int64_t window_height, int64_t window_width, const Tensor& out) {
+}  // namespace
+
+void bn_relu_avg_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t height, int64_t width,
+                      int64_t window_height, int64_t window_width, const Tensor& out) {
   const int64_t channels = x.size(1), images = check_images(x, "x", height, width);
   check_window(height, width, window_height, window_width);
   check_matrix(x, "x", x.size(0), channels, x);
@@ -40,10 +41,10 @@ void avg_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t
   DISPATCH_CAPABILITY(arguments.dtype, bn_relu_avg_pool)(arguments);
 }
 
-void avg_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mean, const Tensor& scale,
-                       const Tensor& shift, int64_t height, int64_t width, int64_t window_height, int64_t window_width,
-                       const std::optional<Tensor>& grad, bool accumulate, const Tensor& sum_grad,
-                       const Tensor& sum_grad_x) {
+void bn_relu_avg_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mean, const Tensor& scale,
+                               const Tensor& shift, int64_t height, int64_t width, int64_t window_height,
+                               int64_t window_width, const std::optional<Tensor>& grad, bool accumulate,
+                               const Tensor& sum_grad, const Tensor& sum_grad_x) {
   const int64_t rows = x.size(0), channels = x.size(1), images = check_images(x, "x", height, width);
   check_window(height, width, window_height, window_width);
   check_matrix(x, "x", rows, channels, x);
@@ -75,13 +76,6 @@ void avg_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& me
   arguments.sum_grad = sum_grad.data_ptr();
   arguments.sum_grad_x = sum_grad_x.data_ptr();
   DISPATCH_CAPABILITY(arguments.dtype, bn_relu_avg_pool_backward)(arguments);
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) {
-  library.impl("bn_relu_avg_pool", &avg_pool);
-  library.impl("bn_relu_avg_pool_backward", &avg_pool_backward);
 }
 
 }  // namespace densenet_efficient

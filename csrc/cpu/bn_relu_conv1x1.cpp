@@ -1,9 +1,7 @@
 #include "cpu/kernels/bn_relu_conv1x1.h"
 
-#include <torch/library.h>
-
 #include "checks.h"
-#include "cpu/operations.h"
+#include "cpu/operators.h"
 
 namespace densenet_efficient {
 
@@ -77,11 +75,6 @@ void bn_relu_conv1x1_backward(const Tensor& out_grad, const Tensor& out, const T
   arguments.sum_grad = optional_vector(sum_grad, "sum_grad", channels, x);
   arguments.sum_grad_x = optional_vector(sum_grad_x, "sum_grad_x", channels, x);
   DISPATCH_CAPABILITY(arguments.dtype, bn_relu_conv1x1_backward)(arguments);
-}
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) {
-  library.impl("bn_relu_conv1x1", &bn_relu_conv1x1);
-  library.impl("bn_relu_conv1x1_backward", &bn_relu_conv1x1_backward);
 }
 
 }  // namespace densenet_efficient

@@ -1,9 +1,7 @@
 #include "cpu/kernels/bn_relu_conv3x3.h"
 
-#include <torch/library.h>
-
 #include "checks.h"
-#include "cpu/operations.h"
+#include "cpu/operators.h"
 
 namespace densenet_efficient {
 
@@ -77,11 +75,6 @@ void bn_relu_conv3x3_backward(const Tensor& out_grad, const Tensor& x, const Ten
   arguments.sum_grad = optional_vector(sum_grad, "sum_grad", channels, x);
   arguments.sum_grad_x = optional_vector(sum_grad_x, "sum_grad_x", channels, x);
   DISPATCH_CAPABILITY(arguments.dtype, bn_relu_conv3x3_backward)(arguments);
-}
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) {
-  library.impl("bn_relu_conv3x3", &bn_relu_conv3x3);
-  library.impl("bn_relu_conv3x3_backward", &bn_relu_conv3x3_backward);
 }
 
 }  // namespace densenet_efficient

@@ -1,8 +1,7 @@
 #include "cpu/kernels/bn_relu_max_pool.h"
 
-#include <torch/library.h>
-
 #include "checks.h"
+#include "cpu/operators.h"
 
 namespace densenet_efficient {
 namespace {
@@ -12,8 +11,10 @@ using at::Tensor;
 // Outputs along a dimension of ``size`` inputs.
 int64_t pooled(int64_t size) { return (size - 1) / 2 + 1; }
 
-void max_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t height, int64_t width,
-              const Tensor& out) {
+}  // namespace
+
+void bn_relu_max_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t height, int64_t width,
+                      const Tensor& out) {
   const int64_t channels = x.size(1), images = check_images(x, "x", height, width);
   check_matrix(x, "x", x.size(0), channels, x);
   check_matrix(out, "out", images * pooled(height) * pooled(width), channels, x);
@@ -36,9 +37,9 @@ void max_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t
   DISPATCH_CAPABILITY(arguments.dtype, bn_relu_max_pool)(arguments);
 }
 
-void max_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mean, const Tensor& scale,
-                       const Tensor& shift, int64_t height, int64_t width, const Tensor& grad, const Tensor& sum_grad,
-                       const Tensor& sum_grad_x) {
+void bn_relu_max_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mean, const Tensor& scale,
+                               const Tensor& shift, int64_t height, int64_t width, const Tensor& grad,
+                               const Tensor& sum_grad, const Tensor& sum_grad_x) {
   const int64_t rows = x.size(0), channels = x.size(1), images = check_images(x, "x", height, width);
   check_matrix(x, "x", rows, channels, x);
   check_matrix(out_grad, "out_grad", images * pooled(height) * pooled(width), channels, x);
@@ -68,13 +69,6 @@ void max_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& me
   arguments.sum_grad = sum_grad.data_ptr();
   arguments.sum_grad_x = sum_grad_x.data_ptr();
   DISPATCH_CAPABILITY(arguments.dtype, bn_relu_max_pool_backward)(arguments);
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) {
-  library.impl("bn_relu_max_pool", &max_pool);
-  library.impl("bn_relu_max_pool_backward", &max_pool_backward);
 }
 
 }  // namespace densenet_efficient

@@ -1,15 +1,13 @@
 #include "cpu/kernels/channel_stats.h"
 
-#include <torch/library.h>
-
 #include "checks.h"
+#include "cpu/operators.h"
 
 namespace densenet_efficient {
-namespace {
 
 using at::Tensor;
 
-void stats(const Tensor& x, const Tensor& mean, const Tensor& variance) {
+void channel_stats(const Tensor& x, const Tensor& mean, const Tensor& variance) {
   const int64_t rows = x.size(0), channels = x.size(1);
   check_matrix(x, "x", rows, channels, x);
   check_vector(mean, "mean", channels, x);
@@ -24,9 +22,5 @@ void stats(const Tensor& x, const Tensor& mean, const Tensor& variance) {
   arguments.variance = variance.data_ptr();
   DISPATCH_CAPABILITY(arguments.dtype, channel_stats)(arguments);
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("channel_stats", &stats); }
 
 }  // namespace densenet_efficient

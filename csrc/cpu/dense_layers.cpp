@@ -1,19 +1,16 @@
 // The forward of the layers of a dense block, as densenet_efficient/dense_layers.py has it.
 #include "cpu/dense_layers.h"
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include "checks.h"
 #include "cpu/memory.h"
-#include "cpu/operations.h"
+#include "cpu/operators.h"
 
 namespace densenet_efficient {
 
 using at::Tensor;
 
 Affine Norm::affine(const Tensor& mean, const Tensor& variance) const {
-  const Tensor map = at::empty({4, mean.size(0)}, mean.options());
+  const Tensor map = mean.new_empty({4, mean.size(0)});
   batch_norm_affine(running_mean.value_or(mean), running_variance.value_or(variance), weight, bias, eps, map);
   return {map.select(0, 0), map.select(0, 1), map.select(0, 2), map.select(0, 3)};
 }
@@ -50,13 +47,11 @@ int64_t input_channels(const std::vector<DenseLayer>& layers, int64_t total) {
   return total - added;
 }
 
-namespace {
-
-std::vector<Tensor> forward(const Tensor& storage, int64_t height, int64_t width, const Tensor& statistics,
-                            bool with_statistics, const Tensor& bottleneck_statistics, at::TensorList weights,
-                            at::TensorList biases, at::ArrayRef<double> epsilons,
-                            const c10::List<std::optional<Tensor>>& running, at::TensorList convolutions,
-                            bool save_bottlenecks) {
+std::vector<Tensor> dense_layers(const Tensor& storage, int64_t height, int64_t width, const Tensor& statistics,
+                                 bool with_statistics, const Tensor& bottleneck_statistics, at::TensorList weights,
+                                 at::TensorList biases, at::ArrayRef<double> epsilons,
+                                 const c10::List<std::optional<Tensor>>& running, at::TensorList convolutions,
+                                 bool save_bottlenecks) {
   const auto layers = read_layers({weights, biases, epsilons, running, convolutions}, bottleneck_statistics.size(0));
   const int64_t rows = storage.size(0), bottleneck_channels = bottleneck_statistics.size(2);
   const Tensor mean = statistics.select(0, 0), variance = statistics.select(0, 1);
@@ -91,9 +86,5 @@ std::vector<Tensor> forward(const Tensor& storage, int64_t height, int64_t width
   if (!save_bottlenecks) bottlenecks.clear();
   return bottlenecks;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("dense_layers", &forward); }
 
 }  // namespace densenet_efficient

@@ -1,16 +1,11 @@
 // The backward of the layers of a dense block, as densenet_efficient/dense_layers.py has it.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/dense_layers.h"
 #include "cpu/memory.h"
-#include "cpu/operations.h"
+#include "cpu/operators.h"
 
 namespace densenet_efficient {
 namespace {
@@ -32,7 +27,7 @@ struct Outputs {
   // Of another part of the images.
   Outputs empty_like() const {
     const auto like = [](const OptionalTensor& tensor) {
-      return tensor ? OptionalTensor(at::empty_like(*tensor)) : std::nullopt;
+      return tensor ? OptionalTensor(tensor->new_empty_strided(tensor->sizes(), tensor->strides())) : std::nullopt;
     };
     return {like(conv_grad), {like(sums.grad), like(sums.grad_x)}};
   }
@@ -73,7 +68,7 @@ struct Projection {
       its_slope = slope.narrow(0, 0, sums.grad->size(0));
       its_offset = offset.narrow(0, 0, sums.grad->size(0));
     }
-    Tensor grad_weight = at::empty_like(*sums.grad);
+    Tensor grad_weight = sums.grad->new_empty(sums.grad->sizes());
     batch_norm_gradients(*sums.grad, *sums.grad_x, affine.rstd, affine.scale, count, grad_weight, its_slope,
                          its_offset);
     return {grad_weight, sums.grad};
@@ -140,7 +135,7 @@ struct Backward {
                                own.sums.grad, own.sums.grad_x);
       if (part > 0) outputs2.add(own);
     }
-    const Tensor coefficients = at::zeros({2, width2}, statistics.options());
+    const Tensor coefficients = statistics.new_zeros({2, width2});
     Projection finish{coefficients.select(0, 0), coefficients.select(0, 1), true};
     const auto [weight2_grad, bias2_grad] = finish.add(*layer.norm2, affine2, outputs2.sums, rows());
     const OptionalTensor& conv2_grad = outputs2.conv_grad;
@@ -202,7 +197,7 @@ struct Backward {
 
   Sums sums_of(int64_t channels, bool needed) const {
     if (!needed) return {};
-    const Tensor both = at::empty({2, channels}, statistics.options());
+    const Tensor both = statistics.new_empty({2, channels});
     return {both.select(0, 0), both.select(0, 1)};
   }
 
@@ -217,11 +212,14 @@ Needed needed_of(const c10::List<bool>& flags, size_t first, bool has_bottleneck
   return {norm(first), flags.get(first + 2), has_bottleneck && norm(first + 3), has_bottleneck && flags.get(first + 5)};
 }
 
-Gradients backward(const Tensor& grad, const Tensor& storage, int64_t height, int64_t width, const Tensor& statistics,
-                   const Tensor& bottleneck_statistics, at::TensorList bottlenecks, at::TensorList weights,
-                   at::TensorList biases, at::ArrayRef<double> epsilons, const c10::List<OptionalTensor>& running,
-                   at::TensorList convolutions, const Tensor& slope, const Tensor& offset, bool nothing_to_project,
-                   const c10::List<bool>& needed, bool input_needed) {
+}  // namespace
+
+Gradients dense_layers_backward(const Tensor& grad, const Tensor& storage, int64_t height, int64_t width,
+                                const Tensor& statistics, const Tensor& bottleneck_statistics,
+                                at::TensorList bottlenecks, at::TensorList weights, at::TensorList biases,
+                                at::ArrayRef<double> epsilons, const c10::List<OptionalTensor>& running,
+                                at::TensorList convolutions, const Tensor& slope, const Tensor& offset,
+                                bool nothing_to_project, const c10::List<bool>& needed, bool input_needed) {
   const auto layers = read_layers({weights, biases, epsilons, running, convolutions}, bottleneck_statistics.size(0));
   const size_t parameters = 3 * weights.size() / layers.size();
   TORCH_CHECK(needed.size() == parameters * layers.size(), "needed must have ", parameters, " entries per layer, got ",
@@ -250,9 +248,5 @@ Gradients backward(const Tensor& grad, const Tensor& storage, int64_t height, in
   if (input_needed) pass.projection.apply(grad, storage, mean, 0, channels);
   return gradients;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("dense_layers_backward", &backward); }
 
 }  // namespace densenet_efficient

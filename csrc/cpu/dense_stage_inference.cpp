@@ -1,8 +1,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
@@ -15,6 +13,7 @@
 #include "cpu/kernels/bn_relu_avg_pool.h"
 #include "cpu/kernels/bn_relu_conv1x1.h"
 #include "cpu/kernels/bn_relu_conv3x3.h"
+#include "cpu/operators.h"
 
 namespace densenet_efficient {
 namespace {
@@ -29,17 +28,6 @@ constexpr int64_t kBytesOfAVisit = 1 << 20;
 int64_t packed_bytes(at::ScalarType dtype, int64_t kernel, int64_t channels, int64_t outputs) {
   return kernel == 1 ? DISPATCH_CAPABILITY(dtype, conv1x1_packed_bytes)(dtype, channels, outputs)
                      : DISPATCH_CAPABILITY(dtype, conv3x3_packed_bytes)(dtype, channels, outputs);
-}
-
-Tensor pack(const Tensor& weight, at::ScalarType dtype) {
-  TORCH_CHECK(weight.dim() == 4 && weight.size(2) == weight.size(3) && (weight.size(2) == 1 || weight.size(2) == 3),
-              "weight must have shape [K, C, 1, 1] or [K, C, 3, 3], got ", weight.sizes());
-  const int64_t outputs = weight.size(0), channels = weight.size(1), kernel = weight.size(2);
-  const Tensor dense = weight.to(dtype == at::kDouble ? at::kDouble : at::kFloat).contiguous();
-  Tensor packed = at::empty({packed_bytes(dtype, kernel, channels, outputs)}, at::kByte);
-  const auto run = kernel == 1 ? DISPATCH_CAPABILITY(dtype, pack_conv1x1) : DISPATCH_CAPABILITY(dtype, pack_conv3x3);
-  run(dtype, dense.const_data_ptr(), channels, outputs, packed.data_ptr());
-  return packed;
 }
 
 // Columns of a matrix in memory.
@@ -249,12 +237,26 @@ Convolution make_convolution(const Tensor& affine, const Tensor& packed, int64_t
   return {make_norm(affine, channels, x), packed.const_data_ptr(), outputs};
 }
 
+}  // namespace
+
+Tensor packed_weight(const Tensor& weight, at::ScalarType dtype) {
+  TORCH_CHECK(weight.dim() == 4 && weight.size(2) == weight.size(3) && (weight.size(2) == 1 || weight.size(2) == 3),
+              "weight must have shape [K, C, 1, 1] or [K, C, 3, 3], got ", weight.sizes());
+  const int64_t outputs = weight.size(0), channels = weight.size(1), kernel = weight.size(2);
+  const Tensor dense = weight.to(dtype == at::kDouble ? at::kDouble : at::kFloat).contiguous();
+  Tensor packed = weight.new_empty({packed_bytes(dtype, kernel, channels, outputs)}, at::kByte);
+  const auto run = kernel == 1 ? DISPATCH_CAPABILITY(dtype, pack_conv1x1) : DISPATCH_CAPABILITY(dtype, pack_conv3x3);
+  run(dtype, dense.const_data_ptr(), channels, outputs, packed.data_ptr());
+  return packed;
+}
+
 // Runs a stage whose norms all use their running statistics on ``x``, its input's rows. ``features``, where given, gets
 // the rows of the block's output; ``out`` those of its exit.
-void run(const Tensor& x, int64_t height, int64_t width, int64_t bottleneck_channels, int64_t growth_rate,
-         const c10::List<Tensor>& affines, const c10::List<Tensor>& packed, const std::optional<Tensor>& exit_affine,
-         const std::optional<Tensor>& exit_packed, at::IntArrayRef window, const std::optional<Tensor>& features,
-         const std::optional<Tensor>& out) {
+void dense_stage_inference(const Tensor& x, int64_t height, int64_t width, int64_t bottleneck_channels,
+                           int64_t growth_rate, const c10::List<Tensor>& affines, const c10::List<Tensor>& packed,
+                           const std::optional<Tensor>& exit_affine, const std::optional<Tensor>& exit_packed,
+                           at::IntArrayRef window, const std::optional<Tensor>& features,
+                           const std::optional<Tensor>& out) {
   const Images images{check_images(x, "x", height, width), height, width};
   const int64_t channels = x.size(1);
   check_matrix(x, "x", images.rows(), channels, x);
@@ -296,7 +298,7 @@ void run(const Tensor& x, int64_t height, int64_t width, int64_t bottleneck_chan
       conv_affine = *exit_affine;
       if (window[0] * window[1] > 1) {
         // What is pooled is not negative, so that a ReLU in front of the convolution changes nothing.
-        conv_affine = at::zeros({4, stage.total}, x.options().dtype(accumulation_dtype(x)));
+        conv_affine = x.new_zeros({4, stage.total}, accumulation_dtype(x));
         conv_affine.select(0, 2).fill_(1);
       }
       stage.exit_conv = make_convolution(conv_affine, *exit_packed, 1, stage.total, out->size(1), x);
@@ -305,13 +307,6 @@ void run(const Tensor& x, int64_t height, int64_t width, int64_t bottleneck_chan
   }
   const auto columns = [](const std::optional<Tensor>& matrix) { return matrix ? columns_of(*matrix) : Columns{}; };
   run_stage(stage, images, columns_of(x), columns(features), columns(out));
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) {
-  library.impl("packed_weight", &pack);
-  library.impl("dense_stage_inference", &run);
 }
 
 }  // namespace densenet_efficient

@@ -3,8 +3,8 @@
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <c10/core/CPUAllocator.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
@@ -16,6 +16,7 @@
 #include <optional>
 #include <utility>
 
+#include "cpu/operators.h"
 #include "cpu/pages.h"
 
 #if defined(__GLIBC__)
@@ -150,6 +151,8 @@ c10::DimVector channels_last_stride(at::IntArrayRef size) {
   return stride;
 }
 
+}  // namespace
+
 at::Tensor empty_kept_like(const at::Tensor& like, at::IntArrayRef size, bool channels_last) {
   if (!channels_last) return empty_kept(size, like.options());
   return empty_kept_strided(size, channels_last_stride(size), like.options());
@@ -165,8 +168,6 @@ void return_freed_memory() {
 #endif
 }
 
-}  // namespace
-
 c10::DataPtr allocate_kept(size_t bytes) { return kernel_memory().allocate_unreported(bytes); }
 
 at::Tensor empty_kept(at::IntArrayRef size, const at::TensorOptions& options) {
@@ -177,12 +178,6 @@ at::Tensor empty_kept(at::IntArrayRef size, const at::TensorOptions& options) {
 at::Tensor empty_kept_strided(at::IntArrayRef size, at::IntArrayRef stride, const at::TensorOptions& options) {
   const auto dtype = c10::typeMetaToScalarType(options.dtype());
   return filled_where_asked(at::detail::empty_strided_generic(size, stride, &kept_memory(), kCpu, dtype));
-}
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("empty_kept", &empty_kept_like); }
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CompositeExplicitAutograd, library) {
-  library.impl("return_freed_memory", &return_freed_memory);
 }
 
 }  // namespace densenet_efficient

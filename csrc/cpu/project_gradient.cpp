@@ -1,9 +1,7 @@
 #include "cpu/kernels/project_gradient.h"
 
-#include <torch/library.h>
-
 #include "checks.h"
-#include "cpu/operations.h"
+#include "cpu/operators.h"
 
 namespace densenet_efficient {
 
@@ -30,7 +28,5 @@ void project_gradient(const Tensor& grad, const Tensor& x, const Tensor& mean, c
   arguments.offset = offset.const_data_ptr();
   DISPATCH_CAPABILITY(arguments.dtype, project_gradient)(arguments);
 }
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("project_gradient", &project_gradient); }
 
 }  // namespace densenet_efficient

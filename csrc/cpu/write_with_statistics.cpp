@@ -1,15 +1,13 @@
 #include "cpu/kernels/write_with_statistics.h"
 
-#include <torch/library.h>
-
 #include "checks.h"
+#include "cpu/operators.h"
 
 namespace densenet_efficient {
-namespace {
 
 using at::Tensor;
 
-void write(const Tensor& x, const Tensor& out, const Tensor& mean, const Tensor& variance) {
+void write_with_statistics(const Tensor& x, const Tensor& out, const Tensor& mean, const Tensor& variance) {
   check_flat_images(x, "x");
   const int64_t images = x.size(0), channels = x.size(1), pixels = x.size(2);
   check_matrix(out, "out", images * pixels, channels, x);
@@ -30,9 +28,5 @@ void write(const Tensor& x, const Tensor& out, const Tensor& mean, const Tensor&
   arguments.variance = variance.data_ptr();
   DISPATCH_CAPABILITY(arguments.dtype, write_with_statistics)(arguments);
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) { library.impl("write_with_statistics", &write); }
 
 }  // namespace densenet_efficient

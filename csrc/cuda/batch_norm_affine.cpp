@@ -1,8 +1,7 @@
 #include "cuda/kernels/batch_norm_affine.h"
 
-#include <torch/library.h>
-
 #include "cuda/host.h"
+#include "cuda/operators.h"
 
 namespace densenet_efficient::cuda {
 namespace {
@@ -19,8 +18,10 @@ AnyVector checked_vector(const Tensor& vector, const char* name, const Tensor& a
   return {vector.const_data_ptr(), vector.scalar_type()};
 }
 
-void affine_map(const Tensor& mean, const Tensor& variance, const Tensor& weight, const Tensor& bias, double eps,
-                const Tensor& affine) {
+}  // namespace
+
+void batch_norm_affine(const Tensor& mean, const Tensor& variance, const Tensor& weight, const Tensor& bias, double eps,
+                       const Tensor& affine) {
   TORCH_CHECK(affine.dim() == 2 && affine.size(0) == 4 && affine.is_contiguous(),
               "affine must be contiguous of shape [4, C], got ", affine.sizes());
   check_accumulation_dtype(affine, "affine");
@@ -36,9 +37,5 @@ void affine_map(const Tensor& mean, const Tensor& variance, const Tensor& weight
   };
   launch_for(affine, [&](cudaStream_t stream) { batch_norm_affine(arguments, stream); });
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CUDA, library) { library.impl("batch_norm_affine", &affine_map); }
 
 }  // namespace densenet_efficient::cuda

@@ -1,8 +1,7 @@
 #include "cuda/kernels/batch_norm_gradients.h"
 
-#include <torch/library.h>
-
 #include "cuda/host.h"
+#include "cuda/operators.h"
 
 namespace densenet_efficient::cuda {
 namespace {
@@ -10,8 +9,11 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-void gradients(const Tensor& sum_grad, const Tensor& sum_grad_x, const Tensor& rstd, const Tensor& scale, int64_t count,
-               const OptionalTensor& grad_weight, const OptionalTensor& slope, const OptionalTensor& offset) {
+}  // namespace
+
+void batch_norm_gradients(const Tensor& sum_grad, const Tensor& sum_grad_x, const Tensor& rstd, const Tensor& scale,
+                          int64_t count, const OptionalTensor& grad_weight, const OptionalTensor& slope,
+                          const OptionalTensor& offset) {
   const int64_t columns = sum_grad.size(0);
   check_accumulation_dtype(sum_grad, "sum_grad");
   check_vector(sum_grad, "sum_grad", columns, sum_grad);
@@ -34,9 +36,5 @@ void gradients(const Tensor& sum_grad, const Tensor& sum_grad_x, const Tensor& r
   };
   launch_for(sum_grad, [&](cudaStream_t stream) { batch_norm_gradients(arguments, stream); });
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CUDA, library) { library.impl("batch_norm_gradients", &gradients); }
 
 }  // namespace densenet_efficient::cuda

@@ -1,8 +1,7 @@
 #include "cuda/kernels/bn_relu_avg_pool.h"
 
-#include <torch/library.h>
-
 #include "cuda/host.h"
+#include "cuda/operators.h"
 
 namespace densenet_efficient::cuda {
 namespace {
@@ -27,8 +26,10 @@ Windows windows_of(const Tensor& x, int64_t height, int64_t width, int64_t windo
   };
 }
 
-void avg_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t height, int64_t width,
-              int64_t window_height, int64_t window_width, const Tensor& out) {
+}  // namespace
+
+void bn_relu_avg_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t height, int64_t width,
+                      int64_t window_height, int64_t window_width, const Tensor& out) {
   check_storage_dtype(x);
   const int64_t columns = x.size(1);
   const Windows windows = windows_of(x, height, width, window_height, window_width);
@@ -48,10 +49,10 @@ void avg_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t
   launch_for(x, [&](cudaStream_t stream) { bn_relu_avg_pool(arguments, stream); });
 }
 
-void avg_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mean, const Tensor& scale,
-                       const Tensor& shift, int64_t height, int64_t width, int64_t window_height, int64_t window_width,
-                       const std::optional<Tensor>& grad, bool accumulate, const Tensor& sum_grad,
-                       const Tensor& sum_grad_x) {
+void bn_relu_avg_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mean, const Tensor& scale,
+                               const Tensor& shift, int64_t height, int64_t width, int64_t window_height,
+                               int64_t window_width, const std::optional<Tensor>& grad, bool accumulate,
+                               const Tensor& sum_grad, const Tensor& sum_grad_x) {
   check_storage_dtype(x);
   const int64_t rows = x.size(0), columns = x.size(1);
   const Windows windows = windows_of(x, height, width, window_height, window_width);
@@ -80,13 +81,6 @@ void avg_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& me
   launch_with_partials(x, partials_of(arguments), [&](void* partials, cudaStream_t stream) {
     bn_relu_avg_pool_backward(arguments, partials, stream);
   });
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CUDA, library) {
-  library.impl("bn_relu_avg_pool", &avg_pool);
-  library.impl("bn_relu_avg_pool_backward", &avg_pool_backward);
 }
 
 }  // namespace densenet_efficient::cuda

@@ -1,8 +1,7 @@
 #include "cuda/kernels/bn_relu_max_pool.h"
 
-#include <torch/library.h>
-
 #include "cuda/host.h"
+#include "cuda/operators.h"
 
 namespace densenet_efficient::cuda {
 namespace {
@@ -25,8 +24,10 @@ PooledImages images_of(const Tensor& x, int64_t height, int64_t width) {
   };
 }
 
-void max_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t height, int64_t width,
-              const Tensor& out) {
+}  // namespace
+
+void bn_relu_max_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t height, int64_t width,
+                      const Tensor& out) {
   check_storage_dtype(x);
   const int64_t columns = x.size(1);
   const PooledImages images = images_of(x, height, width);
@@ -46,9 +47,9 @@ void max_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t
   launch_for(x, [&](cudaStream_t stream) { bn_relu_max_pool(arguments, stream); });
 }
 
-void max_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mean, const Tensor& scale,
-                       const Tensor& shift, int64_t height, int64_t width, const Tensor& grad, const Tensor& sum_grad,
-                       const Tensor& sum_grad_x) {
+void bn_relu_max_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& mean, const Tensor& scale,
+                               const Tensor& shift, int64_t height, int64_t width, const Tensor& grad,
+                               const Tensor& sum_grad, const Tensor& sum_grad_x) {
   check_storage_dtype(x);
   const int64_t rows = x.size(0), columns = x.size(1);
   const PooledImages images = images_of(x, height, width);
@@ -76,13 +77,6 @@ void max_pool_backward(const Tensor& out_grad, const Tensor& x, const Tensor& me
   launch_with_partials(x, partials_of(arguments), [&](void* partials, cudaStream_t stream) {
     bn_relu_max_pool_backward(arguments, partials, stream);
   });
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CUDA, library) {
-  library.impl("bn_relu_max_pool", &max_pool);
-  library.impl("bn_relu_max_pool_backward", &max_pool_backward);
 }
 
 }  // namespace densenet_efficient::cuda

@@ -1,15 +1,14 @@
 #include "cuda/kernels/project_gradient.h"
 
-#include <torch/library.h>
-
 #include "cuda/host.h"
+#include "cuda/operators.h"
 
 namespace densenet_efficient::cuda {
-namespace {
 
 using at::Tensor;
 
-void project(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& slope, const Tensor& offset) {
+void project_gradient(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& slope,
+                      const Tensor& offset) {
   check_storage_dtype(x);
   const int64_t rows = x.size(0), columns = x.size(1);
   check_matrix(x, "x", rows, columns, x);
@@ -29,9 +28,5 @@ void project(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tens
   };
   launch_for(x, [&](cudaStream_t stream) { project_gradient(arguments, stream); });
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CUDA, library) { library.impl("project_gradient", &project); }
 
 }  // namespace densenet_efficient::cuda

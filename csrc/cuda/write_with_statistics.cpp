@@ -1,15 +1,13 @@
 #include "cuda/kernels/write_with_statistics.h"
 
-#include <torch/library.h>
-
 #include "cuda/host.h"
+#include "cuda/operators.h"
 
 namespace densenet_efficient::cuda {
-namespace {
 
 using at::Tensor;
 
-void write(const Tensor& x, const Tensor& out, const Tensor& mean, const Tensor& variance) {
+void write_with_statistics(const Tensor& x, const Tensor& out, const Tensor& mean, const Tensor& variance) {
   check_storage_dtype(x);
   check_flat_images(x, "x");
   const int64_t columns = x.size(1), pixels = x.size(2), rows = x.size(0) * pixels;
@@ -34,9 +32,5 @@ void write(const Tensor& x, const Tensor& out, const Tensor& mean, const Tensor&
     write_with_statistics(arguments, partials, stream);
   });
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(densenet_efficient, CUDA, library) { library.impl("write_with_statistics", &write); }
 
 }  // namespace densenet_efficient::cuda
