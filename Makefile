@@ -22,7 +22,7 @@ demo: venv
 test: export OMP_WAIT_POLICY = passive
 test: venv
 	$(BIN)/pytest -m own_process
-	$(BIN)/pytest -m "not own_process" --numprocesses auto
+	$(BIN)/pytest -m "not own_process" --numprocesses auto --dist worksteal
 
 lint: venv
 	$(BIN)/ruff check .

@@ -48,7 +48,6 @@ def send_growth(steps, connection):
     connection.send(growth_of_memory(steps))
 
 
-@pytest.mark.own_process
 def test_memory_stays_flat(in_full, record):
     steps = STEPS if in_full else SHORT_STEPS
     receiver, sender = multiprocessing.Pipe()

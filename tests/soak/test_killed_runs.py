@@ -12,7 +12,6 @@ from training_cases import assert_same_bits, fit, make_images, weights
 
 from densenet_efficient.training.checkpoint import is_whole, last_whole, read_checkpoint
 
-pytestmark = pytest.mark.own_process
 SHORT_RUNS, RUNS = 2, 100
 SCRIPT = Path(__file__).with_name("killed_runs.py")
 

@@ -13,8 +13,7 @@ from training_cases import fit_arguments, make_images
 
 from densenet_efficient.training.checkpoint import LAST, read_checkpoint
 
-pytestmark = pytest.mark.own_process
-PROCESSES, NOBODY, LONGEST = 3, -1, 60  # seconds until the others have ended
+PROCESSES, NOBODY, LONGEST = 3, -1, 120  # seconds until the others have ended
 SCRIPT = Path(__file__).with_name("killed_worker.py")
 
 
