@@ -20,6 +20,8 @@ from training_cases import assert_same_bits, fit, fit_arguments, make_images, st
 
 from densenet_efficient.training.checkpoint import AtomicCheckpointIO, is_whole, last_whole, read_checkpoint
 from densenet_efficient.training.files import atomic_write
+from densenet_efficient.training.finish import CollectOutputs
+from densenet_efficient.training.interruption import SIGNALS
 
 pytestmark = pytest.mark.own_process
 AVERAGED = ("--ema_decay", "0.9")
@@ -105,6 +107,25 @@ def test_sigterm_after_the_last_batch_of_an_epoch(
     assert len(read_checkpoint(tmp_path / "last.ckpt")["callbacks"]["History"]["records"]) == 1
     assert fit(images, tmp_path, *AVERAGED, "--ckpt_path", "last") == 0
     assert_same_bits(weights(tmp_path), weights(whole))
+
+
+def test_sigterm_while_the_trained_model_is_evaluated(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is not taken for a finished one; the same command then writes its report."""
+    options = ("--trainer.max_epochs", "1", "--report", "true")
+    with monkeypatch.context() as patch:
+        patch.setattr(CollectOutputs, "on_test_batch_end", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert fit(images, tmp_path, *options) == 128 + signal.SIGTERM
+    assert not (tmp_path / "report.html").exists()
+    assert fit(images, tmp_path, *options, "--ckpt_path", "last") == 0
+    assert (tmp_path / "report.html").exists()
+
+
+def test_signals_end_what_follows_a_training(images: Path, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    assert fit(images, tmp_path, "--trainer.max_epochs", "1", "--report", "true") == 0
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 @pytest.mark.parametrize("frozen", [("--model.head_epochs", "1"), ("--model.frozen_batch_norm", "true")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import signal
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.tuner.tuning import Tuner
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from densenet_efficient.models import EfficientDenseNet
 from densenet_efficient.training import datasets  # noqa: F401, so that --data knows them
@@ -94,6 +96,9 @@ def run(command: str, arguments: Sequence[str]) -> int:
     except Interrupted as interrupt:
         print(interrupt, file=sys.stderr)
         return int(interrupt.code or 0)
+    except SIGTERMException:  # Lightning's, in an evaluation
+        print("Interrupted", file=sys.stderr)
+        return 128 + signal.SIGTERM
     return 0
 
 

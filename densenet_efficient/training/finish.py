@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -77,6 +78,8 @@ def evaluate(trainer: Trainer, classifier: Classifier, data: ImageData) -> Evalu
         trainer.test(classifier, datamodule=data, verbose=False)
     finally:
         trainer.callbacks.remove(collector)  # type: ignore[attr-defined]
+    if trainer.received_sigterm:  # in the last batch, where Lightning does not look
+        raise SIGTERMException
     logits, labels = collector.gathered()
     task, splits = data.task, data.splits
     probabilities = logits.double().sigmoid() if task.multi_label else logits.double().softmax(1)

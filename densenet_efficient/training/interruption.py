@@ -60,14 +60,17 @@ class SaveLast(Callback):
         self.received: int | None = None
         self.previous: dict[int, Any] = {}
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Lightning has not set its own handlers yet.
+        self.previous = {number: signal.getsignal(number) for number in SIGNALS}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning has set its own handlers by now.
-        self.previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, self._remember)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        self.previous = {}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = number
