@@ -29,20 +29,33 @@ int64_t rows_of_a_tile(int64_t rows) {
   return tiles <= few ? share : round_up(share, kMicroRows<T>);
 }
 
-// The elements that pack_weight writes.
-int64_t packed_size(int64_t channels, int64_t outputs) { return round_up(channels, 2) * outputs; }
+// weight^T [channels, outputs] as the right operand of products, strip of outputs by strip.
+template <typename T>
+struct PackedWeight {
+  int64_t channels, outputs;
 
-// weight^T [channels, outputs] as the right operand of a product, chunk of channels by chunk.
+  int64_t size() const { return round_up(channels, 2) * outputs; }
+  // The outputs of the strip that begins with this one.
+  int64_t columns(int64_t output) const { return std::min(kStripColumns<T>, outputs - output); }
+  // The place of a strip's channel.
+  int64_t offset(int64_t output, int64_t channel) const {
+    return output * round_up(channels, 2) + channel * columns(output);
+  }
+};
+
 template <typename T, typename A>
 void pack_weight(const A* weight, int64_t channels, int64_t outputs, T* packed) {
+  const PackedWeight<T> layout{channels, outputs};
   constexpr int64_t block = 32;
   at::parallel_for(0, ceil_div(channels, block), 4, [&](int64_t begin, int64_t end) {
     Scratch<A> transposed(block * outputs);
     for (int64_t index = begin; index < end; index++) {
       const int64_t first = index * block, count = std::min(block, channels - first);
       transpose(weight + first, channels, outputs, count, transposed.get(), outputs);
-      pack_gathered(count, outputs, packed + first * outputs,
-                    [&](int64_t row) -> const A* { return transposed.get() + row * outputs; });
+      for (int64_t n = 0; n < outputs; n += layout.columns(n)) {
+        pack_gathered(count, layout.columns(n), packed + layout.offset(n, first),
+                      [&](int64_t row) -> const A* { return transposed.get() + row * outputs + n; });
+      }
     }
   });
 }
@@ -55,7 +68,8 @@ void forward(const Conv1x1Forward& p) {
   auto* out = static_cast<S*>(p.out);
   const int64_t outputs = p.outputs;
   const int64_t tile_rows = rows_of_a_tile<T>(p.rows), tiles = ceil_div(p.rows, tile_rows);
-  const Scratch<T> packed_here(p.packed ? 0 : packed_size(p.channels, outputs));
+  const PackedWeight<T> layout{p.channels, outputs};
+  const Scratch<T> packed_here(p.packed ? 0 : layout.size());
   if (!p.packed) pack_weight(static_cast<const A*>(p.weight), p.channels, outputs, packed_here.get());
   const T* weight = p.packed ? static_cast<const T*>(p.packed) : packed_here.get();
   TileStatistics<A> statistics(p.mean ? tiles : 0, outputs);
@@ -84,17 +98,19 @@ void forward(const Conv1x1Forward& p) {
         const int64_t next_row = last ? row + tile_rows : row, next_channel = last ? 0 : c + depth;
         prefetch.add(x + next_row * p.x_stride + next_channel, p.x_stride, std::min(tile_rows, p.rows - next_row),
                      std::min(kDepth, p.channels - next_channel));
-        multiply(Product<T, A>{.rows = std::is_same_v<S, A> ? rows : round_up(rows, kProductRows<T>),
-                               .columns = outputs,
-                               .depth = depth,
-                               .a = activations.get(),
-                               .a_stride = stride,
-                               .b = weight + c * outputs,
-                               .b_stride = outputs,
-                               .c = sums,
-                               .c_stride = sums_stride,
-                               .accumulate = c > 0},
-                 prefetch);
+        for (int64_t n = 0; n < outputs; n += layout.columns(n)) {
+          multiply(Product<T, A>{.rows = std::is_same_v<S, A> ? rows : round_up(rows, kProductRows<T>),
+                                 .columns = layout.columns(n),
+                                 .depth = depth,
+                                 .a = activations.get(),
+                                 .a_stride = stride,
+                                 .b = weight + layout.offset(n, c),
+                                 .b_stride = layout.columns(n),
+                                 .c = sums + n,
+                                 .c_stride = sums_stride,
+                                 .accumulate = c > 0},
+                   prefetch);
+        }
       }
       if constexpr (!std::is_same_v<S, A>) store_rows(sums, outputs, rows, outputs, tile_out, p.out_stride);
       if (p.mean) statistics.take(tile, tile_out, p.out_stride, rows);
@@ -108,7 +124,7 @@ void forward(const Conv1x1Forward& p) {
 int64_t conv1x1_packed_bytes(c10::ScalarType dtype, int64_t channels, int64_t outputs) {
   int64_t bytes = 0;
   dispatch_product(dtype, [&]<typename S, typename T>() {
-    bytes = packed_size(channels, outputs) * sizeof(T) + Scratch<T>::kSlack;
+    bytes = PackedWeight<T>{channels, outputs}.size() * sizeof(T) + Scratch<T>::kSlack;
   });
   return bytes;
 }

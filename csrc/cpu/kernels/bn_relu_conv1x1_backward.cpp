@@ -15,6 +15,8 @@ namespace densenet_efficient::CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kPanel = 64;  // channels of x that are taken at a time
+template <typename T>
+constexpr int64_t kStrip = std::min(kPanel, kStripColumns<T>);  // of them, of the weight
 
 // The rows of a tile, at most, and those whose gradient is deposited while it lies in the first cache: multiples of the
 // micro-kernel's rows.
@@ -95,14 +97,16 @@ struct FinishedGradient {
   }
 };
 
-// Weight [outputs, channels] in panels of channels, each the right operand [outputs, columns] of a product.
+// Weight [outputs, channels] in strips of channels, each the right operand [outputs, columns] of a product.
 template <typename T, typename A>
 void pack_panels(const A* weight, int64_t channels, int64_t outputs, T* packed) {
   at::parallel_for(0, ceil_div(channels, kPanel), 4, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; panel++) {
-      const int64_t c = panel * kPanel, columns = std::min(kPanel, channels - c);
-      pack_gathered(outputs, columns, packed + c * round_up(outputs, 2),
-                    [&](int64_t row) -> const A* { return weight + row * channels + c; });
+      const int64_t last = std::min((panel + 1) * kPanel, channels);
+      for (int64_t c = panel * kPanel; c < last; c += kStrip<T>) {
+        pack_gathered(outputs, std::min(kStrip<T>, last - c), packed + c * round_up(outputs, 2),
+                      [&](int64_t row) -> const A* { return weight + row * channels + c; });
+      }
     }
   });
 }
@@ -225,22 +229,28 @@ class Backward {
                  const FinishedGradient<T>& finished, Workspace<T, A>& workspace) {
     for (int64_t row = 0; row < rows.count; row += kStepRows<T>) {
       const int64_t count = std::min(kStepRows<T>, rows.count - row);
-      if (p_.sum_grad) {
-        multiply(Product<T, A>{.rows = round_up(count, kProductRows<T>),
-                               .columns = columns,
-                               .depth = p_.outputs,
-                               .a = finished.rows.get() + row * finished.stride,
-                               .a_stride = finished.stride,
-                               .b = weight_.get() + c * round_up(p_.outputs, 2),
-                               .b_stride = columns,
-                               .c = workspace.gradient.get(),
-                               .c_stride = kPanel},
-                 workspace.prefetch);
-      }
+      if (p_.sum_grad) multiply_gradient(row, count, c, columns, finished, workspace);
       deposit(group, rows.first + row, count, c, columns, workspace.activations.get() + row * kPanel,
               workspace.gradient.get());
     }
     if (p_.grad_weight) multiply_weight_gradient(group, rows.count, c, columns, accumulate, finished, workspace);
+  }
+
+  void multiply_gradient(int64_t row, int64_t rows, int64_t c, int64_t columns, const FinishedGradient<T>& finished,
+                         Workspace<T, A>& workspace) const {
+    for (int64_t n = 0; n < columns; n += kStrip<T>) {
+      const int64_t width = std::min(kStrip<T>, columns - n);
+      multiply(Product<T, A>{.rows = round_up(rows, kProductRows<T>),
+                             .columns = width,
+                             .depth = p_.outputs,
+                             .a = finished.rows.get() + row * finished.stride,
+                             .a_stride = finished.stride,
+                             .b = weight_.get() + (c + n) * round_up(p_.outputs, 2),
+                             .b_stride = width,
+                             .c = workspace.gradient.get() + n,
+                             .c_stride = kPanel},
+               workspace.prefetch);
+    }
   }
 
   void deposit(int64_t group, int64_t row, int64_t count, int64_t c, int64_t columns, T* activations,

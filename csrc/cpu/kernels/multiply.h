@@ -6,6 +6,8 @@
 // multiplications.
 #pragma once
 
+#include <limits>
+
 #include "cpu/gemm.h"
 #include "cpu/kernels/multiply_amx.h"
 #include "cpu/kernels/multiply_vectors.h"
@@ -27,6 +29,17 @@ template <typename T>
 constexpr int64_t kProductRows = 1;
 template <typename T>
 constexpr int64_t kProductDepth = kPairedRows<T> ? 2 : 1;
+#endif
+
+// The columns of a strip of B, where B is packed for a product: what the micro-kernel takes at a time, so that it reads
+// on and on. Whole rows where that is not known, or was not measured to be faster.
+#if defined(CPU_CAPABILITY_AVX2)
+template <typename T>
+constexpr int64_t kStripColumns =
+    std::is_same_v<T, float> ? 2 * detail::kRegister : std::numeric_limits<int64_t>::max();
+#else
+template <typename T>
+constexpr int64_t kStripColumns = std::numeric_limits<int64_t>::max();
 #endif
 
 // While a thread multiplies operands of type T: AMX tiles are a state of the CPU.
