@@ -1,11 +1,11 @@
 // Every operator: its schema, and what implements it on each device. All in one place, for the header that they are
 // registered with takes longer to compile than an operator.
-#include "cpu/operators.h"
+#include "operators.h"
 
 #include <torch/library.h>
 
 #if defined(CUDA_ARCHITECTURES)
-#include "cuda/operators.h"
+#include "cuda/register_operators.h"
 #endif
 
 namespace densenet_efficient {
@@ -95,17 +95,7 @@ TORCH_LIBRARY_IMPL(densenet_efficient, CompositeExplicitAutograd, library) {
 }
 
 #if defined(CUDA_ARCHITECTURES)
-TORCH_LIBRARY_IMPL(densenet_efficient, CUDA, library) {
-  library.impl("batch_norm_affine", &cuda::batch_norm_affine);
-  library.impl("batch_norm_gradients", &cuda::batch_norm_gradients);
-  library.impl("channel_stats", &cuda::channel_stats);
-  library.impl("write_with_statistics", &cuda::write_with_statistics);
-  library.impl("project_gradient", &cuda::project_gradient);
-  library.impl("bn_relu_avg_pool", &cuda::bn_relu_avg_pool);
-  library.impl("bn_relu_avg_pool_backward", &cuda::bn_relu_avg_pool_backward);
-  library.impl("bn_relu_max_pool", &cuda::bn_relu_max_pool);
-  library.impl("bn_relu_max_pool_backward", &cuda::bn_relu_max_pool_backward);
-}
+TORCH_LIBRARY_IMPL(densenet_efficient, CUDA, library) { cuda::register_operators(library); }
 #endif
 
 }  // namespace densenet_efficient

@@ -1,7 +1,7 @@
 #include <cmath>
 
 #include "checks.h"
-#include "cpu/operators.h"
+#include "operators.h"
 
 namespace densenet_efficient {
 namespace {

@@ -1,5 +1,5 @@
 #include "checks.h"
-#include "cpu/operators.h"
+#include "operators.h"
 
 namespace densenet_efficient {
 namespace {

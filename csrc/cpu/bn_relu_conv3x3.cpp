@@ -1,7 +1,7 @@
 #include "cpu/kernels/bn_relu_conv3x3.h"
 
 #include "checks.h"
-#include "cpu/operators.h"
+#include "operators.h"
 
 namespace densenet_efficient {
 

@@ -1,7 +1,7 @@
 #include "cpu/kernels/channel_stats.h"
 
 #include "checks.h"
-#include "cpu/operators.h"
+#include "operators.h"
 
 namespace densenet_efficient {
 

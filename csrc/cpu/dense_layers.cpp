@@ -3,7 +3,7 @@
 
 #include "checks.h"
 #include "cpu/memory.h"
-#include "cpu/operators.h"
+#include "operators.h"
 
 namespace densenet_efficient {
 

@@ -5,7 +5,7 @@
 #include "checks.h"
 #include "cpu/dense_layers.h"
 #include "cpu/memory.h"
-#include "cpu/operators.h"
+#include "operators.h"
 
 namespace densenet_efficient {
 namespace {

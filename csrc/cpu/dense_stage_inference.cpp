@@ -13,7 +13,7 @@
 #include "cpu/kernels/bn_relu_avg_pool.h"
 #include "cpu/kernels/bn_relu_conv1x1.h"
 #include "cpu/kernels/bn_relu_conv3x3.h"
-#include "cpu/operators.h"
+#include "operators.h"
 
 namespace densenet_efficient {
 namespace {

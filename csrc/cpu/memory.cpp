@@ -16,8 +16,8 @@
 #include <optional>
 #include <utility>
 
-#include "cpu/operators.h"
 #include "cpu/pages.h"
+#include "operators.h"
 
 #if defined(__GLIBC__)
 #include <malloc.h>

@@ -1,6 +1,6 @@
 #include "cpu/kernels/product_rate.h"
 
-#include "cpu/operators.h"
+#include "operators.h"
 
 namespace densenet_efficient {
 

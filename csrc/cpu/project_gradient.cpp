@@ -1,7 +1,7 @@
 #include "cpu/kernels/project_gradient.h"
 
 #include "checks.h"
-#include "cpu/operators.h"
+#include "operators.h"
 
 namespace densenet_efficient {
 

@@ -1,7 +1,7 @@
 #include "cpu/kernels/write_with_statistics.h"
 
 #include "checks.h"
-#include "cpu/operators.h"
+#include "operators.h"
 
 namespace densenet_efficient {
 

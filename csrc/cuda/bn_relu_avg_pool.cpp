@@ -1,7 +1,7 @@
 #include "cuda/kernels/bn_relu_avg_pool.h"
 
 #include "cuda/host.h"
-#include "cuda/operators.h"
+#include "operators.h"
 
 namespace densenet_efficient::cuda {
 namespace {

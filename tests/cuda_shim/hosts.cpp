@@ -1,23 +1,7 @@
 // The host functions of csrc/cuda, registered for CPU tensors as the operators of the namespace cuda_shim; test only.
-#include <torch/library.h>
+#include "cuda/register_operators.h"
 
-#include "cuda/operators.h"
-
-namespace densenet_efficient::cuda {
-
-TORCH_LIBRARY_IMPL(cuda_shim, CPU, library) {
-  library.impl("batch_norm_affine", &batch_norm_affine);
-  library.impl("batch_norm_gradients", &batch_norm_gradients);
-  library.impl("channel_stats", &channel_stats);
-  library.impl("write_with_statistics", &write_with_statistics);
-  library.impl("project_gradient", &project_gradient);
-  library.impl("bn_relu_avg_pool", &bn_relu_avg_pool);
-  library.impl("bn_relu_avg_pool_backward", &bn_relu_avg_pool_backward);
-  library.impl("bn_relu_max_pool", &bn_relu_max_pool);
-  library.impl("bn_relu_max_pool_backward", &bn_relu_max_pool_backward);
-}
-
-}  // namespace densenet_efficient::cuda
+TORCH_LIBRARY_IMPL(cuda_shim, CPU, library) { densenet_efficient::cuda::register_operators(library); }
 
 #include "cuda/batch_norm_affine.cpp"
 #include "cuda/batch_norm_gradients.cpp"

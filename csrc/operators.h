@@ -1,5 +1,5 @@
-// The operators of a CPU. Each checks its arguments; what it computes stands in
-// densenet_efficient/kernels/reference.py.
+// The operators, on a CPU and, those that bandwidth bounds, on a GPU. Each checks its arguments; what it computes
+// stands in densenet_efficient/kernels/reference.py.
 #pragma once
 
 #include <ATen/core/ATen_fwd.h>
@@ -88,5 +88,20 @@ at::Tensor empty_kept_like(const at::Tensor& like, at::IntArrayRef size, bool ch
 void return_freed_memory();
 
 double cpu_product_rate(at::ScalarType dtype, double seconds);
+
+// Of the same arguments on a GPU.
+namespace cuda {
+
+decltype(densenet_efficient::batch_norm_affine) batch_norm_affine;
+decltype(densenet_efficient::batch_norm_gradients) batch_norm_gradients;
+decltype(densenet_efficient::channel_stats) channel_stats;
+decltype(densenet_efficient::write_with_statistics) write_with_statistics;
+decltype(densenet_efficient::project_gradient) project_gradient;
+decltype(densenet_efficient::bn_relu_avg_pool) bn_relu_avg_pool;
+decltype(densenet_efficient::bn_relu_avg_pool_backward) bn_relu_avg_pool_backward;
+decltype(densenet_efficient::bn_relu_max_pool) bn_relu_max_pool;
+decltype(densenet_efficient::bn_relu_max_pool_backward) bn_relu_max_pool_backward;
+
+}  // namespace cuda
 
 }  // namespace densenet_efficient
