@@ -56,7 +56,7 @@ TORCH_LIBRARY(densenet_efficient, library) {
   library.def(
       "dense_layers(Tensor(a!) storage, int height, int width, Tensor(b!) statistics, bool with_statistics, "
       "Tensor(c!) bottleneck_statistics, Tensor[] weights, Tensor[] biases, float[] epsilons, Tensor?[] running, "
-      "Tensor[] convolutions, bool save_bottlenecks) -> Tensor[]");
+      "Tensor[] convolutions, int saved_bottlenecks) -> Tensor[]");
   library.def(
       "dense_layers_backward(Tensor(a!) grad, Tensor storage, int height, int width, Tensor statistics, "
       "Tensor bottleneck_statistics, Tensor[] bottlenecks, Tensor[] weights, Tensor[] biases, float[] epsilons, "

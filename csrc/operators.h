@@ -74,7 +74,7 @@ std::vector<at::Tensor> dense_layers(const at::Tensor& storage, int64_t height, 
                                      const at::Tensor& bottleneck_statistics, at::TensorList weights,
                                      at::TensorList biases, at::ArrayRef<double> epsilons,
                                      const c10::List<std::optional<at::Tensor>>& running, at::TensorList convolutions,
-                                     bool save_bottlenecks);
+                                     int64_t saved_bottlenecks);
 
 std::vector<std::optional<at::Tensor>> dense_layers_backward(
     const at::Tensor& grad, const at::Tensor& storage, int64_t height, int64_t width, const at::Tensor& statistics,

@@ -26,8 +26,11 @@ from .layout import as_images, as_rows
 from .stage import TRANSITION_DOWN, Stage, StageGradients, StageOutput, pooling_window
 
 
-def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutput:
-    """Runs a stage on ``x`` [N, C0, H, W] of any layout, or of one or three dimensions."""
+def forward_stage(stage: Stage, x: Tensor, saved_bottlenecks: int) -> StageOutput:
+    """Runs a stage on ``x`` [N, C0, H, W] of any layout, or of one or three dimensions.
+
+    The bottleneck outputs of its last ``saved_bottlenecks`` layers are kept for the backward.
+    """
     images, channels, *axes = x.shape
     size = tuple(axes)
     rows = images * math.prod(size)
@@ -46,7 +49,7 @@ def forward_stage(stage: Stage, x: Tensor, save_bottlenecks: bool) -> StageOutpu
 
     bottleneck_statistics = x.new_zeros(len(stage.layers), 2, stage.bottleneck_channels, dtype=accumulation)
     bottlenecks = _layer_loop(stage, backend, x).forward_layers(
-        _prepared(stage, x), backend, storage, size, statistics, bottleneck_statistics, save_bottlenecks
+        _prepared(stage, x), backend, storage, size, statistics, bottleneck_statistics, saved_bottlenecks
     )
     out = _forward_exit(stage, storage, statistics, size)
     return StageOutput(out, as_images(storage, *size), statistics, bottleneck_statistics, bottlenecks)

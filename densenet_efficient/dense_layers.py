@@ -32,15 +32,16 @@ def forward_layers(
     size: spatial.Size,
     statistics: Tensor,
     bottleneck_statistics: Tensor,
-    save_bottlenecks: bool,
+    saved_bottlenecks: int,
 ) -> list[Tensor]:
     """Fills the slots of ``storage`` [M, C] behind the block's input, and the statistics of what was computed.
 
-    Returns the bottleneck outputs [M, K], none where they are not saved.
+    Returns the bottleneck outputs [M, K] of the last ``saved_bottlenecks`` layers.
     """
     mean, variance = statistics.unbind()
     with_statistics = stage.needs_statistics
-    bottlenecks: list[Tensor] = []
+    bottlenecks: list[Tensor] = []  # the first serves all layers up to the first whose output is saved
+    first_saved = len(stage.layers) - saved_bottlenecks
     channels = stage.input_channels(storage)
     for index, layer in enumerate(stage.layers):
         columns = slice(channels, channels + layer.growth_rate)
@@ -49,7 +50,7 @@ def forward_layers(
         affine = layer.norm1.affine(backend, mean[:channels], variance[:channels])
         weight = layer.conv1
         if layer.norm2 is not None and layer.conv2 is not None:
-            if save_bottlenecks or not bottlenecks:
+            if index > first_saved or not bottlenecks:
                 bottlenecks.append(kernels.empty_kept(storage, storage.shape[0], stage.bottleneck_channels))
             bottleneck, stats = bottlenecks[-1], bottleneck_statistics[index].unbind()
             wanted = stats if layer.norm2.running is None else (None, None)
@@ -66,7 +67,7 @@ def forward_layers(
                 backend.channel_stats(slot, *slot_statistics)
         stage.merge(*slot_statistics)
         channels += layer.growth_rate
-    return bottlenecks if save_bottlenecks else []
+    return bottlenecks if saved_bottlenecks else []
 
 
 def backward_layers(
@@ -120,6 +121,7 @@ class _LayerBackward:
         self.synchronisation = stage.synchronisation
         self.index = index
         self.saved = saved
+        self.saved_bottleneck = saved.bottleneck_of(index, len(stage.layers))
         self.inputs = inputs  # [M, C_l], the prefix of the storage
         channels = inputs.shape[1]
         self.inputs_grad = grad[:, :channels] if below_needed else None
@@ -143,7 +145,7 @@ class _LayerBackward:
         """The rows of those images that recompute their bottlenecks together; those of the last part are the most."""
         pixels, width = math.prod(self.size), self.layer.conv1.shape[0]
         images = self.rows // pixels
-        is_whole = self.layer.conv2 is None or bool(self.saved.bottlenecks) or self.room is not None
+        is_whole = self.layer.conv2 is None or self.saved_bottleneck is not None or self.room is not None
         parts = 1 if is_whole else recomputed_parts(images, width, storage_channels)
         ends = [images * part // parts * pixels for part in range(parts + 1)]
         return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
@@ -218,8 +220,8 @@ class _LayerBackward:
 
     def _bottleneck_output(self, part: slice) -> Tensor:
         """[rows, K] of these images, as saved or recomputed; the recomputation takes no statistics."""
-        if self.saved.bottlenecks:
-            return self.saved.bottlenecks[self.index]
+        if self.saved_bottleneck is not None:
+            return self.saved_bottleneck
         bottleneck = self._scratch_of(part, "bottleneck") if self.room is None else self.room
         affine = self.affine
         self.backend.bn_relu_conv1x1(

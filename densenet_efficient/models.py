@@ -45,8 +45,8 @@ class EfficientDenseNet(PretrainedNetwork):
         bottleneck: whether a layer has its 1x1 convolution (-B and -BC).
         small_inputs: the stem of the CIFAR networks, one 3x3 convolution without pooling.
         norm_eps: epsilon of the batch norms; weights of Keras bring their own.
-        checkpointing: "none" saves the bottleneck outputs for the backward, "bottleneck" recomputes them; one level for
-            all blocks, or a sequence of one per block. The stem follows the first block.
+        checkpointing: "none" saves the bottleneck outputs for the backward, "bottleneck" recomputes them, but for those
+            that raise no peak; one level for all blocks, or a sequence of one per block. The stem follows the first.
         spatial_dims: 1 for signals, 2 for images, 3 for volumes.
 
     Raises:
@@ -115,6 +115,12 @@ class EfficientDenseNet(PretrainedNetwork):
         self.features.add_module("norm5", BATCH_NORMS[spatial_dims](channels))
         self.classifier = nn.Linear(channels, num_classes)
         self._initialise()
+        self._find_free_bottlenecks()
+
+    def _find_free_bottlenecks(self) -> None:
+        from .planning.free_bottlenecks import find_free_bottlenecks  # which counts what models hold
+
+        find_free_bottlenecks(list(self.features.children()))
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -143,6 +149,7 @@ class EfficientDenseNet(PretrainedNetwork):
             block = self.features._modules.get(f"denseblock{index}")
             if isinstance(block, DenseBlock):
                 block.checkpointing = level
+        self._find_free_bottlenecks()
 
     def set_memory_budget(
         self,
@@ -170,6 +177,7 @@ class EfficientDenseNet(PretrainedNetwork):
         self.checkpointing = found.checkpointing
         for block, is_offloaded in zip(blocks_of(self), found.offloaded, strict=True):
             block.offload = is_offloaded
+        self._find_free_bottlenecks()
         return found
 
     @property

@@ -252,9 +252,11 @@ def _run_some(remaining: list[tuple[str, nn.Module]], wanted: Container[str], x:
 def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple[Tensor, bool]:
     """Runs a sequence, as many children as one operator takes at a time.
 
-    ``with_head``: a last norm joins the last block, and what follows is known to be ReLU and average pooling.
+    ``with_head``: a last norm joins the last block, and what follows is known to be ReLU, average pooling and a
+    classifier.
     Returns the output, and whether it is [N, C], pooled already.
     """
+    is_within_network = with_head
     while children:
         plan = _kept_plan(children, with_head, x)
         if plan is not None:
@@ -269,7 +271,9 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
             x, children = run_stem(conv, norm, x, saves_conv(children)), rest
         elif stage is not None:
             block, layers, consumer = stage
-            x, children = run_stage(block, layers, consumer, x, keep_features=False)[0], children[2:]
+            is_within_network = is_within_network and x.requires_grad  # else a frozen stage ends the backward
+            x, _ = run_stage(block, layers, consumer, x, False, is_within_network)
+            children = children[2:]
             if isinstance(consumer, BatchNorm):
                 return x, True
         else:

@@ -30,11 +30,11 @@ def forward_layers(
     size: spatial.Size,
     statistics: Tensor,
     bottleneck_statistics: Tensor,
-    save_bottlenecks: bool,
+    saved_bottlenecks: int,
 ) -> list[Tensor]:
     """As `dense_layers.forward_layers`."""
     bottlenecks: list[Tensor] = torch.ops.densenet_efficient.dense_layers.default(
-        storage, *size, statistics, stage.needs_statistics, bottleneck_statistics, *_flatten(stage), save_bottlenecks
+        storage, *size, statistics, stage.needs_statistics, bottleneck_statistics, *_flatten(stage), saved_bottlenecks
     )
     return bottlenecks
 

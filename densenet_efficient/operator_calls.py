@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakSet
 
@@ -40,6 +41,17 @@ class StageBlock(nn.Module):
 
     checkpointing: str
     offload: bool = False  # whether a GPU's storage waits for the backward in the host's memory
+    # Of how many layers, the last ones, "bottleneck" saves the bottlenecks too, by type of device: those that do not
+    # make the peak of a step of the whole network.
+    free_bottlenecks: Mapping[str, int] = MappingProxyType({})
+
+    def saved_bottlenecks(self, layers: int, device: str, is_within_network: bool) -> int:
+        """Of how many of its layers, the last ones, a forward keeps the bottlenecks for the backward."""
+        if not torch.is_grad_enabled():
+            return 0
+        if self.checkpointing == "none":
+            return layers
+        return self.free_bottlenecks.get(device, 0) if is_within_network else 0
 
     def read(self) -> list[LayerParts] | str:
         """The layers as the operator takes them, or what is in the way."""
@@ -58,12 +70,18 @@ class StageBlock(nn.Module):
 
 
 def run_stage(
-    block: StageBlock, layers: list[LayerParts], consumer: nn.Module | None, x: Tensor, keep_features: bool = True
+    block: StageBlock,
+    layers: list[LayerParts],
+    consumer: nn.Module | None,
+    x: Tensor,
+    keep_features: bool = True,
+    is_within_network: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Runs a dense block, whose layers were read, and the transition or last norm that consumes it.
 
     Returns the consumer's output (empty without one) and the block's features [N, C, H, W], which an inference leaves
-    empty where they need not be kept, and updates the running statistics of every norm, once.
+    empty where they need not be kept, and updates the running statistics of every norm, once. ``is_within_network``:
+    the backward goes on through all stages before this one, and then the step is at an end.
     """
     if inference.applies(x):
         plan = inference.kept_plan(block, consumer) or _make_plan(block, layers, consumer, x)
@@ -105,7 +123,7 @@ def run_stage(
             [layer.dilation for layer in layers],
             stage_exit,
             drop_rate,
-            block.checkpointing == "none" and torch.is_grad_enabled(),
+            block.saved_bottlenecks(len(layers), x.device.type, is_within_network),
             counts,
             group,
         )

@@ -97,7 +97,7 @@ def dense_stage(
     dilations: list[int],
     stage_exit: str,
     drop_rate: float,
-    save_bottlenecks: bool,
+    saved_bottlenecks: int,
     counts: Tensor | None,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
@@ -112,7 +112,8 @@ def dense_stage(
         epsilons, uses_running: one per norm: the layers' in order, then the exit's.
         dilations: one per layer, of its last convolution.
         stage_exit: "transition", "transition down", "head" or "none".
-        save_bottlenecks: whether the backward finds the bottleneck outputs saved, or recomputes them.
+        saved_bottlenecks: of how many layers, the last ones, the backward finds the bottleneck output saved; it
+            recomputes those of the others.
         counts, group: those of a `Synchronisation`; None and empty for a process by itself.
     """
     stage = _unflatten(
@@ -120,7 +121,7 @@ def dense_stage(
         drop_rate, counts, group,
     )  # fmt: skip
     with _without_autocast(x.device.type):
-        return forward_stage(stage, x, save_bottlenecks)
+        return forward_stage(stage, x, saved_bottlenecks)
 
 
 @dense_stage.register_fake
@@ -136,7 +137,7 @@ def _(
     dilations: list[int],
     stage_exit: str,
     drop_rate: float,
-    save_bottlenecks: bool,
+    saved_bottlenecks: int,
     counts: Tensor | None,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
@@ -154,7 +155,7 @@ def _(
     else:
         out = x.new_empty(images, total)
     bottleneck_channels = layers[0][2].shape[0] if bottleneck else 0
-    saved = [x.new_empty(rows, bottleneck_channels) for _ in layers if bottleneck and save_bottlenecks]
+    saved = [x.new_empty(rows, bottleneck_channels) for _ in range(saved_bottlenecks if bottleneck else 0)]
     statistics = x.new_empty(2, total, dtype=dtype)
     return out, features, statistics, x.new_empty(len(layers), 2, bottleneck_channels, dtype=dtype), saved
 

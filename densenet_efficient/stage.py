@@ -122,7 +122,12 @@ class StageOutput(NamedTuple):
     features: Tensor  # [N, C, H, W], or of one or three dimensions; a view of the storage
     statistics: Tensor  # [2, C]: mean and biased variance of every channel of the storage
     bottleneck_statistics: Tensor  # [L, 2, K]
-    bottlenecks: list[Tensor]  # L of [M, K], or none where they are recomputed
+    bottlenecks: list[Tensor]  # of [M, K], those of the last layers; the others are recomputed
+
+    def bottleneck_of(self, layer: int, layers: int) -> Tensor | None:
+        """[M, K] of one of so many layers, if it was saved."""
+        position = layer - (layers - len(self.bottlenecks))
+        return self.bottlenecks[position] if position >= 0 else None
 
 
 class StageGradients(NamedTuple):

@@ -27,7 +27,8 @@ head          M * 2 * C                            0                       0
   input; `none` also keeps every bottleneck.
 - The stem of small inputs is a single convolution: every implementation keeps the image.
 
-Left out as vectors beside maps: the batch statistics (per channel) and the classifier's input `[N, C]`.
+Of `bottleneck` the free ones are left out (docs/planning.md), which a step saves without a higher peak. Left out as
+vectors beside maps are the batch statistics (per channel) and the classifier's input `[N, C]`.
 Dropout, off in every preset, adds its mask in every implementation.
 """
 

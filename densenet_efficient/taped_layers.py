@@ -54,7 +54,7 @@ def forward_layers(
     size: spatial.Size,
     statistics: Tensor,
     bottleneck_statistics: Tensor,
-    save_bottlenecks: bool,
+    saved_bottlenecks: int,
 ) -> list[Tensor]:
     """As `dense_layers.forward_layers`."""
 
@@ -67,11 +67,11 @@ def forward_layers(
                 size,
                 statistics,
                 bottleneck_statistics,
-                save_bottlenecks,
+                saved_bottlenecks,
             )
         ]
 
-    key = ("forward", size, stage.needs_statistics, save_bottlenecks)
+    key = ("forward", size, stage.needs_statistics, saved_bottlenecks)
     bottlenecks = _run(key, loop, stage, [storage, statistics, bottleneck_statistics])
     return [bottleneck for bottleneck in bottlenecks if bottleneck is not None]
 

@@ -186,6 +186,13 @@ def test_recomputed_bottlenecks(monkeypatch):
     assert Tape.repetitions == 2  # forward and backward of the third step
 
 
+def test_free_bottlenecks(monkeypatch):
+    model = make_model(checkpointing="bottleneck")
+    model.features.denseblock1.free_bottlenecks = {"cpu": 1}  # of two
+    assert_same_bits(monkeypatch, model, batches(3))
+    assert Tape.repetitions == 2
+
+
 def test_several_layouts_in_turn(monkeypatch):
     sizes = batches(3), batches(3, images=1)
     model = make_model(checkpointing="none").to(memory_format=torch.channels_last)

@@ -107,7 +107,7 @@ def loop_arguments(dtype=torch.float32):
     running = [None, None, torch.rand(8), torch.rand(8), *[None] * 4]
     convolutions = [torch.randn(shape) for shape in [(8, 6, 1, 1), (4, 8, 3, 3), (8, 10, 1, 1), (4, 8, 3, 3)]]
     layers = (weights, biases, [1e-5] * 4, running, convolutions)
-    forward = (storage, 5, 3, statistics, True, bottleneck_statistics, *layers, True)
+    forward = (storage, 5, 3, statistics, True, bottleneck_statistics, *layers, 2)
     backward = (
         torch.rand(30, 14, dtype=dtype), storage, 5, 3, statistics, bottleneck_statistics, bottlenecks, *layers,
         torch.zeros(14), torch.zeros(14), True, [True] * 12, True,
@@ -129,8 +129,10 @@ def test_schema_of_the_loops(operation, dtype):
         ("dense_layers", 6, [torch.rand(6)], "one or two entries per layer"),
         ("dense_layers", 9, [None], "one or two entries per layer"),
         ("dense_layers", 1, 7, "one row per pixel"),
+        ("dense_layers", 11, 3, "saved_bottlenecks must be between 0 and the 2 layers, got 3"),
+        ("dense_layers", 11, -1, "saved_bottlenecks must be between 0 and the 2 layers, got -1"),
         ("dense_layers", 10, [torch.rand(8, 6, 1, 1)] * 4, "more channels than the 16"),
-        ("dense_layers_backward", 6, [torch.rand(30, 8)], "bottlenecks must be one per layer or none"),
+        ("dense_layers_backward", 6, [torch.rand(30, 8)] * 3, "bottlenecks must be at most one per layer, got 3 for 2"),
         ("dense_layers_backward", 15, [True], "needed must have 6 entries per layer"),
     ],
 )

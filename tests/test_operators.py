@@ -31,13 +31,14 @@ class StageArguments:
         stage_exit="transition",
         frozen=False,
         dropout=False,
-        save=False,
+        saved=0,
         evaluation=False,
         size=(3, 5),
         dilation=1,
     ):
         self.generator = torch.Generator().manual_seed(0)
-        self.bottleneck, self.exit, self.frozen, self.save = bottleneck, stage_exit, frozen, save
+        self.bottleneck, self.exit, self.frozen = bottleneck, stage_exit, frozen
+        self.saved = saved
         self.x = self.normal(IMAGES, CHANNELS, *size)
         self.dilations = [dilation] * LAYERS
         one, three = [1] * len(size), [3] * len(size)
@@ -84,27 +85,28 @@ class StageArguments:
         """The operator's arguments, with these as its differentiable ones."""
         count = len(self.parameters)
         groups = [list(tensors[:count]), list(tensors[count:]), self.running, self.masks]
-        return (x, *groups, *self.values, self.save, *ALONE)
+        return (x, *groups, *self.values, self.saved, *ALONE)
 
     def requiring_grad(self):
         return [tensor.clone().requires_grad_() for tensor in self.differentiable]
 
 
 STAGES = {
-    f"{'bottleneck' if bottleneck else 'plain'}-{stage_exit}-{'saved' if save else 'recomputed'}": StageArguments(
-        bottleneck, stage_exit, save=save
+    f"{'bottleneck' if bottleneck else 'plain'}-{stage_exit}-{'saved' if saved else 'recomputed'}": StageArguments(
+        bottleneck, stage_exit, saved=saved
     )
     for bottleneck in (True, False)
     for stage_exit in EXITS
-    for save in (True, False)
+    for saved in (LAYERS, 0)
 } | {
     "frozen-transition": StageArguments(frozen=True),
-    "frozen-head": StageArguments(stage_exit="head", frozen=True, save=True),
+    "frozen-head": StageArguments(stage_exit="head", frozen=True, saved=LAYERS),
     "evaluation": StageArguments(evaluation=True),
+    "last-saved": StageArguments(saved=1),
     "dropout": StageArguments(dropout=True),
     "dropout-down": StageArguments(bottleneck=False, stage_exit="transition down", dropout=True),
-    "plain-dropout": StageArguments(bottleneck=False, dropout=True, save=True),
-    "1D": StageArguments(size=(6,), save=True),
+    "plain-dropout": StageArguments(bottleneck=False, dropout=True, saved=LAYERS),
+    "1D": StageArguments(size=(6,), saved=LAYERS),
     "3D": StageArguments(size=(3, 2, 3)),
     "dilated": StageArguments(dilation=2),
 }

@@ -12,10 +12,11 @@ from densenet_efficient import EfficientDenseNet, plan
 from densenet_efficient.cli import main
 from densenet_efficient.measure import MIB, make_step, peak_memory_per_image
 from densenet_efficient.models import create_model
-from densenet_efficient.planning.planner import Mix, cheapest_mix, mixes, recomputed
+from densenet_efficient.planning.free_bottlenecks import training_step, usual_shape
+from densenet_efficient.planning.planner import Mix, cheapest_mix, mixes
 from densenet_efficient.planning.shapes import blocks_of, shape_of
 from densenet_efficient.planning.sizes import parse_bytes
-from densenet_efficient.planning.timeline import OPTIMIZERS, TrainingStep
+from densenet_efficient.planning.timeline import OPTIMIZERS
 
 NETWORK = {"growth_rate": 8, "block_config": (2, 3, 3), "num_init_features": 16, "num_classes": 5}
 SHAPE = (4, 3, 64, 64)
@@ -120,40 +121,46 @@ def test_levels_are_set_and_kept():
 def test_the_mix_is_the_cheapest_that_fits():
     """Against every mix; budgets from the peak of the smallest to that of the largest."""
     model = create_model("densenet121", num_classes=10)
-    shape = shape_of(model, (8, 3, 224, 224), torch.float32, "cpu")
+    shape = buffers_of(model, (8, 3, 224, 224), "cpu")
     optimizer = OPTIMIZERS["adamw"]
-    peaks = {mix: TrainingStep(shape, mix.levels, optimizer, "cpu").peak().peak for mix in mixes(4, False)}
+    steps = {mix: training_step(shape, mix.levels, optimizer, "cpu") for mix in mixes(4, False)}
+    peaks = {mix: step.peak().peak for mix, step in steps.items()}
     chosen = set()
     for budget in sorted(peaks.values()):
         cheapest = cheapest_mix(shape, optimizer, "cpu", budget, False)
         assert peaks[cheapest] <= budget
-        costs = {mix: recomputed(shape, mix.levels) for mix, peak in peaks.items() if peak <= budget}
+        costs = {mix: steps[mix].recomputed for mix, peak in peaks.items() if peak <= budget}
         assert costs[cheapest] == min(costs.values())
         chosen.add(cheapest)
-    assert len(chosen) == 4
+    assert len(chosen) == 6
     assert peaks[Mix.least(4, False)] == min(peaks.values())
-    assert recomputed(shape, ("none",) * 4) == 0
+    assert steps[Mix(("none",) * 4, (False,) * 4)].recomputed == 0
 
 
 def test_a_storage_is_offloaded_where_less_is_recomputed_for_it():
     shape, budget = on_a_gpu("densenet201"), 2**30
     here, away = (cheapest_mix(shape, OPTIMIZERS["adamw"], "cuda", budget, offload) for offload in (False, True))
     assert not any(here.offloaded) and away.offloaded == (True, False, False, False)
-    assert recomputed(shape, away.levels) < recomputed(shape, here.levels) / 2
+    steps = [training_step(shape, mix.levels, OPTIMIZERS["adamw"], "cuda", mix.offloaded) for mix in (here, away)]
+    assert steps[1].recomputed < steps[0].recomputed / 2
     found = plan("densenet201", (64, 3, 224, 224), budget=budget, offload=True)
     assert (tuple(found.checkpointing), tuple(found.offloaded)) == away and found.fits
     assert found.on_host == 64 * 56 * 56 * 256 * 4
 
 
+def buffers_of(model, input_shape, device):
+    return shape_of(model, input_shape, torch.float32, device, usual_shape(list(model.features.children()), device))
+
+
 def on_a_gpu(name):
     """The shape of this network there."""
     with torch.device("meta"):
-        return shape_of(create_model(name), (64, 3, 224, 224), torch.float32, "cuda")
+        return buffers_of(create_model(name), (64, 3, 224, 224), "cuda")
 
 
 def least_memory_on_a_gpu(name, offload):
     mix = Mix.least(4, offload)
-    return TrainingStep(on_a_gpu(name), mix.levels, OPTIMIZERS["adamw"], "cuda", mix.offloaded)
+    return training_step(on_a_gpu(name), mix.levels, OPTIMIZERS["adamw"], "cuda", mix.offloaded)
 
 
 def test_nothing_is_offloaded_without_need():
@@ -164,9 +171,9 @@ def test_nothing_is_offloaded_without_need():
 @pytest.mark.parametrize("level", LEVELS)
 def test_where_a_storage_lives_that_is_offloaded(level):
     """All the time but between the next block's forward and its backward."""
-    shape = shape_of(EfficientDenseNet(**NETWORK), SHAPE, torch.float32, "cuda")
+    shape = buffers_of(EfficientDenseNet(**NETWORK), SHAPE, "cuda")
     arguments = shape, (level,) * 3, OPTIMIZERS["sgd"], "cuda"
-    here, away = TrainingStep(*arguments), TrainingStep(*arguments, (True, False, False))
+    here, away = training_step(*arguments), training_step(*arguments, (True, False, False))
     pairs = zip(here.moments(), away.moments(), strict=True)
     saved = [(one.stage, one.action, one.saved - other.saved) for one, other in pairs]
     storage = shape.blocks[0].storage
@@ -270,8 +277,8 @@ def test_what_is_no_size(value):
 
 @pytest.mark.parametrize(("optimizer", "copies"), [("sgd", 0), ("adamw", 1)])
 def test_on_a_gpu_the_optimizer_steps_all_parameters_at_once(optimizer, copies):
-    shape = shape_of(EfficientDenseNet(**NETWORK), SHAPE, torch.float32, "cuda")
-    step = TrainingStep(shape, ("none",) * 3, OPTIMIZERS[optimizer], "cuda")
+    shape = buffers_of(EfficientDenseNet(**NETWORK), SHAPE, "cuda")
+    step = training_step(shape, ("none",) * 3, OPTIMIZERS[optimizer], "cuda")
     *_, moment = step.moments()
     assert step.memory(moment).workspace == copies * moment.gradients
 

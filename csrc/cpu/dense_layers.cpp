@@ -51,11 +51,14 @@ std::vector<Tensor> dense_layers(const Tensor& storage, int64_t height, int64_t 
                                  bool with_statistics, const Tensor& bottleneck_statistics, at::TensorList weights,
                                  at::TensorList biases, at::ArrayRef<double> epsilons,
                                  const c10::List<std::optional<Tensor>>& running, at::TensorList convolutions,
-                                 bool save_bottlenecks) {
+                                 int64_t saved_bottlenecks) {
   const auto layers = read_layers({weights, biases, epsilons, running, convolutions}, bottleneck_statistics.size(0));
   const int64_t rows = storage.size(0), bottleneck_channels = bottleneck_statistics.size(2);
   const Tensor mean = statistics.select(0, 0), variance = statistics.select(0, 1);
-  std::vector<Tensor> bottlenecks;
+  TORCH_CHECK(saved_bottlenecks >= 0 && saved_bottlenecks <= static_cast<int64_t>(layers.size()),
+              "saved_bottlenecks must be between 0 and the ", layers.size(), " layers, got ", saved_bottlenecks);
+  std::vector<Tensor> bottlenecks;  // the first serves all layers up to the first whose output is saved
+  const size_t first_saved = layers.size() - saved_bottlenecks;
   int64_t channels = input_channels(layers, storage.size(1));
   for (size_t index = 0; index < layers.size(); index++) {
     const DenseLayer& layer = layers[index];
@@ -63,7 +66,7 @@ std::vector<Tensor> dense_layers(const Tensor& storage, int64_t height, int64_t 
     Tensor inputs = storage.narrow(1, 0, channels), convolution = layer.conv1;
     Affine affine = layer.norm1.affine(mean.narrow(0, 0, channels), variance.narrow(0, 0, channels));
     if (layer.norm2) {
-      if (save_bottlenecks || bottlenecks.empty()) {
+      if (index > first_saved || bottlenecks.empty()) {
         bottlenecks.push_back(empty_kept({rows, bottleneck_channels}, storage.options()));
       }
       const Tensor bottleneck = bottlenecks.back(), own = bottleneck_statistics.select(0, index);
@@ -83,7 +86,7 @@ std::vector<Tensor> dense_layers(const Tensor& storage, int64_t height, int64_t 
                     storage.narrow(1, channels, growth_rate), of_slot(mean), of_slot(variance));
     channels += growth_rate;
   }
-  if (!save_bottlenecks) bottlenecks.clear();
+  if (saved_bottlenecks == 0) bottlenecks.clear();
   return bottlenecks;
 }
 

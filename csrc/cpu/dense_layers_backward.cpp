@@ -93,7 +93,8 @@ struct Backward {
   const Tensor &grad, &storage;  // [M, C]
   int64_t height, width;
   const Tensor &statistics, &bottleneck_statistics;
-  at::TensorList bottlenecks;
+  at::TensorList bottlenecks;  // of the last layers
+  size_t recomputed;           // layers, the first ones
   Projection projection;
   Tensor bottleneck_scratch, bottleneck_grad_scratch;  // serve every layer
 
@@ -122,13 +123,14 @@ struct Backward {
     const OptionalTensor bottleneck_grad =
         bottleneck_needed ? OptionalTensor(scratch(bottleneck_grad_scratch, rows(), width2)) : std::nullopt;
     Outputs outputs2{like(*layer.conv2, needed.conv2), sums_of(width2, bottleneck_needed || needed.norm2)};
-    const OptionalTensor room = room_behind(channels + layer.growth_rate(), width2);
-    const std::vector<Part> parts = parts_of(width2, room.has_value());
-    const Tensor place = bottlenecks.empty() ? place_of(parts, width2, room) : bottlenecks[index];
+    const bool is_saved = index >= recomputed;
+    const OptionalTensor room = is_saved ? std::nullopt : room_behind(channels + layer.growth_rate(), width2);
+    const std::vector<Part> parts = parts_of(width2, is_saved || room);
+    const Tensor place = is_saved ? bottlenecks[index - recomputed] : place_of(parts, width2, room);
     Tensor bottleneck;
     for (size_t part = 0; part < parts.size(); part++) {
       const Part& images = parts[part];
-      bottleneck = bottleneck_output(layer, images, inputs, affine, place);
+      bottleneck = is_saved ? place : recompute_bottleneck(layer, images, inputs, affine, place);
       Outputs own = part == 0 ? outputs2 : outputs2.empty_like();
       bn_relu_conv3x3_backward(images.of(slot_grad), bottleneck, affine2.mean, affine2.scale, affine2.shift,
                                *layer.conv2, height, width, images.of(bottleneck_grad), false, own.conv_grad,
@@ -144,7 +146,7 @@ struct Backward {
     for (size_t part = parts.size(); part-- > 0;) {  // from the last, whose bottleneck is at hand
       const Part& images = parts[part];
       const bool is_last = part + 1 == parts.size();
-      if (!is_last) bottleneck = bottleneck_output(layer, images, inputs, affine, place);
+      if (!is_last) bottleneck = recompute_bottleneck(layer, images, inputs, affine, place);
       Outputs own = is_last ? outputs : outputs.empty_like();
       bn_relu_conv1x1_backward(images.of(*bottleneck_grad), bottleneck, affine2.mean, finish.slope, finish.offset,
                                images.of(inputs), affine.mean, affine.scale, affine.shift, layer.conv1,
@@ -155,8 +157,8 @@ struct Backward {
     return {weight_grad, bias_grad, conv1_grad, weight2_grad, bias2_grad, conv2_grad};
   }
 
-  // Whether bottlenecks of so many channels are recomputed and make the peak of a step: recomputed_parts in Python.
-  bool make_peak(int64_t channels) const { return bottlenecks.empty() && 2 * channels >= storage.size(1); }
+  // Whether recomputed bottlenecks of so many channels make the peak of a step: recomputed_parts in Python.
+  bool make_peak(int64_t channels) const { return 2 * channels >= storage.size(1); }
 
   // For such bottlenecks the gradients of the channels from ``stop`` on, which are done with, where they are enough.
   OptionalTensor room_behind(int64_t stop, int64_t channels) const {
@@ -164,10 +166,10 @@ struct Backward {
     return make_peak(channels) && start >= stop ? OptionalTensor(grad.narrow(1, start, channels)) : std::nullopt;
   }
 
-  // The images that recompute their bottlenecks together; those of the last part are the most.
-  std::vector<Part> parts_of(int64_t channels, bool has_room) const {
+  // The images whose bottlenecks are at hand together; those of the last part are the most.
+  std::vector<Part> parts_of(int64_t channels, bool has_all) const {
     const int64_t pixels = height * width, images = rows() / pixels;
-    const int64_t count = make_peak(channels) && !has_room ? std::clamp<int64_t>(images, 1, kMostParts) : 1;
+    const int64_t count = make_peak(channels) && !has_all ? std::clamp<int64_t>(images, 1, kMostParts) : 1;
     std::vector<Part> parts;
     for (int64_t part = 0; part < count; part++) {
       const int64_t first = images * part / count, end = images * (part + 1) / count;
@@ -176,15 +178,14 @@ struct Backward {
     return parts;
   }
 
-  // [rows, K], where bottlenecks are recomputed.
+  // [rows, K], where bottlenecks are recomputed together.
   Tensor place_of(const std::vector<Part>& parts, int64_t channels, const OptionalTensor& room) {
     return room ? *room : scratch(bottleneck_scratch, parts.back().rows, channels);
   }
 
-  // Of these images, as saved in ``place`` or recomputed there; the recomputation takes no statistics.
-  Tensor bottleneck_output(const DenseLayer& layer, const Part& images, const Tensor& inputs, const Affine& affine,
-                           const Tensor& place) const {
-    if (!bottlenecks.empty()) return place;
+  // Of these images, in ``place``; takes no statistics.
+  Tensor recompute_bottleneck(const DenseLayer& layer, const Part& images, const Tensor& inputs, const Affine& affine,
+                              const Tensor& place) const {
     const Tensor bottleneck = place.narrow(0, 0, images.rows);
     bn_relu_conv1x1(images.of(inputs), affine.scale, affine.shift, layer.conv1, bottleneck, std::nullopt, std::nullopt);
     return bottleneck;
@@ -224,17 +225,25 @@ Gradients dense_layers_backward(const Tensor& grad, const Tensor& storage, int64
   const size_t parameters = 3 * weights.size() / layers.size();
   TORCH_CHECK(needed.size() == parameters * layers.size(), "needed must have ", parameters, " entries per layer, got ",
               needed.size(), " for ", layers.size(), " layers");
-  TORCH_CHECK(bottlenecks.empty() || bottlenecks.size() == layers.size(),
-              "bottlenecks must be one per layer or none, got ", bottlenecks.size(), " for ", layers.size());
+  TORCH_CHECK(bottlenecks.size() <= layers.size(), "bottlenecks must be at most one per layer, got ",
+              bottlenecks.size(), " for ", layers.size());
   const auto needed_in = [&](size_t index) {
     return needed_of(needed, index * parameters, layers[index].norm2.has_value());
   };
   size_t lowest = 0;
   while (!input_needed && lowest < layers.size() && !needed_in(lowest).any()) lowest++;
 
-  Backward pass{
-      grad, storage, height, width, statistics, bottleneck_statistics, bottlenecks, {slope, offset, nothing_to_project},
-      {},   {}};
+  Backward pass{grad,
+                storage,
+                height,
+                width,
+                statistics,
+                bottleneck_statistics,
+                bottlenecks,
+                layers.size() - bottlenecks.size(),
+                {slope, offset, nothing_to_project},
+                {},
+                {}};
   const Tensor mean = statistics.select(0, 0);
   Gradients gradients(needed.size());
   int64_t channels = storage.size(1);

@@ -6,7 +6,7 @@ from torch import nn
 from torch.jit import ScriptModule
 
 from ..argument_checks import check_level
-from .modules import Converted, ConvertedBlock, replace_class, restore_class
+from .modules import Converted, ConvertedBlock, replace_class, restore_class, set_level
 from .report import Entry, Report
 from .survey import Survey, searched_classes
 
@@ -51,9 +51,7 @@ def convert(model: nn.Module, checkpointing: str = "bottleneck") -> Report:
     if not (survey.report.replaced or survey.report.left):
         raise ValueError(f"found no DenseNet in a {type(model).__name__}: {_what_was_found(survey, model)}")
     _replace_classes(survey.roles)
-    for module in model.modules():
-        if isinstance(module, ConvertedBlock):
-            module.checkpointing = checkpointing
+    set_level(model, checkpointing)
     return survey.report
 
 

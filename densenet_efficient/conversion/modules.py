@@ -14,6 +14,7 @@ from .. import fusion
 from ..fusion import LayerParts
 from ..modules import is_last_norm, run_children, run_named_children, take_stage
 from ..operator_calls import StageBlock
+from ..planning.free_bottlenecks import find_free_bottlenecks
 from .clones import read_clone
 from .libraries import library_of_block
 
@@ -49,7 +50,8 @@ def replace_class(module: nn.Module, role: type[Converted]) -> None:
 
 def restore_class(module: Converted) -> None:
     """Undoes `replace_class`."""
-    vars(module).pop("checkpointing", None)
+    for name in ("checkpointing", "free_bottlenecks"):
+        vars(module).pop(name, None)
     module.__class__ = type(module).__bases__[1]
 
 
@@ -214,11 +216,19 @@ def _is_relu_and_average(modules: list[nn.Module]) -> bool:
     return type(relu) is nn.ReLU and not fusion.is_observed(relu) and is_global_average(modules[1:3])
 
 
-def switch_level(model: nn.Module, enable: bool) -> None:
-    """The level of every converted block: "bottleneck", or "none" where checkpointing is switched off."""
+def set_level(model: nn.Module, level: str) -> None:
+    """Gives every converted block this level of checkpointing."""
     for module in model.modules():
         if isinstance(module, ConvertedBlock):
-            module.checkpointing = "bottleneck" if enable else "none"
+            module.checkpointing = level
+    for module in model.modules():
+        if isinstance(module, ConvertedSequential):
+            find_free_bottlenecks(list(cast(nn.Sequential, module)))
+
+
+def switch_level(model: nn.Module, enable: bool) -> None:
+    """Of every converted block: "bottleneck", or "none" where checkpointing is switched off."""
+    set_level(model, "bottleneck" if enable else "none")
 
 
 class ConvertedCollector(Converted):

@@ -12,6 +12,7 @@ import torch
 from ..argument_checks import CHECKPOINTING_LEVELS, check_positive, levels_of
 from ..models import create_model
 from ..summary import format_bytes, minimum_size, summarize, total_costs
+from .free_bottlenecks import training_step, usual_shape
 from .shapes import NetworkShape, blocks_of, shape_of
 from .sizes import parse_bytes
 from .timeline import OPTIMIZERS, Optimizer, Peak, StageMemory, TrainingStep, inference_peak
@@ -105,11 +106,13 @@ def plan(
     if offload and (limit is None or given is not None):
         raise ValueError("storages are offloaded to keep within a budget: give one, and no levels of checkpointing")
 
+    usual = usual_shape(list(network.features.children()), device)
+
     def shapes(images: Sequence[int]) -> NetworkShape:
-        return shape_of(network, images, computed, device)
+        return shape_of(network, images, computed, device, usual)
 
     def step(buffers: NetworkShape, mix: Mix) -> TrainingStep:
-        return TrainingStep(buffers, mix.levels, OPTIMIZERS[optimizer], device, mix.offloaded)
+        return training_step(buffers, mix.levels, OPTIMIZERS[optimizer], device, mix.offloaded)
 
     buffers = shapes(shape)
     chosen = Mix(tuple(given or [block.checkpointing for block in blocks]))
@@ -134,7 +137,7 @@ def plan(
         training.peak(),
         inference_peak(buffers, device),
         training.stages(),
-        recomputed_share(network, buffers, chosen.levels, shape),
+        training.recomputed / total_costs(summarize(network, shape)).multiply_adds,
         limit,
         None if limit is None else largest(lambda n: fits((n, *shape[1:])), 1),
         None if limit is None else largest(lambda size: fits((count, channels, size, size)), minimum),
@@ -158,11 +161,11 @@ def cheapest_mix(shape: NetworkShape, optimizer: Optimizer, device: str, budget:
     takes the least memory where none fits."""
     fitting = []
     for mix in mixes(len(shape.blocks), offload):
-        step = TrainingStep(shape, mix.levels, optimizer, device, mix.offloaded)
+        step = training_step(shape, mix.levels, optimizer, device, mix.offloaded)
         peak = step.peak().peak
         if peak <= budget:
-            fitting.append((recomputed(shape, mix.levels), step.on_host, peak, mix))
-    return min(fitting)[3] if fitting else Mix.least(len(shape.blocks), offload)
+            fitting.append((step.recomputed, step.on_host, peak, -mix.levels.count("none"), mix))
+    return min(fitting)[-1] if fitting else Mix.least(len(shape.blocks), offload)
 
 
 def mixes(blocks: int, offload: bool) -> Iterator[Mix]:
@@ -170,18 +173,6 @@ def mixes(blocks: int, offload: bool) -> Iterator[Mix]:
     places = list(itertools.product((False, True) if offload else (False,), repeat=blocks - 1))
     for levels in itertools.product(CHECKPOINTING_LEVELS, repeat=blocks):
         yield from (Mix(levels, (*offloaded, False)) for offloaded in places)
-
-
-def recomputed(shape: NetworkShape, levels: Sequence[str]) -> int:
-    """The multiply-adds that a backward recomputes; the stem follows the first block."""
-    blocks = zip(shape.blocks, levels, strict=True)
-    of_blocks = sum(block.recomputed for block, level in blocks if level == "bottleneck")
-    return of_blocks + (shape.stem.recomputed if levels[0] == "bottleneck" else 0)
-
-
-def recomputed_share(model: Any, shape: NetworkShape, levels: Sequence[str], input_shape: Sequence[int]) -> float:
-    """`recomputed` as a share of a forward's multiply-adds."""
-    return recomputed(shape, levels) / total_costs(summarize(model, input_shape)).multiply_adds
 
 
 def largest(fits: Callable[[int], bool], smallest: int) -> int:

@@ -66,14 +66,14 @@ class BlockShape:
     input: int  # [M, C0]
     storage: int  # [M, C]
     bottleneck: int  # [M, K], 0 without
-    bottlenecks: int  # of all layers
+    layers: int
     bottleneck_part: int  # of those images that recompute theirs together
     gradient_part: int  # the gradients of bottlenecks that are at hand with them
     masks: int  # of the dropout
     dropped: int  # [M, k], a mask as it is multiplied
     pooled: int  # [M', C] of the exit
     out: int  # [M', C'] of the exit
-    recomputed: int  # multiply-adds of its bottlenecks in a backward
+    recomputed: tuple[int, ...]  # multiply-adds of a backward, for the bottleneck of each layer
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class NetworkShape:
     stem: StemShape
     blocks: list[BlockShape]
     head: Parameters
+    usual: NetworkShape | None = None  # the same at a usual size, by which free bottlenecks are found
 
     @property
     def every_parameters(self) -> list[Parameters]:
@@ -107,8 +108,13 @@ def blocks_of(model: Any) -> list[StageBlock]:
     return [block for block in blocks if isinstance(block, StageBlock)]
 
 
-def shape_of(model: Any, input_shape: Sequence[int], dtype: torch.dtype, device: str) -> NetworkShape:
-    """The buffers of ``model`` for images [N, C, H, W], computed in ``dtype``."""
+def shape_of(
+    model: Any, input_shape: Sequence[int], dtype: torch.dtype, device: str, usual: NetworkShape | None = None
+) -> NetworkShape:
+    """The buffers of ``model`` for images [N, C, H, W], computed in ``dtype``.
+
+    ``usual``: what `usual_shape` gives; without it no bottleneck is free.
+    """
     rows = summarize(model, input_shape, dtype)
     stored = stored_dtype(model, dtype)
     element = dtype.itemsize
@@ -127,10 +133,27 @@ def shape_of(model: Any, input_shape: Sequence[int], dtype: torch.dtype, device:
         transition = next((r for r in stages[index + 1 : index + 2] if r.name.startswith("transition")), None)
         parts = [modules[row.name], *([modules[transition.name]] if transition else [])]
         layers = [layer for layer in rows if layer.is_layer and layer.name.startswith(f"{row.name}.")]
+        images, channels, *axes = row.output_shape
+        out_shape = transition.output_shape if transition else (images, channels)
         blocks.append(
-            _block_shape(row, layers, transition, element, parameters(*parts), _drops(modules[row.name]), device)
+            block_shape(
+                row.name,
+                parameters(*parts),
+                images=images,
+                pixels=images * math.prod(axes),
+                in_channels=row.in_channels,
+                layers=len(layers),
+                growth_rate=layers[0].growth_rate or 0,
+                width=layers[0].bottleneck_channels or 0,
+                windows=math.prod(out_shape) // out_shape[1],
+                out_channels=out_shape[1],
+                element=element,
+                drops=_drops(modules[row.name]),
+                device=device,
+            )
         )
-    return NetworkShape(input_shape[0], stem, blocks, parameters(modules["norm5"], model.classifier))
+    head = parameters(modules["norm5"], model.classifier)
+    return NetworkShape(input_shape[0], stem, blocks, head, usual)
 
 
 def stored_dtype(model: Any, dtype: torch.dtype) -> torch.dtype:
@@ -182,47 +205,51 @@ def _padded_images(input_shape: Sequence[int], dtype: torch.dtype) -> int:
     return images * math.prod(axes) * (pixel + -pixel % CUDNN_PIXEL) if pixel % CUDNN_PIXEL else 0
 
 
-def _block_shape(
-    row: SummaryRow,
-    layers: Sequence[SummaryRow],
-    transition: SummaryRow | None,
-    element: int,
+def block_shape(
+    name: str,
     parameters: Parameters,
+    *,
+    images: int,
+    pixels: int,
+    in_channels: int,
+    layers: int,
+    growth_rate: int,
+    width: int,
+    windows: int,
+    out_channels: int,
+    element: int,
     drops: bool,
     device: str,
 ) -> BlockShape:
-    images, channels, *axes = row.output_shape
-    pixels = images * math.prod(axes)
-    width = layers[0].bottleneck_channels or 0
-    out_shape = transition.output_shape if transition else (images, channels)
-    windows = math.prod(out_shape) // out_shape[1]
+    """Of ``pixels`` of all images, in ``layers`` that add ``growth_rate`` channels each, with bottlenecks of ``width``.
+
+    The exit pools ``windows`` pixels, to ``out_channels``. ``element``: bytes of one.
+    """
+    channels = in_channels + layers * growth_rate
     parts = recomputed_parts(images, width, channels)
     together = -(-images // parts)
+    together_of_gradients = images if keeps_gradients(parts, torch.device(device)) else together
 
-    def recomputed(layer: SummaryRow) -> int:
+    def recomputed(layer: int) -> int:
         """Multiply-adds; of all parts but the last twice."""
-        done = channels - layer.in_channels - (layer.growth_rate or 0)
-        last = images if has_room(width, channels, done, torch.device(device)) else together
-        return pixels // images * (2 * images - last) * layer.in_channels * width
+        read = in_channels + layer * growth_rate
+        last = images if has_room(width, channels, channels - read - growth_rate, torch.device(device)) else together
+        return pixels // images * (2 * images - last) * read * width
 
     return BlockShape(
-        row.name,
+        name,
         parameters,
-        input=pixels * row.in_channels * element,
-        storage=row.costs.saved_bottleneck,
+        input=pixels * in_channels * element,
+        storage=pixels * channels * element,
         bottleneck=pixels * width * element,
-        bottlenecks=row.costs.saved_none - row.costs.saved_bottleneck,
+        layers=layers,
         bottleneck_part=pixels // images * together * width * element,
-        gradient_part=pixels
-        // images
-        * (images if keeps_gradients(parts, torch.device(device)) else together)
-        * width
-        * element,
-        masks=pixels * (channels - row.in_channels) if drops else 0,
-        dropped=pixels * (layers[0].growth_rate or 0) * element if drops else 0,
+        gradient_part=pixels // images * together_of_gradients * width * element,
+        masks=pixels * (channels - in_channels) if drops else 0,
+        dropped=pixels * growth_rate * element if drops else 0,
         pooled=windows * channels * element,
-        out=math.prod(out_shape) * element,
-        recomputed=sum(map(recomputed, layers)),
+        out=windows * out_channels * element,
+        recomputed=tuple(map(recomputed, range(layers))),
     )
 
 

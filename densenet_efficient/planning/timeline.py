@@ -5,8 +5,8 @@ The moments are those where `dense_block.py` and `stem.py` hold the most:
 - a stage's forward: its input, its storage, one bottleneck, and the exit's pooled activations and output; in a native
   inference of storage, bottleneck and pooled activations no more than those of the few images that threads work on;
 - a stage's backward: what every stage up to it has saved, the gradient of its output, the gradient buffer of its
-  storage, and besides either the exit's pooled activations, or the bottleneck (in the first block of a quarter of the
-  images) and its gradient, or the gradient of its input;
+  storage, and besides either the exit's pooled activations, or a recomputed bottleneck (in the first block of a quarter
+  of the images) and its gradient, or the gradient of its input;
 - the stem's backward: the convolution's output and its gradient, then its gradient and torch's workspace for the images
   that it takes at a time;
 - the optimizer's step: no activations, but all gradients.
@@ -96,9 +96,16 @@ class Moment:
     saved: int
     workspace: int
 
+    @property
+    def activations(self) -> int:
+        return self.saved + self.workspace
+
 
 class TrainingStep:
-    """The moments of a training step, with one level per block, and its storage here or, ``offloaded``, on the host."""
+    """The moments of a training step, with one level per block, and its storage here or, ``offloaded``, on the host.
+
+    ``saved_layers``: of how many layers of each block, the last ones, the bottlenecks are saved.
+    """
 
     def __init__(
         self,
@@ -106,11 +113,13 @@ class TrainingStep:
         levels: Sequence[str],
         optimizer: Optimizer,
         device: str,
-        offloaded: Sequence[bool] = (),
+        offloaded: Sequence[bool],
+        saved_layers: Sequence[int],
     ) -> None:
         self.shape = shape
         self.levels = list(levels)
         self.offloaded = list(offloaded) or [False] * len(self.levels)
+        self.saved_layers = list(saved_layers)
         self.optimizer = optimizer
         self.device = device
         stem = shape.stem
@@ -119,10 +128,17 @@ class TrainingStep:
         self.weights = sum(parameters.weights for parameters in shape.every_parameters)
         self.gradients = sum(parameters.gradients for parameters in shape.every_parameters)
 
+    @property
+    def recomputed(self) -> int:
+        """The multiply-adds that a backward recomputes; the stem follows the first block."""
+        blocks = zip(self.shape.blocks, self.saved_layers, strict=True)
+        of_blocks = sum(sum(block.recomputed[: block.layers - saved]) for block, saved in blocks)
+        return of_blocks + (self.shape.stem.recomputed if self.levels[0] == "bottleneck" else 0)
+
     def saves(self, index: int) -> int:
         """Bytes that a block keeps for its backward, here or on the host."""
         block = self.shape.blocks[index]
-        return block.storage + block.masks + (block.bottlenecks if self.levels[index] == "none" else 0)
+        return block.storage + block.masks + block.bottleneck * self.saved_layers[index]
 
     def away(self, index: int) -> int:
         """Those that wait on the host."""
@@ -141,14 +157,14 @@ class TrainingStep:
         saved += self.stem_saves
         for index, block in enumerate(blocks):
             saved += self.saves(index)
-            scratch = block.bottleneck if self.levels[index] == "bottleneck" else 0
+            scratch = 0 if self.saved_layers[index] else block.bottleneck
             yield Moment(block.name, "forward", 0, saved, block.input + scratch + block.pooled + block.out)
             saved -= self.away(index - 1) if index else 0
         gradients = self.shape.head.gradients
         for index, block in reversed(list(enumerate(blocks))):
             gradients += block.parameters.gradients
             saved += self.away(index - 1) if index else 0
-            yield Moment(block.name, "backward", gradients, saved, self._backward_workspace(block, self.levels[index]))
+            yield Moment(block.name, "backward", gradients, saved, self._backward_workspace(index))
             saved -= self.saves(index)
         gradients += stem.parameters.gradients
         recomputed = stem.conv_out - self.stem_saves
@@ -157,9 +173,12 @@ class TrainingStep:
         yield Moment("stem", "backward", gradients, saved, stem.out + max(unfolding, pooling, convolution))
         yield Moment("optimizer", "step", gradients, self.images, self._optimizer_workspace())
 
-    def _backward_workspace(self, block: BlockShape, level: str) -> int:
-        recomputes = level == "bottleneck"
-        scratch = block.gradient_part + block.bottleneck_part if recomputes else block.bottleneck
+    def _backward_workspace(self, index: int) -> int:
+        block = self.shape.blocks[index]
+        saved = self.saved_layers[index]
+        scratch = block.bottleneck if saved else block.gradient_part
+        if saved < block.layers:
+            scratch += block.bottleneck_part
         scratch += block.dropped
         return block.out + block.storage + max(block.pooled, scratch, block.input)
 
