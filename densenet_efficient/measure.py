@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -154,7 +155,7 @@ def peak_memory(
     The first step compiles and initialises, so it is left out. On the CPU this is the peak resident set
     (Linux only), on CUDA the allocator's peak. Raises RuntimeError if the process fails.
     """
-    return int(_run_in_fresh_process("peak", factory, arguments, input_shape, batch, options))
+    return int(_run_in_fresh_process("peak", factory, arguments, input_shape, batch, options)[0])
 
 
 def first_step_seconds(
@@ -164,10 +165,8 @@ def first_step_seconds(
     batch: int,
     **options: Any,
 ) -> float:
-    """Seconds a fresh process takes to start, import, build the model and run one step of it, and to end."""
-    start = time.perf_counter()
-    _run_in_fresh_process("first", factory, arguments, input_shape, batch, options)
-    return time.perf_counter() - start
+    """Seconds a fresh process takes to start, import, build the model and run one step of it."""
+    return _run_in_fresh_process("first", factory, arguments, input_shape, batch, options)[1]
 
 
 def _run_in_fresh_process(
@@ -177,17 +176,27 @@ def _run_in_fresh_process(
     input_shape: tuple[int, ...],
     batch: int,
     options: Mapping[str, Any],
-) -> str:
-    """The last line that this file prints as a program; the process imports from where this one does."""
+) -> tuple[str, float]:
+    """The last line that this file prints as a program, and after how many seconds it came.
+
+    The process imports from where this one does.
+    """
     step = {"input_shape": input_shape, "batch": batch, **options}
     request = json.dumps({"measurement": measurement, "factory": factory, "arguments": dict(arguments), "step": step})
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "densenet_efficient.measure", request]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if process.returncode != 0:
-        reason = (process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
-        raise RuntimeError(f"measuring {factory} with batch {batch} in a fresh process failed: {reason}")
-    return process.stdout.splitlines()[-1]
+    start = time.perf_counter()
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
+    ):
+        assert process.stdout is not None
+        answers = [(line.rstrip(), time.perf_counter() - start) for line in process.stdout]
+        if process.wait() != 0:
+            errors.seek(0)
+            reason = (errors.read().strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+            raise RuntimeError(f"measuring {factory} with batch {batch} in a fresh process failed: {reason}")
+    return answers[-1]
 
 
 def build_model(factory: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -242,4 +251,4 @@ def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 if __name__ == "__main__":
-    print(_serve(json.loads(sys.argv[1])))
+    print(_serve(json.loads(sys.argv[1])), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import subprocess
 import sys
 import time
@@ -100,6 +101,17 @@ def test_the_first_step_is_timed_with_the_start_of_its_process() -> None:
     start = time.perf_counter()
     seconds = first_step_seconds("test_measure:KnownMemory", {"mib": 1}, SHAPE, 2)
     assert 0.1 < seconds <= time.perf_counter() - start
+
+
+def slow_to_end() -> nn.Module:
+    atexit.register(time.sleep, 2)
+    return KnownMemory(1)
+
+
+def test_the_end_of_the_process_is_not_timed() -> None:
+    start = time.perf_counter()
+    seconds = first_step_seconds("test_measure:slow_to_end", {}, SHAPE, 2)
+    assert seconds <= time.perf_counter() - start - 2
 
 
 @pytest.mark.parametrize("batches", [(0, 4), (4, 4), (8, 4)])

@@ -65,12 +65,17 @@ def same(one, other):
 
 
 def fail_everywhere(library, stride, **configuration):
-    """The failures, and the bytes that they leave in use beyond what the first few do."""
+    """The failures, and the bytes that they leave in use beyond what the first few do.
+
+    All of them twice, and the lesser growth: what libraries keep for a thread is taken when it first needs it, and on a
+    busy machine that may be late. A leak is there every time.
+    """
     model, images = build(**configuration)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     expected = [value.clone() for value in train(model, images)]
     states = buffers_after(2, **configuration)
-    for step in (WARMING_STRIDE * stride, stride):
+    growths = []
+    for step in (WARMING_STRIDE * stride, stride, stride):
         before, failures, index = memory_in_use(), 0, 1
         while True:
             model.load_state_dict(start)
@@ -92,7 +97,8 @@ def fail_everywhere(library, stride, **configuration):
             for number, norm in enumerate(norms_of(model)):
                 assert same(list(norm.buffers()), states[int(norm.num_batches_tracked) - 7][number]), index
             assert same(train(model, images), expected), f"after the failure of allocation {index}"
-    return failures, memory_in_use() - before
+        growths.append(memory_in_use() - before)
+    return failures, min(growths[1:])
 
 
 def main():
