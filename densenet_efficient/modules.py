@@ -271,7 +271,7 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
             x, children = run_stem(conv, norm, x, saves_conv(children)), rest
         elif stage is not None:
             block, layers, consumer = stage
-            is_within_network = is_within_network and x.requires_grad  # else a frozen stage ends the backward
+            is_within_network = is_within_network and x.requires_grad  # else it ends behind what is frozen
             x, _ = run_stage(block, layers, consumer, x, False, is_within_network)
             children = children[2:]
             if isinstance(consumer, BatchNorm):

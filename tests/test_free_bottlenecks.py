@@ -132,6 +132,11 @@ def through_a_hook(model, images):
     return model(images)
 
 
+def with_a_frozen_stem(model, images):
+    model.features[:4].requires_grad_(False)
+    return model(images)
+
+
 def with_a_frozen_block(model, images):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("denseblock2" in name or "denseblock3" in name or "classifier" in name)
@@ -144,7 +149,9 @@ def last_block_by_itself(model, images):
 
 
 @pytest.mark.parametrize(
-    "forward", [features_alone, through_a_hook, with_a_frozen_block, last_block_by_itself], ids=lambda f: f.__name__
+    "forward",
+    [features_alone, through_a_hook, with_a_frozen_stem, with_a_frozen_block, last_block_by_itself],
+    ids=lambda f: f.__name__,
 )
 def test_what_may_not_end_the_step_keeps_none(forward):
     """Where more follows than a classifier, or the backward ends early, another moment may be the peak."""
