@@ -60,11 +60,25 @@ def configuration(model: str) -> dict[str, Any]:
         return dict(create_model(model).config)
 
 
-def _torchvision(config: dict[str, Any], memory_efficient: bool = False) -> nn.Module:
+def factory_of(implementation: str, model: str) -> tuple[str, dict[str, Any]]:
+    """The class of "torchvision" or of ours as "module:class", and its arguments for what `build` gives.
+
+    A process that builds it so imports nothing else.
+    """
+    config = configuration(model)
+    if implementation == "torchvision":
+        return "torchvision.models:DenseNet", _torchvision_arguments(config)
+    return "densenet_efficient:EfficientDenseNet", config | {"checkpointing": implementation.removeprefix("ours-")}
+
+
+def _torchvision_arguments(config: dict[str, Any]) -> dict[str, Any]:
     if config["small_inputs"] or not config["bottleneck"] or config["compression"] != 0.5:
         raise ValueError("torchvision has only DenseNet-BC with the ImageNet stem; leave its implementations out")
-    arguments = {name: config[name] for name in TORCHVISION_ARGUMENTS}
-    return torchvision.models.DenseNet(**arguments, memory_efficient=memory_efficient)
+    return {name: config[name] for name in TORCHVISION_ARGUMENTS}
+
+
+def _torchvision(config: dict[str, Any], memory_efficient: bool = False) -> nn.Module:
+    return torchvision.models.DenseNet(**_torchvision_arguments(config), memory_efficient=memory_efficient)
 
 
 def _compile(config: dict[str, Any], **options: Any) -> nn.Module:

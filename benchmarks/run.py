@@ -24,16 +24,11 @@ from .cells import (
     row_key,
     variants_of,
 )
-from .implementations import IMPLEMENTATIONS
+from .implementations import IMPLEMENTATIONS, factory_of
 from .runtimes import is_installed
 
 MEASUREMENTS = ("times", "memory", "first-step")
-OURS = "densenet_efficient.models:create_model"
-FIRST_STEP: dict[str, tuple[str, dict[str, str]]] = {  # each by what its user imports, and nothing else
-    "torchvision": ("torchvision.models:get_model", {}),
-    "ours-none": (OURS, {"checkpointing": "none"}),
-    "ours-bottleneck": (OURS, {"checkpointing": "bottleneck"}),
-}
+FIRST_STEP = ("torchvision", "ours-none", "ours-bottleneck")
 QUICK = ["--models=tiny", "--dtypes=float32", "--size=64", "--rounds=1", "--memory-batches", "8", "40"]
 
 
@@ -88,12 +83,13 @@ def variants_in(cell: Cell, options: argparse.Namespace) -> list[Variant]:
 def measure_first_step(options: argparse.Namespace, batch: int = 2) -> list[dict[str, Any]]:
     """Median seconds from the start of a process to the end of its first training step of the last model."""
     rows = []
-    for implementation, (factory, arguments) in FIRST_STEP.items():
+    for implementation in FIRST_STEP:
         cell = Cell("train", options.models[-1], options.dtypes[0], batch, options.size)
+        factory, arguments = factory_of(implementation, cell.model)
         seconds = [
             first_step_seconds(
                 factory,
-                {"name": cell.model} | arguments,
+                arguments,
                 cell.input_shape,
                 batch,
                 dtype=cell.dtype,

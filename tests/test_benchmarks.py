@@ -18,7 +18,7 @@ from benchmarks import cells, conversion, implementations, report, run, segmenta
 from benchmarks import results as results_file
 from benchmarks.cells import COMPILED, INFERENCE_ONLY, Cell, Variant, measure_memory, measure_times, variants_of
 from benchmarks.evidence.__main__ import PARTS
-from benchmarks.implementations import IMPLEMENTATIONS, build
+from benchmarks.implementations import IMPLEMENTATIONS, build, factory_of
 from benchmarks.picture import panels_of
 from benchmarks.runtimes import ExportedNetwork
 from densenet_efficient.conversion.modules import ConvertedBlock
@@ -232,6 +232,19 @@ def test_results_of_other_versions_are_not_mixed(tmp_path: Path) -> None:
     results_file.save(path, results_file.load(path, HEADER))
     with pytest.raises(ValueError, match=r"holds results of versions .*2\.14\.1.*remove the file"):
         results_file.load(path, HEADER | {"versions": {"torch": "3.0"}})
+
+
+@pytest.mark.parametrize("model", ["tiny", "densenet121"])
+@pytest.mark.parametrize("implementation", run.FIRST_STEP)
+def test_the_first_step_is_one_of_the_same_network(implementation: str, model: str) -> None:
+    factory, arguments = factory_of(implementation, model)
+    with torch.device("meta"):
+        direct = build_model(factory, json.loads(json.dumps(arguments)))
+        built = build(implementation, model)
+    assert type(direct) is type(built)
+    assert getattr(direct, "checkpointing", None) == getattr(built, "checkpointing", None)
+    shapes = [{name: value.shape for name, value in network.state_dict().items()} for network in (direct, built)]
+    assert shapes[0] == shapes[1]
 
 
 def test_quick_does_not_touch_the_real_results() -> None:
