@@ -121,7 +121,7 @@ class _LayerBackward:
         self.synchronisation = stage.synchronisation
         self.index = index
         self.saved = saved
-        self.saved_bottleneck = saved.bottleneck_of(index, len(stage.layers))
+        self.saved_bottleneck = saved.bottleneck_of(index)
         self.inputs = inputs  # [M, C_l], the prefix of the storage
         channels = inputs.shape[1]
         self.inputs_grad = grad[:, :channels] if below_needed else None

@@ -174,10 +174,9 @@ class EfficientDenseNet(PretrainedNetwork):
 
         found = plan(self, input_shape, dtype, batch=batch, budget=budget, optimizer=optimizer, offload=offload)
         found.check_fits()
-        self.checkpointing = found.checkpointing
         for block, is_offloaded in zip(blocks_of(self), found.offloaded, strict=True):
             block.offload = is_offloaded
-        self._find_free_bottlenecks()
+        self.checkpointing = found.checkpointing
         return found
 
     @property

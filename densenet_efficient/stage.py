@@ -124,9 +124,10 @@ class StageOutput(NamedTuple):
     bottleneck_statistics: Tensor  # [L, 2, K]
     bottlenecks: list[Tensor]  # of [M, K], those of the last layers; the others are recomputed
 
-    def bottleneck_of(self, layer: int, layers: int) -> Tensor | None:
-        """[M, K] of one of so many layers, if it was saved."""
-        position = layer - (layers - len(self.bottlenecks))
+    def bottleneck_of(self, layer: int) -> Tensor | None:
+        """[M, K] of a layer, if it was saved."""
+        recomputed = len(self.bottleneck_statistics) - len(self.bottlenecks)
+        position = layer - recomputed
         return self.bottlenecks[position] if position >= 0 else None
 
 

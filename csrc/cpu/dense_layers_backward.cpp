@@ -94,11 +94,13 @@ struct Backward {
   int64_t height, width;
   const Tensor &statistics, &bottleneck_statistics;
   at::TensorList bottlenecks;  // of the last layers
-  size_t recomputed;           // layers, the first ones
   Projection projection;
   Tensor bottleneck_scratch, bottleneck_grad_scratch;  // serve every layer
 
   int64_t rows() const { return storage.size(0); }
+
+  // The layers, the first ones, whose bottlenecks are recomputed.
+  size_t recomputed() const { return bottleneck_statistics.size(0) - bottlenecks.size(); }
 
   // From the finished gradient of a layer's slot, behind ``channels`` others, to the gradient of its inputs; returns
   // that of its parameters.
@@ -123,10 +125,10 @@ struct Backward {
     const OptionalTensor bottleneck_grad =
         bottleneck_needed ? OptionalTensor(scratch(bottleneck_grad_scratch, rows(), width2)) : std::nullopt;
     Outputs outputs2{like(*layer.conv2, needed.conv2), sums_of(width2, bottleneck_needed || needed.norm2)};
-    const bool is_saved = index >= recomputed;
+    const bool is_saved = index >= recomputed();
     const OptionalTensor room = is_saved ? std::nullopt : room_behind(channels + layer.growth_rate(), width2);
     const std::vector<Part> parts = parts_of(width2, is_saved || room);
-    const Tensor place = is_saved ? bottlenecks[index - recomputed] : place_of(parts, width2, room);
+    const Tensor place = is_saved ? bottlenecks[index - recomputed()] : place_of(parts, width2, room);
     Tensor bottleneck;
     for (size_t part = 0; part < parts.size(); part++) {
       const Part& images = parts[part];
@@ -233,17 +235,9 @@ Gradients dense_layers_backward(const Tensor& grad, const Tensor& storage, int64
   size_t lowest = 0;
   while (!input_needed && lowest < layers.size() && !needed_in(lowest).any()) lowest++;
 
-  Backward pass{grad,
-                storage,
-                height,
-                width,
-                statistics,
-                bottleneck_statistics,
-                bottlenecks,
-                layers.size() - bottlenecks.size(),
-                {slope, offset, nothing_to_project},
-                {},
-                {}};
+  Backward pass{
+      grad, storage, height, width, statistics, bottleneck_statistics, bottlenecks, {slope, offset, nothing_to_project},
+      {},   {}};
   const Tensor mean = statistics.select(0, 0);
   Gradients gradients(needed.size());
   int64_t channels = storage.size(1);
