@@ -113,6 +113,22 @@ def loss_of(outputs):
     return (outputs * weights.to(outputs.device)).sum()
 
 
+def saved_bytes(model, images):
+    """What autograd keeps for the backward, each storage once, without the parameters and buffers."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(images)
+    assert output.requires_grad
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
+
+
 def state_of(model):
     """Every parameter, its gradient, and every buffer, by name."""
     gradients = {f"{name}.grad": parameter.grad for name, parameter in model.named_parameters()}

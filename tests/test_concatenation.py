@@ -6,8 +6,7 @@ import weakref
 
 import pytest
 import torch
-from cases import assert_close, loss_of, make_images
-from test_convert import saved_bytes
+from cases import assert_close, loss_of, make_images, saved_bytes
 from torch import nn
 
 from densenet_efficient import concatenate

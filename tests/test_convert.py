@@ -19,6 +19,7 @@ from cases import (
     loss_of,
     make_images,
     needs_native,
+    saved_bytes,
     state_of,
     step,
     trained,
@@ -347,22 +348,6 @@ def test_fx_extracts_features(backend, name, level):
         sum(map(loss_of, features.values())).backward()
         results.append(features | state_of(extractor))
     assert_close(results[1], results[0])
-
-
-def saved_bytes(model, images):
-    """What autograd keeps for the backward, each storage once, without the parameters and buffers."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(images)
-    assert output.requires_grad
-    return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,22 @@ import re
 
 import pytest
 import torch
-from cases import LEVELS, MODES, assert_close, group_errors, make_images, randomise, set_mode, step, trained
+from cases import (
+    LEVELS,
+    MODES,
+    assert_close,
+    group_errors,
+    make_images,
+    randomise,
+    saved_bytes,
+    set_mode,
+    step,
+    trained,
+)
 from conversion_cases import monai_densenet2d as monai_densenet
 from handwritten_densenets import FailingBlock, HandwrittenDenseNet, LateBlock, ListBlock, ResidualBlock, TupleBlock
 from monai.networks import nets
-from test_convert import blocks_of, classes_of, saved_bytes, seeded
+from test_convert import blocks_of, classes_of, seeded
 from test_exactness import assert_errors_at_most_twice, low_precision_step
 
 from densenet_efficient import EfficientDenseNet, convert, load_weights, revert

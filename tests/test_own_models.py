@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import assert_close, loss_of, make_images, randomise
-from test_convert import saved_bytes
+from cases import assert_close, loss_of, make_images, randomise, saved_bytes
 from torch import nn
 
 from densenet_efficient import concatenate

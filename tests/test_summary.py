@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from cases import saved_bytes
 from rich.console import Console
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,23 +45,6 @@ def printed(*arguments):
     text = io.StringIO()
     print_summary(*arguments, console=Console(file=text))
     return text.getvalue().splitlines()
-
-
-def saved_bytes(model, images):
-    """What autograd keeps of one forward, in bytes: each storage once, parameters and buffers excluded."""
-    kept = {}
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = model(images)
-    assert logits.requires_grad  # the graph, and so every storage, is still alive
-    return sum(kept.values())
 
 
 def classifier_input(model, images):

@@ -109,8 +109,7 @@ def share_out(
         return None
 
     def peak_of(saved: Sequence[int]) -> int:
-        step = TrainingStep(usual, levels, OPTIMIZERS["sgd"], device, offloaded, saved)
-        return max(moment.activations for moment in step.moments())
+        return TrainingStep(usual, levels, OPTIMIZERS["sgd"], device, offloaded, saved).activation_peak
 
     saved = saved_by_level(usual, levels)
     peak = peak_of(saved)

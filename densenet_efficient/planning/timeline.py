@@ -96,10 +96,6 @@ class Moment:
     saved: int
     workspace: int
 
-    @property
-    def activations(self) -> int:
-        return self.saved + self.workspace
-
 
 class TrainingStep:
     """The moments of a training step, with one level per block, and its storage here or, ``offloaded``, on the host.
@@ -134,6 +130,11 @@ class TrainingStep:
         blocks = zip(self.shape.blocks, self.saved_layers, strict=True)
         of_blocks = sum(sum(block.recomputed[: block.layers - saved]) for block, saved in blocks)
         return of_blocks + (self.shape.stem.recomputed if self.levels[0] == "bottleneck" else 0)
+
+    @property
+    def activation_peak(self) -> int:
+        """Bytes: the most activations and workspace that live at one moment."""
+        return max(moment.saved + moment.workspace for moment in self.moments())
 
     def saves(self, index: int) -> int:
         """Bytes that a block keeps for its backward, here or on the host."""
