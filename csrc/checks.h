@@ -11,7 +11,7 @@ inline at::ScalarType accumulation_dtype(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// A matrix [rows, columns] of ``like``'s dtype on the CPU, with unit column stride and rows that do not overlap.
+// A matrix [rows, columns] of ``like``'s dtype and device, with unit column stride and rows that do not overlap.
 inline void check_matrix(const at::Tensor& matrix, const char* name, int64_t rows, int64_t columns,
                          const at::Tensor& like) {
   TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) == rows && matrix.size(1) == columns, name, " must have shape [",
@@ -35,6 +35,13 @@ inline int64_t check_images(const at::Tensor& matrix, const char* name, int64_t 
   TORCH_CHECK(height > 0 && width > 0 && matrix.size(0) % (height * width) == 0, name,
               " must have one row per pixel of ", height, "x", width, " images, got shape ", matrix.sizes());
   return matrix.size(0) / (height * width);
+}
+
+// A pooling window that fits the images.
+inline void check_window(int64_t height, int64_t width, int64_t window_height, int64_t window_width) {
+  TORCH_CHECK(1 <= window_height && window_height <= height && 1 <= window_width && window_width <= width,
+              "Expected a window that fits the images of ", height, "x", width, ", got ", window_height, "x",
+              window_width);
 }
 
 inline void check_accumulation_dtype(const at::Tensor& tensor, const char* name) {

@@ -74,8 +74,11 @@ class Projection:
             self.synchronisation.average(self.slope[channels], self.offset[channels])
 
     def _divisor(self, count: int) -> int:
-        """Of the sums: the values per channel, unless the division comes with the synchronisation."""
-        return count if self.synchronisation is None else 1
+        """Of the sums: the values per channel, unless the division comes with the synchronisation.
+
+        Without values the sums are zero, and stay so.
+        """
+        return max(count, 1) if self.synchronisation is None else 1
 
     def apply(self, grad: Tensor, x: Tensor, mean: Tensor, start: int, stop: int) -> None:
         """Corrects the gradient [M, stop - start] of the channels ``start`` to ``stop``, in place."""

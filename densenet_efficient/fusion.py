@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from .dimensions import (
     dims_of,
     is_for,
 )
+from .stage import HEAD, NO_EXIT, TRANSITION, TRANSITION_DOWN
 
 PLAIN_NORMS = frozenset({*BATCH_NORMS.values(), nn.SyncBatchNorm})
 PLAIN_CONVOLUTIONS = frozenset(CONVOLUTIONS.values())
@@ -214,39 +215,57 @@ def take_stem(children: list[nn.Module]) -> tuple[Convolution, BatchNorm, list[n
     return (conv, norm, rest) if _scalar(conv.dilation) == 1 and is_for(norm, dims) else None
 
 
-def transition_parts(transition: nn.Module) -> tuple[BatchNorm, Convolution] | None:
-    """The norm and the convolution of a plain transition.
+class StageExit(NamedTuple):
+    """What consumes a dense block within its stage: its kind, as `stage.Stage` has it, the module, and its parts."""
 
-    None unless it is a sequence of norm, ReLU, 1x1 convolution and 2x2 average pooling, unobserved.
+    kind: str
+    consumer: nn.Module | None = None
+    norm: BatchNorm | None = None
+    conv: Convolution | None = None
+    dropout: tuple[float, bool, bool] | None = None  # of a transition down, as `LayerParts` has it
+
+
+NO_CONSUMER = StageExit(NO_EXIT)
+
+
+def read_transition(transition: nn.Module) -> StageExit | None:
+    """A plain transition, of a DenseNet or, down, of an FC-DenseNet.
+
+    None unless it is an unobserved sequence of norm, ReLU and 1x1 convolution, followed by 2x2 average pooling, or by
+    dropout and 2x2 maximum pooling.
     """
     taken = _take_pointwise(transition)
-    if taken is None or len(taken[2]) != 1:
+    if taken is None:
         return None
-    norm, conv, (pool,) = taken
-    plain = (
-        _is_plain(pool, AVG_POOLS[dims_of(conv)])
-        and (_scalar(pool.kernel_size), _scalar(pool.stride), _scalar(pool.padding)) == (2, 2, 0)
-        and not pool.ceil_mode
-        and getattr(pool, "divisor_override", None) is None  # which one dimension has not
-    )
-    return (norm, conv) if plain else None
+    norm, conv, rest = taken
+    if len(rest) == 1 and _halves_by_average(rest[0], dims_of(conv)):
+        return StageExit(TRANSITION, transition, norm, conv)
+    if len(rest) == 2 and _is_plain(rest[0], nn.Dropout) and _halves_by_maximum(rest[1]):
+        drop = cast(nn.Dropout, rest[0])
+        return StageExit(TRANSITION_DOWN, transition, norm, conv, (drop.p, drop.training, False))
+    return None
 
 
-def transition_down_parts(transition: nn.Module) -> tuple[BatchNorm, Convolution, tuple[float, bool, bool]] | None:
-    """The norm, the convolution and the dropout (as `LayerParts` has it) of a plain transition down of FC-DenseNet.
+def read_head(norm: nn.Module) -> StageExit | None:
+    """The last norm of a network, unobserved; None where ``norm`` is something else."""
+    return StageExit(HEAD, norm, cast(BatchNorm, norm)) if is_last_norm(norm) else None
 
-    None unless it is a sequence of norm, ReLU, 1x1 convolution, dropout and 2x2 maximum pooling, unobserved.
-    """
-    taken = _take_pointwise(transition)
-    if taken is None or len(taken[2]) != 2:
-        return None
-    norm, conv, (drop, pool) = taken
-    if not (_is_plain(drop, nn.Dropout) and _is_plain(pool, nn.MaxPool2d)):
-        return None
-    if _pooling(pool) != (2, 2, 0, 1, False, False):
-        return None
-    dropout = cast(nn.Dropout, drop)
-    return norm, conv, (dropout.p, dropout.training, False)
+
+def is_last_norm(module: nn.Module) -> bool:
+    """Whether ``module`` may join the last block as its exit."""
+    return is_plain_norm(module) or holds_norm_and_relu(module)
+
+
+def _halves_by_average(pool: nn.Module, dims: int) -> bool:
+    if not _is_plain(pool, AVG_POOLS[dims]):
+        return False
+    sizes = _scalar(pool.kernel_size), _scalar(pool.stride), _scalar(pool.padding)
+    divisor = getattr(pool, "divisor_override", None)  # which one dimension has not
+    return sizes == (2, 2, 0) and not pool.ceil_mode and divisor is None
+
+
+def _halves_by_maximum(pool: nn.Module) -> bool:
+    return _is_plain(pool, nn.MaxPool2d) and _pooling(pool) == (2, 2, 0, 1, False, False)
 
 
 def _take_pointwise(transition: nn.Module) -> tuple[BatchNorm, Convolution, list[nn.Module]] | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import fusion, kernels
 from .dimensions import BatchNorm, Convolution
+from .fusion import StageExit
 from .layout import as_rows, channels_last
 from .stage import HEAD, NO_EXIT, TRANSITION_DOWN, pooling_window
 
@@ -34,21 +35,18 @@ class StageModules(NamedTuple):
     """The modules of a stage: a dense block and what consumes it, in two dimensions and without dilation."""
 
     block: nn.Module
-    consumer: nn.Module | None
     norms: list[BatchNorm]  # of the layers, in order
     convolutions: list[Convolution]  # likewise
-    exit: str
-    exit_norm: BatchNorm | None
-    exit_conv: Convolution | None
+    exit: StageExit
 
     @property
     def every_norm(self) -> list[BatchNorm]:
-        return self.norms if self.exit_norm is None else [*self.norms, self.exit_norm]
+        return self.norms if self.exit.norm is None else [*self.norms, self.exit.norm]
 
     @property
     def every_tensor(self) -> list[Tensor]:
         """The parameters and buffers that an inference reads."""
-        last = [] if self.exit_conv is None else [self.exit_conv]
+        last = [] if self.exit.conv is None else [self.exit.conv]
         modules: list[nn.Module] = [*self.every_norm, *self.convolutions, *last]
         return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
@@ -59,18 +57,17 @@ class Plan:
     def __init__(self, stage: StageModules) -> None:
         from ._C import ModuleSnapshot  # there, because the native backend is
 
-        self.norms, self.convolutions = stage.norms, stage.convolutions
-        self.exit, self.exit_norm, self.exit_conv = stage.exit, stage.exit_norm, stage.exit_conv
-        self.snapshot = ModuleSnapshot([stage.block, stage.consumer], with_values=True)
+        self.norms, self.convolutions, self.exit = stage.norms, stage.convolutions, stage.exit
+        self.snapshot = ModuleSnapshot([stage.block, stage.exit.consumer], with_values=True)
         self.weight = stage.convolutions[0].weight
         has_bottleneck = self.convolutions[0].kernel_size == (1, 1)
         self.bottleneck_channels = self.convolutions[0].out_channels if has_bottleneck else 0
         layers = len(self.convolutions) // (2 if has_bottleneck else 1)
         self.growth_rate = self.convolutions[-1].out_channels
         self.total = self.norms[0].num_features + layers * self.growth_rate
-        self.out_channels = 0 if self.exit_norm is None else self.total
-        if self.exit_conv is not None:
-            self.out_channels = self.exit_conv.out_channels
+        self.out_channels = 0 if self.exit.norm is None else self.total
+        if self.exit.conv is not None:
+            self.out_channels = self.exit.conv.out_channels
         self.prepared: dict[torch.dtype, Prepared] = {}
 
     def run(self, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor]:
@@ -82,8 +79,8 @@ class Plan:
         if prepared is None:
             prepared = self.prepared[x.dtype] = self._prepare(x)
         images, _, height, width = x.shape
-        pools = self.exit not in (NO_EXIT, TRANSITION_DOWN)
-        window = pooling_window(self.exit, (height, width)) if pools else (1, 1)
+        pools = self.exit.kind not in (NO_EXIT, TRANSITION_DOWN)
+        window = pooling_window(self.exit.kind, (height, width)) if pools else (1, 1)
         features = kernels.empty_kept_images(x, images, self.total, height, width) if keep_features else None
         out = kernels.empty_kept_images(x, images, self.out_channels, height // window[0], width // window[1])
         torch.ops.densenet_efficient.dense_stage_inference(
@@ -91,9 +88,9 @@ class Plan:
             prepared.affines, prepared.weights, prepared.exit_affine, prepared.exit_weight, window,
             None if features is None else as_rows(features), as_rows(out) if self.out_channels else None,
         )  # fmt: skip
-        if self.exit == TRANSITION_DOWN:
+        if self.exit.kind == TRANSITION_DOWN:
             out = F.max_pool2d(out, 2)
-        elif self.exit == HEAD:
+        elif self.exit.kind == HEAD:
             out = out.flatten(1)
         return out, x.new_empty(0) if features is None else features
 
@@ -103,8 +100,8 @@ class Plan:
         return Prepared(
             [_affine(norm, dtype) for norm in self.norms],
             [pack(conv.weight, x.dtype) for conv in self.convolutions],
-            None if self.exit_norm is None else _affine(self.exit_norm, dtype),
-            None if self.exit_conv is None else pack(self.exit_conv.weight, x.dtype),
+            None if self.exit.norm is None else _affine(self.exit.norm, dtype),
+            None if self.exit.conv is None else pack(self.exit.conv.weight, x.dtype),
         )
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from . import fusion, inference
 from .argument_checks import check_drop_rate, check_kernel_size, check_level, check_positive, check_spatial_dims
 from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, BatchNorm, Convolution, global_average, is_for
-from .fusion import LayerParts
-from .operator_calls import StageBlock, describe_exit, run_prepared, run_stage, run_stem
+from .fusion import LayerParts, StageExit
+from .operator_calls import StageBlock, run_prepared, run_stage, run_stem
 from .readings import read_once
 from .stage import HEAD
 
@@ -261,7 +261,7 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
         plan = _kept_plan(children, with_head, x)
         if plan is not None:
             x, children = run_prepared(plan, x, keep_features=False)[0], children[2:]
-            if plan.exit == HEAD:
+            if plan.exit.kind == HEAD:
                 return x, True
             continue
         traced = fusion.tracer(x, children[0].training)
@@ -270,11 +270,10 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
             conv, norm, rest = stem
             x, children = run_stem(conv, norm, x, saves_conv(children)), rest
         elif stage is not None:
-            block, layers, consumer = stage
             is_within_network = is_within_network and x.requires_grad  # else it ends behind what is frozen
-            x, _ = run_stage(block, layers, consumer, x, False, is_within_network)
+            x, _ = run_stage(*stage, x, False, is_within_network)
             children = children[2:]
-            if isinstance(consumer, BatchNorm):
+            if stage[2].kind == HEAD:
                 return x, True
         else:
             x, children = children[0](x), children[1:]
@@ -286,7 +285,7 @@ def _kept_plan(children: list[nn.Module], with_head: bool, x: Tensor) -> inferen
     if len(children) < 2 or not isinstance(children[0], StageBlock) or not inference.applies(x):
         return None
     plan = inference.kept_plan(*children[:2])
-    is_head = plan is not None and plan.exit == HEAD
+    is_head = plan is not None and plan.exit.kind == HEAD
     return plan if not is_head or (with_head and len(children) == 2) else None
 
 
@@ -299,28 +298,23 @@ def run_block(block: StageBlock, consumer: nn.Module, x: Tensor) -> tuple[Tensor
     return consumer(features), features
 
 
-def take_stage(children: list[nn.Module], with_head: bool) -> tuple[StageBlock, list[LayerParts], nn.Module] | None:
-    """A dense block that comes first, with its layers and the consumer behind it that may join it as its exit."""
+def take_stage(children: list[nn.Module], with_head: bool) -> tuple[StageBlock, list[LayerParts], StageExit] | None:
+    """A dense block that comes first, with its layers and what consumes it and may join it as its exit."""
     if len(children) < 2:
         return None
     block, consumer = children[:2]
     if not isinstance(block, StageBlock) or type(block).forward is not StageBlock.forward or fusion.is_observed(block):
         return None
-    is_head = with_head and len(children) == 2 and is_last_norm(consumer)
-    down = fusion.transition_down_parts(consumer)
-    if not is_head and down is None and fusion.transition_parts(consumer) is None:
+    head = fusion.read_head(consumer) if with_head and len(children) == 2 else None
+    stage_exit = head or fusion.read_transition(consumer)
+    if stage_exit is None or stage_exit.norm is None:
         return None
-    layers, norm = read_once(block), describe_exit(consumer)[1]
-    if isinstance(layers, str) or norm is None or not is_for(norm, layers[0].spatial_dims):
+    layers = read_once(block)
+    if isinstance(layers, str) or not is_for(stage_exit.norm, layers[0].spatial_dims):
         return None
-    if down is not None and down[2] != layers[0].dropout:
+    if stage_exit.dropout not in (None, layers[0].dropout):
         return None
-    return block, layers, consumer
-
-
-def is_last_norm(module: nn.Module) -> bool:
-    """Whether ``module`` may join the last block as its exit."""
-    return fusion.is_plain_norm(module) or fusion.holds_norm_and_relu(module)
+    return block, layers, stage_exit
 
 
 def saves_conv(children: list[nn.Module]) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import fusion, inference, operators
 from .dimensions import BatchNorm, Convolution, dims_of
-from .fusion import LayerParts
+from .fusion import NO_CONSUMER, LayerParts, StageExit
 from .input_checks import (
     as_compute_dtype,
     check_count,
@@ -30,8 +30,8 @@ from .input_checks import (
 from .kernels import spatial
 from .offload import offloaded
 from .readings import read_once
-from .running_statistics import is_due, moments, update_running_statistics
-from .stage import HEAD, NO_EXIT, TRANSITION, TRANSITION_DOWN
+from .running_statistics import count_batch, is_due, moments, update_running_statistics
+from .stage import TRANSITION, TRANSITION_DOWN
 from .stage_arguments import convolution_weights, draw_masks, parameters_of, running_of, update_stage_statistics
 from .synchronisation import exchange_counts, group_of_all
 
@@ -64,7 +64,7 @@ class StageBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layers = fusion.tracer(x, self.training) or read_once(self)
         if not isinstance(layers, str):
-            return run_stage(self, layers, None, x)[1]
+            return run_stage(self, layers, NO_CONSUMER, x)[1]
         _announce(self, layers)
         return self.forward_by_layers(x)
 
@@ -72,25 +72,25 @@ class StageBlock(nn.Module):
 def run_stage(
     block: StageBlock,
     layers: list[LayerParts],
-    consumer: nn.Module | None,
+    stage_exit: StageExit,
     x: Tensor,
     keep_features: bool = True,
     is_within_network: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Runs a dense block, whose layers were read, and the transition or last norm that consumes it.
+    """Runs a dense block, whose layers were read, and what consumes it within its stage.
 
     Returns the consumer's output (empty without one) and the block's features [N, C, H, W], which an inference leaves
     empty where they need not be kept, and updates the running statistics of every norm, once. ``is_within_network``:
     the backward goes on through all stages before this one, and then the step is at an end.
     """
     if inference.applies(x):
-        plan = inference.kept_plan(block, consumer) or _make_plan(block, layers, consumer, x)
+        plan = inference.kept_plan(block, stage_exit.consumer) or _make_plan(block, layers, stage_exit, x)
         if plan is not None:
             return run_prepared(plan, x, keep_features)
     elif torch.is_grad_enabled():
         inference.forget_plan(block)
     norms: list[BatchNorm] = [norm for layer in layers for norm in layer.norms]
-    stage_exit, exit_norm, exit_conv = describe_exit(consumer)
+    exit_norm, exit_conv = stage_exit.norm, stage_exit.conv
     exit_parameters: list[Tensor] = []
     if exit_norm is not None:
         norms.append(exit_norm)
@@ -98,7 +98,7 @@ def run_stage(
     if exit_conv is not None:
         exit_parameters.append(exit_conv.weight)
     check_input(layers[0].norm1, layers[0].spatial_dims, x)
-    if stage_exit in (TRANSITION, TRANSITION_DOWN):
+    if stage_exit.kind in (TRANSITION, TRANSITION_DOWN):
         check_poolable(exit_norm, x)
     parameters = [parameter for layer in layers for parameter in parameters_of(layer)]
     running = [statistic for norm in norms if not fusion.uses_batch_statistics(norm) for statistic in running_of(norm)]
@@ -109,7 +109,7 @@ def run_stage(
     if counts is None:
         check_count(norms, count, x)
     x = as_compute_dtype(x, convolution_weights(layers, exit_parameters))
-    drop_rate, masks = draw_masks(layers, exit_conv if stage_exit == TRANSITION_DOWN else None, x)
+    drop_rate, masks = draw_masks(layers, exit_conv if stage_exit.kind == TRANSITION_DOWN else None, x)
     with offloaded(block.offload, x, [*parameters, *exit_parameters]):
         out, features, statistics, bottleneck_statistics, _ = operators.dense_stage(
             x,
@@ -121,7 +121,7 @@ def run_stage(
             [not fusion.uses_batch_statistics(norm) for norm in norms],
             layers[0].bottleneck,
             [layer.dilation for layer in layers],
-            stage_exit,
+            stage_exit.kind,
             drop_rate,
             block.saved_bottlenecks(len(layers), x.device.type, is_within_network),
             counts,
@@ -132,9 +132,7 @@ def run_stage(
     return out, features
 
 
-def _make_plan(
-    block: StageBlock, layers: list[LayerParts], consumer: nn.Module | None, x: Tensor
-) -> inference.Plan | None:
+def _make_plan(block: StageBlock, layers: list[LayerParts], stage_exit: StageExit, x: Tensor) -> inference.Plan | None:
     """What an inference prepares; None where it may not, or where no kernel serves the layers."""
     if not all(spatial.has_kernel(layer.convolutions[-1].weight, layer.dilation) for layer in layers):
         return None
@@ -142,8 +140,7 @@ def _make_plan(
         return None
     convolutions = [conv for layer in layers for conv in layer.convolutions]
     norms = [norm for layer in layers for norm in layer.norms]
-    stage_exit, exit_norm, exit_conv = describe_exit(consumer)
-    stage = inference.StageModules(block, consumer, norms, convolutions, stage_exit, exit_norm, exit_conv)
+    stage = inference.StageModules(block, norms, convolutions, stage_exit)
     check_devices(x, stage.every_tensor)
     return inference.make_plan(stage)
 
@@ -151,8 +148,8 @@ def _make_plan(
 def run_prepared(plan: inference.Plan, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor]:
     """The outputs of `run_stage` for a stage that an inference has prepared."""
     check_input(plan.norms[0], dims_of(plan.convolutions[0]), x)
-    if plan.exit in (TRANSITION, TRANSITION_DOWN):
-        check_poolable(plan.exit_norm, x)
+    if plan.exit.kind in (TRANSITION, TRANSITION_DOWN):
+        check_poolable(plan.exit.norm, x)
     check_devices(x, [plan.weight])
     return plan.run(as_compute_dtype(x, [plan.weight]), keep_features)
 
@@ -174,7 +171,9 @@ def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool) -> 
         x, conv.weight, norm.weight, norm.bias, running, list(conv.stride), list(conv.padding), norm.eps,
         save_conv and torch.is_grad_enabled(), counts, group,
     )  # fmt: skip
-    if is_due(norm):
+    if counts is None and count == 0:
+        count_batch([norm])
+    elif is_due(norm):
         update_running_statistics([norm], [moments(statistics, count if counts is None else counts.sum())])
     return out
 
@@ -186,17 +185,3 @@ def _announce(block: nn.Module, reason: str) -> None:
     if not torch.compiler.is_compiling() and block not in _announced:  # in this order: a compiler must not see the set
         _announced.add(block)
         warnings.warn(f"a dense block runs layer by layer, with more memory and time: {reason}", stacklevel=3)
-
-
-def describe_exit(consumer: nn.Module | None) -> tuple[str, BatchNorm | None, Convolution | None]:
-    """What of exit ``consumer`` is, as `stage.Stage` has it, with its norm and its convolution."""
-    if consumer is None:
-        return NO_EXIT, None, None
-    if isinstance(consumer, BatchNorm):
-        return HEAD, consumer, None
-    down = fusion.transition_down_parts(consumer)
-    if down is not None:
-        return TRANSITION_DOWN, *down[:2]
-    parts = fusion.transition_parts(consumer)
-    assert parts is not None
-    return TRANSITION, *parts

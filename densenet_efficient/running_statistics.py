@@ -41,12 +41,17 @@ def update_running_statistics(norms: list[BatchNorm], batch: list[Moments]) -> N
     with torch.no_grad():
         groups = _by_momentum(due)
         updates = [update for momentum, group in groups.items() for update in _updates(momentum, group)]
-        counters = [norm.num_batches_tracked for norm, _ in due if norm.num_batches_tracked is not None]
-        counted = list(torch._foreach_add(counters, 1)) if counters else []
-        if counters:
-            torch._foreach_copy_(counters, counted)  # an addition in place allocates its number anew for each
+        count_batch(norms)
         for update in updates:
             torch._foreach_lerp_(*update)
+
+
+def count_batch(norms: list[BatchNorm]) -> None:
+    """Counts one more batch in those that are due; of one without images this is all that torch does."""
+    counters = [norm.num_batches_tracked for norm in norms if is_due(norm) and norm.num_batches_tracked is not None]
+    if counters:
+        counted = list(torch._foreach_add(counters, 1))  # in place, the number would be allocated anew for each
+        torch._foreach_copy_(counters, counted)
 
 
 def _by_momentum(due: list[tuple[BatchNorm, Moments]]) -> dict[float, list[tuple[BatchNorm, Moments]]]:

@@ -10,9 +10,7 @@ from torch import nn
 from densenet_efficient import EfficientDenseNet, kernels
 from densenet_efficient.reference import NaiveDenseNet
 
-needs_native = pytest.mark.skipif(
-    not kernels.cpu.is_available(), reason=f"no native backend: {kernels.cpu.unavailable_reason()}"
-)
+needs_native = pytest.mark.skipif(not kernels.cpu.is_available(), reason=f"no native backend: {kernels.cpu.obstacle()}")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CPU_BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
 GPU_BACKENDS = ["triton", "cuda"] if torch.cuda.is_available() else []

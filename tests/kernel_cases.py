@@ -14,6 +14,18 @@ FLOORS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torc
 SCRATCH = {"bn_relu_conv1x1_backward": ("out_grad",)}  # arguments that an operation may leave changed
 # The operations on matrices of rows; the other ones compute with vectors of channels only.
 OVER_ROWS = [name for name in CONTRACT if not name.startswith("batch_norm")]
+UNNEEDED = [  # results of an operation that may be None, together
+    ("bn_relu_conv1x1", ["mean", "variance"]),
+    ("bn_relu_conv3x3", ["mean", "variance"]),
+    *(
+        (operation, unneeded)
+        for operation in ("bn_relu_conv1x1_backward", "bn_relu_conv3x3_backward")
+        for unneeded in (["grad"], ["grad_weight"], ["grad", "grad_weight"], ["grad", "sum_grad", "sum_grad_x"])
+    ),
+    ("bn_relu_avg_pool_backward", ["grad"]),
+    ("batch_norm_gradients", ["grad_weight"]),
+    ("batch_norm_gradients", ["slope", "offset"]),
+]
 
 
 # Of images [N, C, P]; the cut ones lie in larger ones, with gaps between images, between pixels and at last everywhere.
@@ -264,6 +276,12 @@ def assert_exact(backend, case, dtype, place=in_slot, floors=FLOORS, device="cpu
         bounds = [2 * error + floors[dtype] for error in errors(plain[name], expected)]
         found = errors(results[name], expected)
         assert all(error <= bound for error, bound in zip(found, bounds, strict=True)), (name, found, bounds)
+
+
+def assert_nothing(results):
+    """Statistics and sums over no rows are zero."""
+    names = ("mean", "variance", "grad_weight", "sum_grad", "sum_grad_x")
+    assert all(not results[name].any() for name in names if name in results)
 
 
 def assert_same_finite(results, expected):

@@ -128,6 +128,20 @@ def test_a_batch_of_nothing(backend, arguments):
     assert efficient(images).shape == naive(images).shape == (0, 5)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "bottleneck"])
+@pytest.mark.parametrize("arguments", [{}, CIFAR, {"bottleneck": False}], ids=str)
+def test_training_on_a_batch_of_nothing(backend, arguments, checkpointing):
+    """As torch has it: it is counted, changes no running statistics, and every gradient is zero."""
+    naive, efficient = make_pair(**FLOAT32, **arguments)
+    efficient.checkpointing = checkpointing
+    images = torch.zeros(0, 3, 33, 47)
+    for model in (naive, efficient):
+        model(images).sum().backward()
+    expected = naive.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in efficient.state_dict().items())
+    assert all(not parameter.grad.any() for parameter in efficient.parameters())
+
+
 def test_a_block_alone_checks_its_input(backend):
     naive, efficient = make_pair(**FLOAT32)
     blocks = [model.features.denseblock1 for model in (naive, efficient)]

@@ -125,7 +125,7 @@ def test_forward_intermediates_runs_blocks_and_transitions_as_one(monkeypatch):
     for module in (operator_calls, modules):
         monkeypatch.setattr(module, "run_stage", lambda *stage: runs.append(stage) or run_stage(*stage))
     ours.forward_intermediates(make_images(2, 3, 33, 47), indices=[1, 2])
-    assert [type(consumer).__name__ for _, _, consumer, _ in runs] == [
+    assert [type(stage_exit.consumer).__name__ for _, _, stage_exit, _ in runs] == [
         "DenseTransition",
         "NoneType",
     ]  # the last block alone

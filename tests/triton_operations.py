@@ -14,7 +14,9 @@ import torch
 from kernel_cases import (
     LAYOUTS,
     OVER_ROWS,
+    UNNEEDED,
     Factory,
+    assert_nothing,
     assert_same_finite,
     assert_statistics_of_stored,
     cast,
@@ -138,22 +140,7 @@ def test_gradient_is_assigned_where_it_does_not_accumulate(operation, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("operation", "unneeded"),
-    [
-        ("bn_relu_conv1x1", ["mean", "variance"]),
-        ("bn_relu_conv3x3", ["mean", "variance"]),
-        *(
-            (operation, unneeded)
-            for operation in ("bn_relu_conv1x1_backward", "bn_relu_conv3x3_backward")
-            for unneeded in (["grad"], ["grad_weight"], ["grad", "grad_weight"], ["grad", "sum_grad", "sum_grad_x"])
-        ),
-        ("bn_relu_avg_pool_backward", ["grad"]),
-        ("batch_norm_gradients", ["grad_weight"]),
-        ("batch_norm_gradients", ["slope", "offset"]),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("operation", "unneeded"), UNNEEDED, ids=str)
 def test_results_that_nobody_needs(operation, unneeded, dtype):
     assert_exact(getattr(Factory(2, 5, 4, 33, 48), operation)().without(*unneeded), dtype)
 
@@ -235,10 +222,10 @@ def test_the_same_bits_in_every_run(operation, dtype):
 
 @pytest.mark.parametrize("operation", OVER_ROWS)
 def test_no_images(operation):
-    """An empty batch: what is summed over it is zero."""
+    """An empty batch: what is summed over it is zero, and so are its statistics."""
     case = getattr(Factory(0, 4, 6, 5, 3), operation)()
     results = run(backend, case, arguments_of(case, torch.float32))
-    assert all(not results[name].any() for name in ("grad_weight", "sum_grad", "sum_grad_x") if name in results)
+    assert_nothing(results)
 
 
 # A row stride of 2^25 elements puts the last of 70 rows beyond 2^31; of each row a page is touched.
@@ -257,6 +244,15 @@ def test_more_than_2_to_the_31_elements_in_one_storage(operation):
     expected = run(backend, case, arguments)
     results = run(backend, case, arguments, place)
     assert all(torch.equal(results[name], value) for name, value in expected.items())
+
+
+def test_more_pixels_than_kernels_count():
+    x, out = torch.zeros(1, 1, 1).expand(2**16, 1, 2**15), torch.zeros(1, 1).expand(2**31, 1)
+    mean, variance = torch.zeros(2, 1)
+    with pytest.raises(RuntimeError, match=r"at most 2147418112 pixels, got 2147483648; use a smaller batch"):
+        backend.write_with_statistics(x, out, mean, variance)
+    with pytest.raises(RuntimeError, match=r"at most 2147418112 pixels"):
+        backend.bn_relu_max_pool(out, mean, variance, 2**15, 2**16, torch.zeros(1, 1))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter multiplies in float32")

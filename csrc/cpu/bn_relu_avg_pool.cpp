@@ -4,17 +4,8 @@
 #include "operators.h"
 
 namespace densenet_efficient {
-namespace {
 
 using at::Tensor;
-
-void check_window(int64_t height, int64_t width, int64_t window_height, int64_t window_width) {
-  TORCH_CHECK(1 <= window_height && window_height <= height && 1 <= window_width && window_width <= width,
-              "Expected a window that fits the images of ", height, "x", width, ", got ", window_height, "x",
-              window_width);
-}
-
-}  // namespace
 
 void bn_relu_avg_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t height, int64_t width,
                       int64_t window_height, int64_t window_width, const Tensor& out) {

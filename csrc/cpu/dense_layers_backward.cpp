@@ -69,8 +69,8 @@ struct Projection {
       its_offset = offset.narrow(0, 0, sums.grad->size(0));
     }
     Tensor grad_weight = sums.grad->new_empty(sums.grad->sizes());
-    batch_norm_gradients(*sums.grad, *sums.grad_x, affine.rstd, affine.scale, count, grad_weight, its_slope,
-                         its_offset);
+    batch_norm_gradients(*sums.grad, *sums.grad_x, affine.rstd, affine.scale, std::max<int64_t>(count, 1), grad_weight,
+                         its_slope, its_offset);
     return {grad_weight, sums.grad};
   }
 

@@ -30,14 +30,14 @@ int64_t packed_bytes(at::ScalarType dtype, int64_t kernel, int64_t channels, int
                      : DISPATCH_CAPABILITY(dtype, conv3x3_packed_bytes)(dtype, channels, outputs);
 }
 
-// Columns of a matrix in memory.
-struct Columns {
+// Rows of a matrix in memory.
+struct Rows {
   char* data;
-  int64_t stride, columns;
+  int64_t stride;
 };
 
-Columns columns_of(const Tensor& matrix) {
-  return {static_cast<char*>(const_cast<void*>(matrix.const_data_ptr())), matrix.stride(0), matrix.size(1)};
+Rows rows_of(const Tensor& matrix) {
+  return {static_cast<char*>(const_cast<void*>(matrix.const_data_ptr())), matrix.stride(0)};
 }
 
 // One image after the other at this size.
@@ -83,12 +83,12 @@ struct Stage {
 
 // A thread's own memory.
 struct Scratch {
-  Columns features, bottleneck, pooled;
+  Rows features, bottleneck, pooled;
 };
 
 // What every operation here has in common: its input, the norm that it applies, and its output.
 template <typename Forward>
-Forward forward_of(at::ScalarType dtype, const Columns& x, const Norm& norm, const Columns& out) {
+Forward forward_of(at::ScalarType dtype, const Rows& x, const Norm& norm, const Rows& out) {
   Forward arguments{};
   arguments.dtype = dtype;
   arguments.x = x.data;
@@ -102,7 +102,7 @@ Forward forward_of(at::ScalarType dtype, const Columns& x, const Norm& norm, con
 }
 
 template <typename Forward>
-Forward forward_of(at::ScalarType dtype, const Columns& x, const Convolution& convolution, const Columns& out) {
+Forward forward_of(at::ScalarType dtype, const Rows& x, const Convolution& convolution, const Rows& out) {
   auto arguments = forward_of<Forward>(dtype, x, convolution.norm, out);
   arguments.outputs = convolution.outputs;
   arguments.packed = convolution.packed;
@@ -116,20 +116,20 @@ void set_images(Forward& arguments, const Images& images) {
   arguments.width = images.width;
 }
 
-void conv1x1(at::ScalarType dtype, int64_t rows, const Columns& x, const Convolution& convolution, const Columns& out) {
+void conv1x1(at::ScalarType dtype, int64_t rows, const Rows& x, const Convolution& convolution, const Rows& out) {
   auto arguments = forward_of<Conv1x1Forward>(dtype, x, convolution, out);
   arguments.rows = rows;
   DISPATCH_CAPABILITY(arguments.dtype, bn_relu_conv1x1)(arguments);
 }
 
-void conv3x3(at::ScalarType dtype, const Images& images, const Columns& x, const Convolution& convolution,
-             const Columns& out) {
+void conv3x3(at::ScalarType dtype, const Images& images, const Rows& x, const Convolution& convolution,
+             const Rows& out) {
   auto arguments = forward_of<Conv3x3Forward>(dtype, x, convolution, out);
   set_images(arguments, images);
   DISPATCH_CAPABILITY(arguments.dtype, bn_relu_conv3x3)(arguments);
 }
 
-void avg_pool(const Stage& stage, const Images& images, const Columns& x, const Columns& out) {
+void avg_pool(const Stage& stage, const Images& images, const Rows& x, const Rows& out) {
   auto arguments = forward_of<AvgPoolForward>(stage.dtype, x, stage.exit_norm, out);
   set_images(arguments, images);
   arguments.window_height = stage.window[0];
@@ -137,7 +137,7 @@ void avg_pool(const Stage& stage, const Images& images, const Columns& x, const 
   DISPATCH_CAPABILITY(arguments.dtype, bn_relu_avg_pool)(arguments);
 }
 
-void copy_input(const Stage& stage, int64_t rows, const Columns& x, const Columns& features) {
+void copy_input(const Stage& stage, int64_t rows, const Rows& x, const Rows& features) {
   at::parallel_for(0, rows, 512, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) {
       std::memcpy(features.data + row * features.stride * stage.element, x.data + row * x.stride * stage.element,
@@ -146,20 +146,20 @@ void copy_input(const Stage& stage, int64_t rows, const Columns& x, const Column
   });
 }
 
-void run_layers(const Stage& stage, const Images& images, const Columns& features, const Columns& bottleneck) {
+void run_layers(const Stage& stage, const Images& images, const Rows& features, const Rows& bottleneck) {
   char* slot = features.data + stage.channels * stage.element;
   for (size_t index = 0; index < stage.convolutions.size(); slot += stage.growth_rate * stage.element) {
-    const Columns* x = &features;
+    const Rows* x = &features;
     if (stage.bottleneck_channels > 0) {
       conv1x1(stage.dtype, images.rows(), features, stage.convolutions[index++], bottleneck);
       x = &bottleneck;
     }
-    conv3x3(stage.dtype, images, *x, stage.convolutions[index++], {slot, features.stride, stage.growth_rate});
+    conv3x3(stage.dtype, images, *x, stage.convolutions[index++], {slot, features.stride});
   }
 }
 
 // The stage on a few images; ``features`` and ``out`` begin with theirs, or have no data.
-void run_images(const Stage& stage, const Images& images, const Columns& x, Columns features, const Columns& out,
+void run_images(const Stage& stage, const Images& images, const Rows& x, Rows features, const Rows& out,
                 const Scratch& scratch) {
   if (features.data == nullptr) features = scratch.features;
   copy_input(stage, images.rows(), x, features);
@@ -172,15 +172,14 @@ void run_images(const Stage& stage, const Images& images, const Columns& x, Colu
 }
 
 // The part of a matrix that begins with an image of so many rows.
-Columns from_image(const Columns& matrix, int64_t image, int64_t rows, int64_t element) {
+Rows from_image(const Rows& matrix, int64_t image, int64_t rows, int64_t element) {
   if (matrix.data == nullptr) return matrix;
-  return {matrix.data + image * rows * matrix.stride * element, matrix.stride, matrix.columns};
+  return {matrix.data + image * rows * matrix.stride * element, matrix.stride};
 }
 
 // Every thread takes a few images through the whole stage, in memory that stays in its cache; the last of them, too
 // few for all threads, are shared by all.
-void run_stage(const Stage& stage, const Images& images, const Columns& x, const Columns& features,
-               const Columns& out) {
+void run_stage(const Stage& stage, const Images& images, const Rows& x, const Rows& features, const Rows& out) {
   const int64_t available = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t share = std::max<int64_t>(images.number / available, 1);
   const int64_t at_a_time = std::clamp<int64_t>(kBytesOfAVisit / stage.bytes_of_an_image(images), 1, share);
@@ -195,8 +194,7 @@ void run_stage(const Stage& stage, const Images& images, const Columns& x, const
 
   const auto visit = [&](int64_t index, int64_t thread) {
     const auto mine = [&](const Tensor& scratch) {
-      return Columns{static_cast<char*>(scratch.data_ptr()) + thread * scratch.stride(0) * stage.element,
-                     scratch.size(2), scratch.size(2)};
+      return Rows{static_cast<char*>(scratch.data_ptr()) + thread * scratch.stride(0) * stage.element, scratch.size(2)};
     };
     const int64_t first = index * at_a_time;
     const Images some{std::min(at_a_time, images.number - first), images.height, images.width};
@@ -266,8 +264,8 @@ void dense_stage_inference(const Tensor& x, int64_t height, int64_t width, int64
               packed.size());
   TORCH_CHECK(channels > 0 && growth_rate > 0 && bottleneck_channels >= 0, "Expected channels, got ", channels,
               " of x, ", growth_rate, " of a layer and ", bottleneck_channels, " of a bottleneck");
-  TORCH_CHECK(window.size() == 2 && 1 <= window[0] && window[0] <= height && 1 <= window[1] && window[1] <= width,
-              "Expected a window that fits the images of ", height, "x", width, ", got ", window);
+  TORCH_CHECK(window.size() == 2, "Expected a window of two sizes, got ", window);
+  check_window(height, width, window[0], window[1]);
   Stage stage{x.scalar_type(),
               static_cast<int64_t>(x.element_size()),
               channels,
@@ -305,8 +303,8 @@ void dense_stage_inference(const Tensor& x, int64_t height, int64_t width, int64
     }
     check_matrix(*out, "out", stage.pooled(images).rows(), exit_packed ? out->size(1) : stage.total, x);
   }
-  const auto columns = [](const std::optional<Tensor>& matrix) { return matrix ? columns_of(*matrix) : Columns{}; };
-  run_stage(stage, images, columns_of(x), columns(features), columns(out));
+  const auto rows_if_given = [](const std::optional<Tensor>& matrix) { return matrix ? rows_of(*matrix) : Rows{}; };
+  run_stage(stage, images, rows_of(x), rows_if_given(features), rows_if_given(out));
 }
 
 }  // namespace densenet_efficient

@@ -12,6 +12,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "batch_norm.h"
+
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
 #include <immintrin.h>
 #endif
@@ -205,20 +207,6 @@ ALWAYS_INLINE void store(T* to, V value, int64_t count) {
   alignas(kVectorBytes) T lanes[size];
   store(static_cast<T*>(lanes), value);
   detail::store_lanes(to, count, lanes);
-}
-
-// ---- arithmetic
-
-// max(value, 0) that keeps NaN.
-template <typename V>
-ALWAYS_INLINE V relu(V value) {
-  return value < 0 ? V{} : value;
-}
-
-// ``gradient`` where the ReLU's ``activation`` let it pass: not where activation <= 0, so NaN passes.
-template <typename V>
-ALWAYS_INLINE V relu_mask(V activation, V gradient) {
-  return activation <= 0 ? V{} : gradient;
 }
 
 }  // namespace densenet_efficient::CPU_CAPABILITY

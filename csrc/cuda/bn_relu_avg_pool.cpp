@@ -11,9 +11,7 @@ using at::Tensor;
 // The windows of the images whose pixels are the rows of x.
 Windows windows_of(const Tensor& x, int64_t height, int64_t width, int64_t window_height, int64_t window_width) {
   const int64_t images = check_images(x, "x", height, width);
-  TORCH_CHECK(1 <= window_height && window_height <= height && 1 <= window_width && window_width <= width,
-              "Expected a window that fits the images of ", height, "x", width, ", got ", window_height, "x",
-              window_width);
+  check_window(height, width, window_height, window_width);
   check_pixels(x);
   return {
       .images = static_cast<uint32_t>(images),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import fusion
 from ..fusion import LayerParts
-from ..modules import is_last_norm, run_children, run_named_children, take_stage
+from ..modules import run_children, run_named_children, take_stage
 from ..operator_calls import StageBlock
 from ..planning.free_bottlenecks import find_free_bottlenecks
 from .clones import read_clone
@@ -86,7 +86,7 @@ class ConvertedSequential(Converted):
             len(children) < 2
             or fusion.tracer(x, self.training)
             or fusion.is_observed(self)
-            or not is_last_norm(children[-1])
+            or not fusion.is_last_norm(children[-1])
         ):
             return None
         if take_stage(children[-2:], with_head=True) is None:

@@ -11,8 +11,8 @@ from torch.jit import ScriptModule
 from .. import fusion
 from ..dimensions import Convolution
 from ..fusion import LayerParts
-from ..modules import is_last_norm
 from ..operator_calls import StageBlock
+from ..stage import TRANSITION
 from .clones import is_clone, read_clone
 from .libraries import LIBRARIES, base_class, library_of_block
 from .modules import (
@@ -145,7 +145,7 @@ class Survey:
     def _look_at_transition(self, transition: nn.Sequential, role: type[Converted] | None, parent: nn.Module) -> None:
         if role is None:
             self._leave(transition, f"called by {type(parent).__name__}'s own forward, not with its block")
-        elif fusion.transition_parts(transition) is None:
+        elif (read := fusion.read_transition(transition)) is None or read.kind != TRANSITION:
             self._leave(transition, "not BatchNorm, ReLU, 1x1 convolution and 2x2 average pooling, unobserved")
         else:
             self._replace(transition, "one operator with its block")
@@ -156,7 +156,7 @@ class Survey:
         if features is None or self.roles.get(features) is not ConvertedSequential:
             return
         children = list(features.children())
-        if len(children) < 2 or children[-2] not in self.roles or not is_last_norm(children[-1]):
+        if len(children) < 2 or children[-2] not in self.roles or not fusion.is_last_norm(children[-1]):
             return
         role = role_of(module, NETWORKS)
         if role is None:

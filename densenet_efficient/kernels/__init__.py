@@ -14,7 +14,8 @@ Conventions, the same for every backend:
   weights beside bfloat16 activations); ``grad_weight`` has its shape and `accumulation_dtype`. Both are contiguous or
   channels-last.
 - The backward of the 1x1 convolution may leave ``out_grad`` changed; every other input is left as it was.
-- Python allocates, the kernel fills what it is given. A statistic, sum or gradient that nobody needs is None.
+- Python allocates, the kernel fills what it is given. A statistic, sum or gradient that nobody needs is None; over no
+  rows each is zero.
 - ``g`` below is the gradient of the convolution's (or pooling's) input, masked by the ReLU:
   ``sum_grad = sum over M of g`` and ``sum_grad_x = sum over M of g * (x - mean)``, hence
   ``dbeta = sum_grad`` and ``dgamma = sum_grad_x * rstd``.

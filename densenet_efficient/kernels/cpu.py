@@ -26,11 +26,6 @@ def is_available() -> bool:
     return _unavailable_reason is None
 
 
-def unavailable_reason() -> str | None:
-    """Why the native extension is not there; None where it is."""
-    return _unavailable_reason
-
-
 def capabilities() -> list[str]:
     """Those built in, ascending, up to the one in use; the native extension must be there."""
     from densenet_efficient import _C
@@ -40,7 +35,7 @@ def capabilities() -> list[str]:
 
 
 def obstacle() -> str | None:
-    """`unavailable_reason` with its remedy."""
+    """Why the native extension is not there, and the remedy; None where it is."""
     return _unavailable_reason and (
         f"{_unavailable_reason}. Remedy: with a C++ compiler (g++ or clang++), install the package again for this "
         "torch (pip install --force-reinstall --no-deps --no-build-isolation)"

@@ -10,9 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..layout import as_images, as_rows
+
 
 def channel_stats(x: Tensor, mean: Tensor, variance: Tensor) -> None:
-    """Mean and biased variance of each column of ``x`` [M, C]."""
+    """Mean and biased variance of each column of ``x`` [M, C]; zero of no rows."""
+    if x.shape[0] == 0:
+        mean.zero_(), variance.zero_()
+        return
     batch_variance, batch_mean = torch.var_mean(x.to(mean.dtype), dim=0, correction=0)
     mean.copy_(batch_mean)
     variance.copy_(batch_variance)
@@ -84,7 +89,7 @@ def bn_relu_conv1x1_backward(
     activation = _activate(x, scale, shift)
     if grad_weight is not None:
         grad_weight.copy_((finished.t() @ activation).view_as(grad_weight))
-    if sum_grad is not None:
+    if sum_grad is not None and sum_grad_x is not None:
         _deposit(finished @ weight.flatten(1).to(x.dtype), activation, x, mean, scale, grad, True, sum_grad, sum_grad_x)
 
 
@@ -100,8 +105,8 @@ def bn_relu_conv3x3(
     variance: Tensor | None,
 ) -> None:
     """out [M, K] = conv3x3(relu(x * scale + shift)), zero padding after the ReLU, and the statistics of ``out``."""
-    images = _as_images(_activate(x, scale, shift), height, width)
-    out.copy_(_as_rows(F.conv2d(images, weight.to(x.dtype), padding=1)))
+    images = as_images(_activate(x, scale, shift), height, width)
+    out.copy_(as_rows(F.conv2d(images, weight.to(x.dtype), padding=1)))
     _stats_of(out, mean, variance)
 
 
@@ -122,9 +127,9 @@ def bn_relu_conv3x3_backward(
 ) -> None:
     """Backward of `bn_relu_conv3x3` for ``out_grad`` [M, K]."""
     activation = _activate(x, scale, shift)
-    images = _as_images(activation, height, width)
+    images = as_images(activation, height, width)
     image_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
-        _as_images(out_grad, height, width),
+        as_images(out_grad, height, width),
         images,
         weight.to(x.dtype),
         None,
@@ -138,8 +143,8 @@ def bn_relu_conv3x3_backward(
     )
     if grad_weight is not None:
         grad_weight.copy_(weight_grad)
-    if sum_grad is not None:
-        _deposit(_as_rows(image_grad), activation, x, mean, scale, grad, accumulate, sum_grad, sum_grad_x)
+    if sum_grad is not None and sum_grad_x is not None:
+        _deposit(as_rows(image_grad), activation, x, mean, scale, grad, accumulate, sum_grad, sum_grad_x)
 
 
 def project_gradient(grad: Tensor, x: Tensor, mean: Tensor, slope: Tensor, offset: Tensor) -> None:
@@ -158,8 +163,8 @@ def bn_relu_avg_pool(
     out: Tensor,
 ) -> None:
     """out [N*(H//wh)*(W//ww), C]: means of relu(x * scale + shift) over windows side by side; a rest is left out."""
-    images = _as_images(_activate(x, scale, shift).to(scale.dtype), height, width)
-    out.copy_(_as_rows(F.avg_pool2d(images, (window_height, window_width))))
+    images = as_images(_activate(x, scale, shift).to(scale.dtype), height, width)
+    out.copy_(as_rows(F.avg_pool2d(images, (window_height, window_width))))
 
 
 def bn_relu_avg_pool_backward(
@@ -179,16 +184,16 @@ def bn_relu_avg_pool_backward(
 ) -> None:
     """Backward of `bn_relu_avg_pool`; pixels outside every window get zero."""
     window = (window_height, window_width)
-    pooled = _as_images(out_grad.to(mean.dtype), height // window_height, width // window_width)
+    pooled = as_images(out_grad.to(mean.dtype), height // window_height, width // window_width)
     spread = pooled.repeat_interleave(window_height, 2).repeat_interleave(window_width, 3) / (window[0] * window[1])
     spread = F.pad(spread, (0, width - spread.shape[3], 0, height - spread.shape[2]))
-    _deposit(_as_rows(spread), _activate(x, scale, shift), x, mean, scale, grad, accumulate, sum_grad, sum_grad_x)
+    _deposit(as_rows(spread), _activate(x, scale, shift), x, mean, scale, grad, accumulate, sum_grad, sum_grad_x)
 
 
 def bn_relu_max_pool(x: Tensor, scale: Tensor, shift: Tensor, height: int, width: int, out: Tensor) -> None:
     """out [N*H'*W', C]: 3x3 maximum pooling, stride 2, padding 1, of relu(x * scale + shift)."""
-    images = _as_images(_activate(x, scale, shift), height, width)
-    out.copy_(_as_rows(F.max_pool2d(images, 3, 2, 1)))
+    images = as_images(_activate(x, scale, shift), height, width)
+    out.copy_(as_rows(F.max_pool2d(images, 3, 2, 1)))
 
 
 def bn_relu_max_pool_backward(
@@ -205,13 +210,13 @@ def bn_relu_max_pool_backward(
 ) -> None:
     """Backward of `bn_relu_max_pool`; a window's gradient goes to its first maximum. ``grad`` is assigned."""
     activation = _activate(x, scale, shift)
-    images = _as_images(activation, height, width)
+    images = as_images(activation, height, width)
     _, indices = F.max_pool2d(images, 3, 2, 1, return_indices=True)
     pooled_height, pooled_width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
     spread = torch.ops.aten.max_pool2d_with_indices_backward(
-        _as_images(out_grad, pooled_height, pooled_width), images, [3, 3], [2, 2], [1, 1], [1, 1], False, indices
+        as_images(out_grad, pooled_height, pooled_width), images, [3, 3], [2, 2], [1, 1], [1, 1], False, indices
     )
-    _deposit(_as_rows(spread), activation, x, mean, scale, grad, False, sum_grad, sum_grad_x)
+    _deposit(as_rows(spread), activation, x, mean, scale, grad, False, sum_grad, sum_grad_x)
 
 
 def _activate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -233,24 +238,13 @@ def _deposit(
     grad: Tensor | None,
     accumulate: bool,
     sum_grad: Tensor,
-    sum_grad_x: Tensor | None,
+    sum_grad_x: Tensor,
 ) -> None:
     """Masks ``gradient`` by the ReLU, takes its sums, and leaves ``scale`` times it in ``grad``."""
     masked = torch.where(activation <= 0, 0, gradient.to(mean.dtype))
     torch.sum(masked, 0, out=sum_grad)
-    if sum_grad_x is not None:
-        torch.sum(masked * (x.to(mean.dtype) - mean), 0, out=sum_grad_x)
+    torch.sum(masked * (x.to(mean.dtype) - mean), 0, out=sum_grad_x)
     if grad is None:
         return
     scaled = masked * scale
     grad.copy_(grad.to(scaled.dtype) + scaled if accumulate else scaled)
-
-
-def _as_images(rows: Tensor, height: int, width: int) -> Tensor:
-    """[M, C] rows as an [N, C, H, W] channels-last view."""
-    return rows.unflatten(0, (-1, height, width)).permute(0, 3, 1, 2)
-
-
-def _as_rows(images: Tensor) -> Tensor:
-    """[N, C, H, W] as [M, C] rows; a view where ``images`` is channels-last."""
-    return images.permute(0, 2, 3, 1).flatten(0, 2)

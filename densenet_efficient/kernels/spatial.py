@@ -33,11 +33,6 @@ def has_kernel(weight: Tensor, dilation: int) -> bool:
     return tuple(weight.shape[2:]) == (3, 3) and dilation == 1
 
 
-def padding_of(weight: Tensor, dilation: int) -> list[int]:
-    """The padding that keeps the size, for odd kernel sizes."""
-    return [dilation * (kernel // 2) for kernel in weight.shape[2:]]
-
-
 def bn_relu_conv(
     backend: ModuleType,
     x: Tensor,
@@ -196,9 +191,13 @@ def _activate(backend: ModuleType, x: Tensor, scale: Tensor, shift: Tensor, size
 
 
 def _geometry(weight: Tensor, dilation: int) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
-    """Stride, padding, dilation, whether transposed, output padding and groups, as torch.convolution takes them."""
+    """Stride, padding, dilation, whether transposed, output padding and groups, as torch.convolution takes them.
+
+    The padding keeps the size, for odd kernel sizes.
+    """
     ones = [1] * (weight.dim() - 2)
-    return ones, padding_of(weight, dilation), [dilation] * len(ones), False, [0] * len(ones), 1
+    padding = [dilation * (kernel // 2) for kernel in weight.shape[2:]]
+    return ones, padding, [dilation] * len(ones), False, [0] * len(ones), 1
 
 
 def _plane(size: Size) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from torch import nn
 from .. import fusion
 from ..kernels import spatial
 from ..modules import take_stage
-from ..operator_calls import StageBlock, describe_exit
+from ..operator_calls import StageBlock
 from ..stage import HEAD, TRANSITION
 from .shapes import BlockShape, NetworkShape, Parameters, StemShape, block_shape
 from .timeline import OPTIMIZERS, Optimizer, TrainingStep
@@ -50,20 +50,20 @@ def usual_shape(children: list[nn.Module], device: str) -> NetworkShape | None:
     return NetworkShape(IMAGES, _stem(conv, sides[0], stem is not None), blocks, NO_PARAMETERS)
 
 
-def _is_known(layers: list[fusion.LayerParts], consumer: nn.Module) -> bool:
-    return describe_exit(consumer)[0] in (TRANSITION, HEAD) and all(
+def _is_known(layers: list[fusion.LayerParts], stage_exit: fusion.StageExit) -> bool:
+    return stage_exit.kind in (TRANSITION, HEAD) and all(
         layer.spatial_dims == 2 and spatial.has_kernel(layer.convolutions[-1].weight, layer.dilation)
         for layer in layers
     )
 
 
 def _block(
-    block: StageBlock, layers: list[fusion.LayerParts], consumer: nn.Module, side: int, device: str
+    block: StageBlock, layers: list[fusion.LayerParts], stage_exit: fusion.StageExit, side: int, device: str
 ) -> BlockShape:
     first = layers[0]
     width, growth_rate = first.channels if first.bottleneck else (0, *first.channels)
     in_channels = first.norm1.num_features
-    conv = describe_exit(consumer)[2]
+    conv = stage_exit.conv
     return block_shape(
         type(block).__name__,
         NO_PARAMETERS,

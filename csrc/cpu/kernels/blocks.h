@@ -30,31 +30,37 @@ void parallel_blocks(int64_t rows, int64_t columns, int64_t tile_rows, Function 
   });
 }
 
-// The two sums of a backward over M rows of C columns: per tile of rows, then added in the order of the tiles.
+// The two sums of a backward over M rows of C columns: per part of the rows, then added in the order of the parts.
 template <typename A>
-class TileSums {
+class PartialSums {
  public:
-  TileSums(int64_t tiles, int64_t columns) : tiles_(tiles), columns_(columns), sums_(2 * tiles * columns) {}
+  PartialSums(int64_t parts, int64_t columns) : parts_(parts), columns_(columns), sums_(2 * parts * columns) {}
 
-  A* sum_grad(int64_t tile) const { return sums_.get() + 2 * tile * columns_; }
-  A* sum_grad_x(int64_t tile) const { return sum_grad(tile) + columns_; }
+  A* sum_grad(int64_t part) const { return sums_.get() + 2 * part * columns_; }
+  A* sum_grad_x(int64_t part) const { return sum_grad(part) + columns_; }
 
-  // Writes the sums [C] of all tiles.
-  void merge(A* sum_grad_out, A* sum_grad_x_out) const {
-    Scratch<double> totals(2 * columns_);
-    std::fill_n(totals.get(), 2 * columns_, 0.0);
-    for (int64_t tile = 0; tile < tiles_; tile++) {
-      const A* sums = sum_grad(tile);
-      for (int64_t c = 0; c < 2 * columns_; c++) totals.get()[c] += sums[c];
+  // Some columns of a part begin at zero.
+  void clear(int64_t part, int64_t column, int64_t columns) const {
+    std::fill_n(sum_grad(part) + column, columns, A(0));
+    std::fill_n(sum_grad_x(part) + column, columns, A(0));
+  }
+
+  // Writes the sums of all parts for some columns; the results begin with column 0.
+  void merge(int64_t column, int64_t columns, void* sum_grad_out, void* sum_grad_x_out) const {
+    const Scratch<double> totals(2 * columns);
+    double *total = totals.get(), *total_x = total + columns;
+    std::fill_n(total, 2 * columns, 0.0);
+    for (int64_t part = 0; part < parts_; part++) {
+      const A *sums = sum_grad(part) + column, *sums_x = sum_grad_x(part) + column;
+      for (int64_t c = 0; c < columns; c++) total[c] += sums[c];
+      for (int64_t c = 0; c < columns; c++) total_x[c] += sums_x[c];
     }
-    for (int64_t c = 0; c < columns_; c++) {
-      sum_grad_out[c] = static_cast<A>(totals.get()[c]);
-      sum_grad_x_out[c] = static_cast<A>(totals.get()[columns_ + c]);
-    }
+    std::copy_n(total, columns, static_cast<A*>(sum_grad_out) + column);
+    std::copy_n(total_x, columns, static_cast<A*>(sum_grad_x_out) + column);
   }
 
  private:
-  int64_t tiles_, columns_;
+  int64_t parts_, columns_;
   Scratch<A> sums_;
 };
 

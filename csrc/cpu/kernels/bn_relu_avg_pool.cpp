@@ -75,7 +75,7 @@ class Backward {
 
   void run() {
     parallel_blocks(rows_, p_.channels, kTileRows, [&](const Block& block) { run_block(block); });
-    sums_.merge(static_cast<A*>(p_.sum_grad), static_cast<A*>(p_.sum_grad_x));
+    sums_.merge(0, p_.channels, p_.sum_grad, p_.sum_grad_x);
   }
 
  private:
@@ -101,7 +101,7 @@ class Backward {
     Vector<A> sum{}, sum_x{};
     for (int64_t r = 0; r < block.rows; r++) {
       const Vector<A> value = load<A>(x + r * p_.x_stride, count);
-      const Vector<A> masked = relu_mask(value * scale + shift, load<A>(out_grad[r] + c, count) / size);
+      const Vector<A> masked = relu_mask(affine(value, scale, shift), load<A>(out_grad[r] + c, count) / size);
       sum += masked;
       sum_x += masked * (value - mean);
       if (grad) {
@@ -116,7 +116,7 @@ class Backward {
 
   const AvgPoolBackward& p_;
   int64_t rows_;
-  TileSums<A> sums_;
+  PartialSums<A> sums_;
   Scratch<S> zeros_;  // the gradient of a pixel outside every window
 };
 

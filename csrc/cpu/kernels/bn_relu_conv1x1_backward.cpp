@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/kernels/blocks.h"
 #include "cpu/kernels/bn_relu_conv1x1.h"
 #include "cpu/kernels/deposit.h"
 #include "cpu/kernels/dispatch.h"
@@ -28,18 +29,20 @@ template <typename T>
 constexpr int64_t kStepRows = kTiled<T> ? 32 : 28;
 
 // How a backward is cut into tasks: groups of rows by spans of channels. The groups follow from the shape alone, so
-// that sums have one order; a span has its own sums, so that there are no more of them than threads need.
+// that sums have one order. A span has its own sums, so that fewer groups than threads may have several spans each:
+// enough for the threads to take as they become free.
 struct Tasks {
   int64_t group_rows, groups, tile_rows, tiles, span, spans;
 
   Tasks(int64_t rows, int64_t channels, int64_t most_rows, int64_t multiple) {
-    constexpr int64_t rows_of_a_group = 800, most_groups = 32;
+    constexpr int64_t rows_of_a_group = 800, most_groups = 32, tasks_of_a_thread = 3;
     const int64_t parts = std::min(most_groups, round_up(ceil_div(rows, rows_of_a_group), 2));
     group_rows = rows < rows_of_a_group ? std::max<int64_t>(rows, 1) : ceil_div(rows, parts);
     groups = ceil_div(rows, group_rows);
     tile_rows = round_up(ceil_div(group_rows, ceil_div(group_rows, most_rows)), multiple);
     tiles = ceil_div(group_rows, tile_rows);  // of a group
-    spans = ceil_div(at::get_num_threads(), std::max<int64_t>(groups, 1));
+    const int64_t threads = at::get_num_threads();
+    spans = groups < threads ? ceil_div(tasks_of_a_thread * threads, std::max<int64_t>(groups, 1)) : 1;
     span = round_up(ceil_div(channels, spans), kPanel);
     spans = ceil_div(channels, span);
   }
@@ -90,7 +93,7 @@ struct FinishedGradient {
       for (int v = 0; v < V; v++) {
         const Vector<A> gradient = load<A>(out_grad + r * p.out_grad_stride + v * lanes, width - v * lanes);
         const Vector<A> value = load<A>(out + r * p.out_stride + v * lanes, width - v * lanes);
-        store(to + r * stride + v * lanes, gradient + offset[v] + (value - mean[v]) * slope[v], lanes);
+        store(to + r * stride + v * lanes, projected(gradient, value, mean[v], slope[v], offset[v]), lanes);
       }
     }
     for (int64_t r = count; r < padded; r++) std::fill_n(to + r * stride, V * lanes, T(0));
@@ -115,19 +118,18 @@ void pack_panels(const A* weight, int64_t channels, int64_t outputs, T* packed) 
 template <typename A>
 struct Partials {
   int64_t channels, outputs;  // channels rounded up to whole panels
-  Scratch<A> grad_weight, sums;
+  Scratch<A> grad_weight;
+  PartialSums<A> sums;
 
   Partials(int64_t groups, int64_t channels_, int64_t outputs_, bool with_weight)
       : channels(round_up(channels_, kPanel)),
         outputs(outputs_),
         grad_weight(with_weight ? groups * channels * outputs : 0),
-        sums(groups * 2 * channels) {}
+        sums(groups, channels) {}
 
   A* weight_panel(int64_t group, int64_t channel) const {
     return grad_weight.get() + group * channels * outputs + channel * outputs;
   }
-  A* sum_grad(int64_t group) const { return sums.get() + group * 2 * channels; }
-  A* sum_grad_x(int64_t group) const { return sum_grad(group) + channels; }
 };
 
 // One thread's memory.
@@ -187,8 +189,7 @@ class Backward {
 
   void run_task(int64_t group, int64_t span, Workspace<T, A>& workspace) {
     const int64_t first = span * tasks_.span, last = std::min(p_.channels, first + tasks_.span);
-    std::fill(partials_.sum_grad(group) + first, partials_.sum_grad(group) + last, A(0));
-    std::fill(partials_.sum_grad_x(group) + first, partials_.sum_grad_x(group) + last, A(0));
+    partials_.sums.clear(group, first, last - first);
     for (int64_t tile = 0; tile < tasks_.tiles; tile++) {
       const Rows rows = rows_of(group, tile), next = rows_of(group, tile + 1);
       if (rows.count == 0) continue;
@@ -270,8 +271,8 @@ class Backward {
                   .accumulate = true,
                   .activations = p_.grad_weight ? activations : nullptr,
                   .activations_stride = kPanel,
-                  .sum_grad = partials_.sum_grad(group) + c,
-                  .sum_grad_x = partials_.sum_grad_x(group) + c}
+                  .sum_grad = partials_.sums.sum_grad(group) + c,
+                  .sum_grad_x = partials_.sums.sum_grad_x(group) + c}
         .run();
   }
 
@@ -298,10 +299,7 @@ class Backward {
       for (int64_t index = begin; index < end; index++) {
         const int64_t c = index * kPanel, columns = std::min(kPanel, p_.channels - c);
         if (p_.grad_weight) reduce_weight_panel(c, columns);
-        if (p_.sum_grad) {
-          reduce_sums(&Partials<A>::sum_grad, c, columns, static_cast<A*>(p_.sum_grad));
-          reduce_sums(&Partials<A>::sum_grad_x, c, columns, static_cast<A*>(p_.sum_grad_x));
-        }
+        if (p_.sum_grad) partials_.sums.merge(c, columns, p_.sum_grad, p_.sum_grad_x);
       }
     });
   }
@@ -316,14 +314,6 @@ class Backward {
         }
         store(to + n, total, columns - n);
       }
-    }
-  }
-
-  void reduce_sums(A* (Partials<A>::*of_group)(int64_t) const, int64_t c, int64_t columns, A* to) {
-    for (int64_t n = c; n < c + columns; n++) {
-      double total = 0;
-      for (int64_t group = 0; group < tasks_.groups; group++) total += (partials_.*of_group)(group)[n];
-      to[n] = static_cast<A>(total);
     }
   }
 

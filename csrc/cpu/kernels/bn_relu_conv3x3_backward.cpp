@@ -1,5 +1,6 @@
 #include <ATen/Parallel.h>
 
+#include "cpu/kernels/blocks.h"
 #include "cpu/kernels/bn_relu_conv3x3.h"
 #include "cpu/kernels/bn_relu_conv3x3_winograd.h"
 #include "cpu/kernels/conv3x3_weight.h"
@@ -21,18 +22,16 @@ constexpr int64_t kDepth = 1024;
 // What the groups leave: the weight's gradient as [9, outputs, channels], and the sums.
 template <typename A>
 struct Partials {
-  int64_t weight_size, channels;
-  Scratch<A> grad_weight, sums;
+  int64_t weight_size;
+  Scratch<A> grad_weight;
+  PartialSums<A> sums;
 
-  Partials(int64_t groups, int64_t outputs, int64_t channels_, bool with_weight)
-      : weight_size(with_weight ? 9 * outputs * channels_ : 0),
-        channels(channels_),
+  Partials(int64_t groups, int64_t outputs, int64_t channels, bool with_weight)
+      : weight_size(with_weight ? 9 * outputs * channels : 0),
         grad_weight(groups * weight_size),
-        sums(groups * 2 * channels) {}
+        sums(groups, channels) {}
 
   A* weight(int64_t group) const { return grad_weight.get() + group * weight_size; }
-  A* sum_grad(int64_t group) const { return sums.get() + group * 2 * channels; }
-  A* sum_grad_x(int64_t group) const { return sum_grad(group) + channels; }
 };
 
 // One thread's tiles.
@@ -82,7 +81,7 @@ class Backward {
 
  private:
   void run_group(int64_t group, Workspace<T, A>& workspace) {
-    std::fill_n(partials_.sum_grad(group), 2 * p_.channels, A(0));
+    partials_.sums.clear(group, 0, p_.channels);
     const int64_t first = tiles_.tiles() * group / groups_, last = tiles_.tiles() * (group + 1) / groups_;
     for (int64_t tile = first; tile < last; tile++) {
       load_out_grad(tile, workspace);
@@ -180,8 +179,8 @@ class Backward {
                   .accumulate = p_.accumulate,
                   .activations = p_.grad_weight ? activations : nullptr,
                   .activations_stride = stride,
-                  .sum_grad = partials_.sum_grad(group) + c,
-                  .sum_grad_x = partials_.sum_grad_x(group) + c}
+                  .sum_grad = partials_.sums.sum_grad(group) + c,
+                  .sum_grad_x = partials_.sums.sum_grad_x(group) + c}
         .run();
   }
 
@@ -219,17 +218,7 @@ class Backward {
         for (int64_t output = begin; output < end; output++) reduce_weight(output, taps.get());
       });
     }
-    if (p_.sum_grad) {
-      for (int64_t c = 0; c < p_.channels; c++) {
-        double sum = 0, sum_x = 0;
-        for (int64_t group = 0; group < groups_; group++) {
-          sum += partials_.sum_grad(group)[c];
-          sum_x += partials_.sum_grad_x(group)[c];
-        }
-        static_cast<A*>(p_.sum_grad)[c] = static_cast<A>(sum);
-        static_cast<A*>(p_.sum_grad_x)[c] = static_cast<A>(sum_x);
-      }
-    }
+    if (p_.sum_grad) partials_.sums.merge(0, p_.channels, p_.sum_grad, p_.sum_grad_x);
   }
 
   // ``scratch`` [9, channels] where the gradient has its taps last.

@@ -1,5 +1,6 @@
 #include <ATen/Parallel.h>
 
+#include "cpu/kernels/blocks.h"
 #include "cpu/kernels/bn_relu_conv3x3_winograd.h"
 #include "cpu/kernels/conv3x3_weight.h"
 #include "cpu/kernels/deposit.h"
@@ -19,20 +20,18 @@ int64_t groups_of(int64_t tiles) {
 
 // What the groups leave: the transformed gradient of the weight, [16, outputs, channels], and the sums.
 struct Partials {
-  int64_t matrix, channels;
-  Scratch<float> grad_weight, sums;
+  int64_t matrix;
+  Scratch<float> grad_weight;
+  PartialSums<float> sums;
 
-  Partials(int64_t groups, int64_t outputs, int64_t channels_, bool with_weight)
-      : matrix(outputs * channels_ + 16),
-        channels(channels_),
+  Partials(int64_t groups, int64_t outputs, int64_t channels, bool with_weight)
+      : matrix(outputs * channels + 16),
         grad_weight(with_weight ? groups * kElements * matrix : 0),
-        sums(groups * 2 * channels) {}
+        sums(groups, channels) {}
 
   float* weight(int64_t group, int64_t element) const {
     return grad_weight.get() + (group * kElements + element) * matrix;
   }
-  float* sum_grad(int64_t group) const { return sums.get() + group * 2 * channels; }
-  float* sum_grad_x(int64_t group) const { return sum_grad(group) + channels; }
 };
 
 // One thread's tiles.
@@ -79,7 +78,7 @@ class Backward {
 
  private:
   void run_group(int64_t group, Workspace& workspace) {
-    std::fill_n(partials_.sum_grad(group), 2 * p_.channels, 0.0f);
+    partials_.sums.clear(group, 0, p_.channels);
     const int64_t first = tiles_.tiles() * group / groups_, last = tiles_.tiles() * (group + 1) / groups_;
     for (int64_t tile = first; tile < last; tile++) {
       if (p_.grad_weight) transform_out_grad(tile, workspace);
@@ -157,8 +156,8 @@ class Backward {
                       .accumulate = p_.accumulate,
                       .activations = nullptr,
                       .activations_stride = 0,
-                      .sum_grad = partials_.sum_grad(group) + c,
-                      .sum_grad_x = partials_.sum_grad_x(group) + c}
+                      .sum_grad = partials_.sums.sum_grad(group) + c,
+                      .sum_grad_x = partials_.sums.sum_grad_x(group) + c}
         .run();
   }
 
@@ -191,16 +190,7 @@ class Backward {
         for (int64_t output = begin; output < end; output++) reduce_weight(output, taps.get());
       });
     }
-    if (!p_.sum_grad) return;
-    for (int64_t c = 0; c < p_.channels; c++) {
-      double sum = 0, sum_x = 0;
-      for (int64_t group = 0; group < groups_; group++) {
-        sum += partials_.sum_grad(group)[c];
-        sum_x += partials_.sum_grad_x(group)[c];
-      }
-      static_cast<float*>(p_.sum_grad)[c] = static_cast<float>(sum);
-      static_cast<float*>(p_.sum_grad_x)[c] = static_cast<float>(sum_x);
-    }
+    if (p_.sum_grad) partials_.sums.merge(0, p_.channels, p_.sum_grad, p_.sum_grad_x);
   }
 
   // ``scratch`` [9, channels] where the gradient has its taps last.

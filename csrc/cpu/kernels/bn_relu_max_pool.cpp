@@ -128,7 +128,7 @@ class Backward {
       Scratch<Place> places(2 * p_.out_width * vectors_);
       for (int64_t task = begin; task < end; task++) run_band(task / bands, task % bands * kBand, places.get());
     });
-    sums_.merge(static_cast<A*>(p_.sum_grad), static_cast<A*>(p_.sum_grad_x));
+    sums_.merge(0, p_.channels, p_.sum_grad, p_.sum_grad_x);
   }
 
  private:
@@ -188,7 +188,7 @@ class Backward {
       const Vector<A> value = load<A>(from + x * stride, lanes);
       Vector<A> gradient{};
       for (int i = 0; i < count; i++) gradient += gather(windows[i], x, c, lanes);
-      const Vector<A> masked = relu_mask(value * scale + shift, gradient);
+      const Vector<A> masked = relu_mask(affine(value, scale, shift), gradient);
       sum += masked;
       sum_x += masked * (value - mean);
       store(grad + x * grad_stride, masked * scale, lanes);
@@ -214,7 +214,7 @@ class Backward {
   const MaxPoolBackward& p_;
   Images<S> images_;
   int64_t vectors_;  // per pixel
-  TileSums<A> sums_;
+  PartialSums<A> sums_;
 };
 
 }  // namespace

@@ -21,8 +21,8 @@ void project(const ProjectGradient& p) {
       const Vector<A> offset = load<A>(static_cast<const A*>(p.offset) + c, count);
       for (int64_t r = 0; r < block.rows; r++) {
         S* to = grad + r * p.grad_stride + c;
-        const Vector<A> deviation = load<A>(x + r * p.x_stride + c, count) - mean;
-        store(to, load<A>(to, count) + offset + deviation * slope, count);
+        const Vector<A> value = load<A>(x + r * p.x_stride + c, count);
+        store(to, projected(load<A>(to, count), value, mean, slope, offset), count);
       }
     }
   });

@@ -2,6 +2,7 @@
 // 1979). Never E[x^2] - E[x]^2, which loses everything where the mean is large.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu/vector.h"
@@ -29,9 +30,10 @@ ALWAYS_INLINE void column_statistics(const T* tile, int64_t stride, int64_t rows
     }
   }
   for (int v = 0; v < vectors; v++) {
-    const Vector<A> correction = deviations[v] * inverse;
-    store(mean + v * lanes, mean_of[v] + correction, count);
-    store(m2 + v * lanes, squares[v] - deviations[v] * correction, count);
+    Vector<A> m2_of{};
+    add_deviations(mean_of[v], m2_of, deviations[v], squares[v], inverse);
+    store(mean + v * lanes, mean_of[v], count);
+    store(m2 + v * lanes, m2_of, count);
   }
 }
 
@@ -67,20 +69,16 @@ class TileStatistics {
     std::vector<double> mean_sum(columns_, 0.0), m2_sum(columns_, 0.0);
     double count = 0;
     for (size_t index = 0; index < counts_.size(); index++) {
-      const double total = count + counts_[index];
-      const double share = counts_[index] / total, between = count * share;
       const A* tile_mean = mean(index);
       const A* tile_m2 = tile_mean + columns_;
       for (int64_t c = 0; c < columns_; c++) {
-        const double difference = tile_mean[c] - mean_sum[c];
-        mean_sum[c] += difference * share;
-        m2_sum[c] += tile_m2[c] + difference * difference * between;
+        merge_moments<double>(mean_sum[c], m2_sum[c], count, tile_mean[c], tile_m2[c], counts_[index]);
       }
-      count = total;
+      count += counts_[index];
     }
     for (int64_t c = 0; c < columns_; c++) {
       mean_out[c] = static_cast<A>(mean_sum[c]);
-      variance_out[c] = static_cast<A>(m2_sum[c] / count);
+      variance_out[c] = static_cast<A>(m2_sum[c] / std::max(count, 1.0));  // zero, of no rows
     }
   }
 

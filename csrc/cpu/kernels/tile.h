@@ -29,7 +29,7 @@ class Scratch {
 // relu(x * scale + shift) of one vector.
 template <typename V>
 ALWAYS_INLINE V activate(V x, V scale, V shift) {
-  return relu(x * scale + shift);
+  return relu(affine(x, scale, shift));
 }
 
 // Interleaves two rows of lanes into the paired layout of gemm.h: to[2 * i + parity].

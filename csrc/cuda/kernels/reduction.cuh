@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
   merge_lanes<double>(moments, lane_y, kMergeLanesX, kMergeLanesY);
   if (lane_y != 0 || column >= tiling.columns) return;
   mean[column] = static_cast<A>(moments.mean(0));
-  variance[column] = static_cast<A>(moments.m2(0) / moments.count());
+  variance[column] = moments.count() == 0 ? A(0) : static_cast<A>(moments.m2(0) / moments.count());
 }
 
 template <typename A>

@@ -26,10 +26,11 @@ def bn_relu_conv1x1_backward(
     finish = (out_grad, out, out_mean, out_slope, out_offset)
     matrix = weight.flatten(1).to(x.dtype).contiguous()
     grad_matrix = None if grad_weight is None else grad_weight.flatten(1)
-    if grad_matrix is not None and sum_grad is not None and joint.serves(x, matrix.shape[0]):
-        joint.input_and_weight_gradient(*finish, x, mean, scale, shift, matrix, grad, grad_matrix, sum_grad, sum_grad_x)
+    sums = None if sum_grad is None or sum_grad_x is None else (sum_grad, sum_grad_x)
+    if grad_matrix is not None and sums is not None and joint.serves(x, matrix.shape[0]):
+        joint.input_and_weight_gradient(*finish, x, mean, scale, shift, matrix, grad, grad_matrix, *sums)
         return
     if grad_matrix is not None:
         split.weight_gradient(*finish, x, scale, shift, grad_matrix)
-    if sum_grad is not None:
-        split.input_gradient(*finish, x, mean, scale, shift, matrix, grad, sum_grad, sum_grad_x)
+    if sums is not None:
+        split.input_gradient(*finish, x, mean, scale, shift, matrix, grad, *sums)

@@ -109,7 +109,7 @@ def input_and_weight_gradient(
     grad: Tensor | None,  # [M, C]
     grad_weight: Tensor,  # [K, C]
     sum_grad: Tensor,  # [C]
-    sum_grad_x: Tensor | None,  # [C]
+    sum_grad_x: Tensor,  # [C]
 ) -> None:
     """The weight's gradient, the sums, and ``grad += scale * masked gradient``; ``out_grad`` is left finished."""
     (rows, channels), outputs = x.shape, out.shape[1]

@@ -118,7 +118,7 @@ def input_gradient(
     weight: Tensor,  # [K, C]
     grad: Tensor | None,  # [M, C]
     sum_grad: Tensor,  # [C]
-    sum_grad_x: Tensor | None,  # [C]
+    sum_grad_x: Tensor,  # [C]
 ) -> None:
     """The sums, and ``grad += scale * masked gradient``."""
     (rows, channels), outputs = x.shape, out.shape[1]

@@ -24,5 +24,5 @@ def bn_relu_conv3x3_backward(
     """Backward of `bn_relu_conv3x3`: what is asked for of the gradients of its input and its weight."""
     if grad_weight is not None:
         weight_gradient(out_grad, x, scale, shift, height, width, grad_weight)
-    if sum_grad is not None:
+    if sum_grad is not None and sum_grad_x is not None:
         input_gradient(out_grad, x, mean, scale, shift, weight, height, width, grad, accumulate, sum_grad, sum_grad_x)

@@ -4,7 +4,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate, mask_gradient
+from .activation import activate, deposit, mask_gradient
 from .blocks import block_and_part
 from .launch import Tile, ceil_div, dot_precision, grid_of, kernel, on_device
 from .statistics import finish_sums, store_sums
@@ -53,11 +53,7 @@ def bn_relu_conv3x3_backward_input_kernel(
     sum_grad_x = tl.sum(gradient * (inputs.to(dtype) - centre), 0)
     store_sums(partials, part, tl.cdiv(rows, ROWS), channels, channel, tl.sum(gradient, 0), sum_grad_x)
     if grad is not None:
-        place = grad + row[:, None] * grad_stride + channel[None, :]
-        deposit = gradient * factor
-        if ACCUMULATE:
-            deposit += tl.load(place, mask=inside, other=0.0).to(dtype)
-        tl.store(place, deposit.to(grad.dtype.element_ty), mask=inside)
+        deposit(grad, row[:, None] * grad_stride + channel[None, :], gradient, factor, inside, ACCUMULATE)
 
 
 def _tile(x: Tensor, outputs: int) -> Tile:
@@ -82,7 +78,7 @@ def input_gradient(
     grad: Tensor | None,  # [M, C]
     accumulate: bool,
     sum_grad: Tensor,  # [C]
-    sum_grad_x: Tensor | None,  # [C]
+    sum_grad_x: Tensor,  # [C]
 ) -> None:
     """The sums, and ``scale * masked gradient`` in ``grad``: assigned, or added where ``accumulate``."""
     (rows, channels), outputs = x.shape, out_grad.shape[1]

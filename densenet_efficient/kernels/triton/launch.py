@@ -16,6 +16,7 @@ from torch import Tensor
 # Where there is no card: few multiprocessors, so that in the interpreter too a program works through several tiles.
 INTERPRETED_MULTIPROCESSORS = 4
 INTERPRETED_CAPABILITY = 9
+MOST_PIXELS = 2**31 - 2**16  # as many as end, with the tile that the last of them begins, below 2^31
 
 
 class Listener(Protocol):
@@ -123,6 +124,12 @@ def grid_of(parts: int, channels: int, columns: int) -> tuple[int]:
 def programs_per_block(rows: int, tile_rows: int, blocks: int, programs: int) -> int:
     """How many programs share the rows of each of ``blocks`` so that ``programs`` run at a time; none without rows."""
     return min(ceil_div(rows, tile_rows), max(programs // blocks, 1))
+
+
+def check_pixels(pixels: int) -> None:
+    """Raises RuntimeError for more pixels than kernels count; where a stage or a stem begins."""
+    if pixels > MOST_PIXELS:
+        raise RuntimeError(f"x must have at most {MOST_PIXELS} pixels, got {pixels}; use a smaller batch")
 
 
 def pixel_tile(channels: int, elements: int) -> tuple[int, int]:

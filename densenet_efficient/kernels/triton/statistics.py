@@ -67,7 +67,7 @@ def merge_statistics_kernel(
     means = tl.load(partials + plane + place, mask=exists, other=0.0)
     m2s = tl.load(partials + 2 * plane + place, mask=exists, other=0.0)
 
-    total = tl.sum(counts, 0)
+    total = tl.maximum(tl.sum(counts, 0), 1.0)  # of no rows at all mean and variance are zero
     near = tl.sum(tl.where(tl.arange(0, PARTS)[:, None] == 0, means, 0.0), 0)  # a mean, so differences are small
     merged = near + tl.sum(tl.where(exists, counts * (means - near[None, :]), 0.0), 0) / total
     delta = means - merged[None, :]
@@ -87,10 +87,9 @@ def merge_sums_kernel(partials, first, second, parts, channels, PARTS: tl.conste
     """PARTS parts become one row of ``first``, and those of the second plane one of ``second``."""
     place, exists, column, row = _block_of_parts(parts, channels, PARTS, CHANNELS)
     within = column < channels
+    plane = tl.cast(parts, tl.int64) * channels
     tl.store(first + row, tl.sum(tl.load(partials + place, mask=exists, other=0.0), 0), mask=within)
-    if second is not None:
-        plane = tl.cast(parts, tl.int64) * channels
-        tl.store(second + row, tl.sum(tl.load(partials + plane + place, mask=exists, other=0.0), 0), mask=within)
+    tl.store(second + row, tl.sum(tl.load(partials + plane + place, mask=exists, other=0.0), 0), mask=within)
 
 
 @kernel(do_not_specialize=["parts"])
@@ -138,19 +137,18 @@ def finish_statistics(
 
 
 def finish_sums(
-    partials: Tensor,  # [1, parts, C], or [2, parts, C] with a second
+    partials: Tensor,  # [2, parts, C]
     first: Tensor,  # [C]
-    second: Tensor | None = None,  # [C]
+    second: Tensor,  # [C]
 ) -> None:
     """Adds partial sums in a fixed order."""
-    kinds, parts, channels = partials.shape
+    _, parts, channels = partials.shape
     rows = _merged_parts(parts)
     grid = grid_of(rows, channels, BLOCK_CHANNELS)
-    merged = None if rows == 1 else partials.new_empty(kinds, rows, channels)
-    sums = (first, second) if merged is None else (merged[0], None if second is None else merged[1])
+    merged = (first, second) if rows == 1 else partials.new_empty(2, rows, channels)
     with on_device(partials):
-        merge_sums_kernel[grid](partials, *sums, parts, channels, BLOCK_PARTS, BLOCK_CHANNELS, num_warps=WARPS)
-    if merged is not None:
+        merge_sums_kernel[grid](partials, *merged, parts, channels, BLOCK_PARTS, BLOCK_CHANNELS, num_warps=WARPS)
+    if isinstance(merged, Tensor):
         finish_sums(merged, first, second)
 
 

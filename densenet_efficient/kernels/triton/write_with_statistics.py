@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .blocks import block_and_part
-from .launch import ceil_div, grid_of, kernel, on_device, pixel_tile
+from .launch import ceil_div, check_pixels, grid_of, kernel, on_device, pixel_tile
 from .statistics import finish_statistics, store_statistics, tile_statistics
 
 ELEMENTS = 8192
@@ -40,6 +40,7 @@ def write_with_statistics(
 ) -> None:
     """out = the pixels of ``x``, and the mean and biased variance of each column."""
     rows, channels = out.shape
+    check_pixels(rows)
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
     parts = ceil_div(rows, tile_rows)
     grid = grid_of(parts, channels, columns)
