@@ -28,6 +28,13 @@ from setuptools import Extension, setup
 from torch.utils import cpp_extension
 
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+# What the CUDA operators need of a toolkit: to compile and link kernels, and the newest function they call (12.5).
+CUDA_PROBE = """
+#include <cuda_runtime.h>
+__global__ void probe() {}
+auto entry = &cudaGetDriverEntryPointByVersion;
+void run() { probe<<<1, 1>>>(); }
+"""
 COMPILER_FLAGS = ["-std=c++20", "-O3", "-g0", "-DNDEBUG", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast"]
 WARNING_FLAGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: GCC bug 105593
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-DNDEBUG", "-Xcompiler", "-fvisibility=hidden,-Wall,-Wextra"]
@@ -102,7 +109,7 @@ def why_not_cuda() -> str | None:
         return f"{nvcc} is of CUDA {release[1]}.{release[2]}, this torch of CUDA {wanted}: {remedy}"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cu")
-        source.write_text("#include <cuda_runtime.h>\n__global__ void probe() {}\nvoid run() { probe<<<1, 1>>>(); }\n")
+        source.write_text(CUDA_PROBE)
         host_compiler = ["-ccbin", os.environ["CC"]] if "CC" in os.environ else []  # as torch chooses it
         flags = [*host_compiler, "-std=c++20", "-arch=sm_80", "-cudart=shared", "-shared", "-Xcompiler=-fPIC"]
         status, text = run(nvcc, *flags, str(source), "-o", str(Path(folder, "probe.so")))
@@ -179,8 +186,6 @@ class NativeBuild(cpp_extension.BuildExtension):
     def compile_kernels(self, extension: Extension, capability: str, flags: list[str]) -> list[str]:
         """The kernel objects of one capability, in a build directory of their own."""
         kernel_sources = sources("cpu/kernels/*.cpp")
-        if not kernel_sources:
-            return []
         compiler_flags = [*extension.extra_compile_args["cxx"], f"-DCPU_CAPABILITY={capability}", *flags]
         return self.compiler.compile(
             kernel_sources,

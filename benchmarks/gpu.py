@@ -115,6 +115,11 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(f"not passed: {', '.join(failed)}; see {log.name}")
 
 
+def exit_when_terminated() -> None:
+    """Lets a SIGTERM end this process as an exit does, so that the running stage does not keep the card."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def keep(path: Path, outcomes: dict[str, str]) -> None:
     """Write the outcomes into the results file."""
     results = results_file.load(path, results_file.describe_machine("cuda"))
@@ -167,4 +172,5 @@ def _run(stage: Stage, log: IO[bytes], seconds: float) -> str:
 
 
 if __name__ == "__main__":
+    exit_when_terminated()
     main(sys.argv[1:])

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def measure_largest_batch(cell: Cell, variant: Variant, device: str) -> dict[str
     batch = int(torch.cuda.mem_get_info(device)[0] / per_image)
     while batch > 0:
         try:
-            peak_bytes(cell, variant, batch, device, steps=2)
+            peak_bytes(cell, variant, batch, device)
         except torch.OutOfMemoryError:
             batch = int(batch * 0.98)
         else:
@@ -216,21 +216,27 @@ def describe(measurement: Measurement) -> dict[str, Any]:
 
 def keep(results: dict[str, Any], measurement: Measurement, measured: dict[str, float]) -> None:
     if measurement.kind == "largest_batch":
-        row = asdict(measurement.cell) | asdict(measurement.variant)
-        results["largest_batch"].append(row | {"batch": measured["largest_batch"]})
+        row = row_key(measurement.cell, measurement.variant)
+        others = [other for other in results["largest_batch"] if not _is_largest(other, row)]
+        results["largest_batch"] = [*others, row | {"batch": measured["largest_batch"]}]
     else:
         results_file.record(results, row_key(measurement.cell, measurement.variant), **measured)
 
 
 def is_known(results: dict[str, Any], measurement: Measurement) -> bool:
+    """Whether the present commit has measured it, or failed to."""
     key = row_key(measurement.cell, measurement.variant)
     if any(all(row[name] == value for name, value in describe(measurement).items()) for row in results["failed"]):
         return True
     if measurement.kind == "largest_batch":
-        names = [name for name in key if name != "batch"]
-        return any(all(row[name] == key[name] for name in names) for row in results["largest_batch"])
+        return any(_is_largest(row, key) and "commit" not in row for row in results["largest_batch"])
     rows = [row for row in results["rows"] if all(row[name] == value for name, value in key.items())]
-    return any(row[COLUMN[measurement.kind]] is not None for row in rows)
+    return any(results_file.is_current(row, COLUMN[measurement.kind]) for row in rows)
+
+
+def _is_largest(row: dict[str, Any], key: dict[str, Any]) -> bool:
+    """Whether a row of largest batches is that of a measurement, whose own batch says nothing."""
+    return all(row[name] == value for name, value in key.items() if name != "batch")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+FIGURES = {"step_ms": "times", "mib_per_image": "memory"}
+TASKS = {"train": "training", "infer": "inference"}
 
 
 def figures_line(results: dict[str, Any]) -> str:
@@ -18,7 +21,25 @@ def figures_line(results: dict[str, Any]) -> str:
     if first_steps:
         seconds = ", ".join(f"{row['implementation']} {row['seconds']:.1f} s" for row in first_steps)
         line += f" From starting Python to the end of {first_steps[0]['model']}'s first training step: {seconds}."
-    return line
+    return line + "".join(f" {sentence}" for sentence in _earlier(results))
+
+
+def _earlier(results: dict[str, Any]) -> Iterator[str]:
+    """A sentence for each other commit: what it has measured."""
+    batches: dict[tuple[str, str, str], dict[int, None]] = {}
+    for row in results["rows"]:
+        commits = row.get("commits", {})
+        for figure in FIGURES.keys() & commits.keys():
+            place = f"{TASKS[row['task']]} {FIGURES[figure]}", f"{row['model']}, {row['dtype']}"
+            batches.setdefault((commits[figure], *place), {})[row["batch"]] = None
+    measured: dict[str, list[str]] = {}
+    for (commit, figure, network), sizes in sorted(batches.items()):
+        measured.setdefault(commit, []).append(f"{figure} of {network}, batch {' and '.join(map(str, sizes))}")
+    for row in results.get("first_step", [])[:1]:
+        if "commit" in row:
+            measured.setdefault(row["commit"], []).append("the first step")
+    for commit, places in measured.items():
+        yield f"Of earlier code, commit {commit}: {'; '.join(places)}."
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any
 from densenet_efficient import plan
 from densenet_efficient.measure import MIB, peak_memory_per_image
 
+from . import markdown
 from . import results as results_file
 
 COLUMNS = ("step", "model", "images", "dtype", "checkpointing", "batches", "predicted", "measured", "error")
@@ -123,14 +124,13 @@ def row_of(workload: Workload, batches: tuple[int, int], measured: float) -> dic
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The rows of a results file in Markdown."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|---|---|---|---|---:|---:|---:|"]
+    cells = []
     for row in rows:
         level = row["checkpointing"] if isinstance(row["checkpointing"], str) else ", ".join(row["checkpointing"])
         images, (smaller, larger) = f"{row['size']}x{row['size']}", row["batches"]
-        cells = [row["task"], row["model"], images, row["dtype"], level, f"{smaller}, {larger}"]
-        figures = [f"{row['predicted']:.2f}", f"{row['measured']:.2f}", f"{row['error']:+.1%}"]
-        lines.append("| " + " | ".join([*cells, *figures]) + " |")
-    return lines
+        words = [row["task"], row["model"], images, row["dtype"], level, f"{smaller}, {larger}"]
+        cells.append([*words, f"{row['predicted']:.2f}", f"{row['measured']:.2f}", f"{row['error']:+.1%}"])
+    return markdown.table(COLUMNS, cells, words=6)
 
 
 def _key(row: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,35 +233,14 @@ def soak_list(results: Results) -> str:
     )
 
 
-def coverage_list(results: Results) -> str:
-    """Which share of the lines the tests run, and why not the others."""
-    rows = results["rows"]
-    return "\n".join([markdown.figures_line(results), "", *coverage.lines(rows), "", *uncovered.table(rows), ""])
-
-
-def segmentation_tables(results: Results) -> str:
-    """The memory of FC-DenseNets."""
-    return "\n".join([markdown.figures_line(results), "", *segmentation_table(results["rows"]), ""])
-
-
-def conversion_tables(results: Results) -> str:
-    """The memory of other libraries' networks, as they were and converted."""
-    return "\n".join([markdown.figures_line(results), "", *conversion_table(results["rows"]), ""])
+def under_figures_line(table: Callable[[Sequence[Row]], Sequence[str]]) -> Callable[[Results], str]:
+    """Writes the lines that ``table`` makes of the rows, under what was measured where."""
+    return lambda results: "\n".join([markdown.figures_line(results), "", *table(results["rows"]), ""])
 
 
 def frontier_tables(results: Results) -> str:
     """Time against memory of every way to save it."""
     return "\n".join([sections.picture(results, "frontier", "step time against memory"), "", tables(results, "train")])
-
-
-def trainer_tables(results: Results) -> str:
-    """What the trainer reaches and costs."""
-    return "\n".join([markdown.figures_line(results), "", *trainer_table(results["rows"]), ""])
-
-
-def planner_tables(results: Results) -> str:
-    """What the planner predicts beside what was measured."""
-    return "\n".join([markdown.figures_line(results), "", *planner_table(results["rows"]), ""])
 
 
 def tiles_tables(results: Results) -> str:
@@ -339,7 +318,7 @@ SECTIONS = {
     "roofline-cpu": ("CPU", "roofline"),
     "segmentation-cpu": ("CPU", "segmentation"),
     "conversion-cpu": ("CPU", "conversion"),
-    "blocking": ("CPU", "computed"),
+    "blocking": ("CPU", "computed"),  # not measured on a machine
     "trainer-cpu": ("CPU", "training"),
     "scaling-cpu": ("CPU", "scaling"),
     "timeline-cpu": ("CPU", "timeline"),
@@ -353,18 +332,18 @@ SECTIONS = {
 }
 SPECIAL = {  # by the end of their files' names
     "roofline": roofline_tables,
-    "segmentation": segmentation_tables,
-    "conversion": conversion_tables,
-    "training": trainer_tables,
+    "segmentation": under_figures_line(segmentation_table),
+    "conversion": under_figures_line(conversion_table),
+    "training": under_figures_line(trainer_table),
     "frontier": frontier_tables,
     "scaling": sections.scaling,
     "timeline": sections.timeline,
     "largest-image": sections.largest_image,
     "comparison": sections.comparison,
-    "planner": planner_tables,
+    "planner": under_figures_line(planner_table),
     "tiles": tiles_tables,
     "soak": soak_list,
-    "coverage": coverage_list,
+    "coverage": under_figures_line(lambda rows: [*coverage.lines(rows), "", *uncovered.table(rows)]),
 }
 
 if __name__ == "__main__":

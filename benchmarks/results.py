@@ -51,6 +51,8 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
 def load(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     """The results in `path` under the new header; none if there is no file.
 
+    What another commit has measured keeps its name; the checks and the failures of its code are forgotten.
+
     Raises ValueError if they were measured on another machine or with other versions: they do not compare.
     """
     if not path.exists():
@@ -62,7 +64,27 @@ def load(path: Path, header: dict[str, Any]) -> dict[str, Any]:
                 f"{path} holds results of {name} {results['header'][name]}, this is {header[name]}; "
                 "remove the file or give another --output"
             )
+    if results["header"]["commit"] != header["commit"]:
+        _name_commit(results)
     return results | {"header": header}
+
+
+def _name_commit(results: dict[str, Any]) -> None:
+    """Write down which commit measured the figures of which this is not known otherwise."""
+    commit = results["header"]["commit"]
+    for name in ("checks", "failed"):
+        results.pop(name, None)
+    for row in results["rows"]:
+        figures = [name for name in MEASURED if row.get(name) is not None]
+        if figures:
+            row["commits"] = dict.fromkeys(figures, commit) | row.get("commits", {})
+    for row in (row for part in ("first_step", "largest_batch", "kernels") for row in results.get(part, [])):
+        row.setdefault("commit", commit)
+
+
+def is_current(row: dict[str, Any], figure: str) -> bool:
+    """Whether the commit of the header has measured this figure of a row."""
+    return row[figure] is not None and figure not in row.get("commits", {})
 
 
 def record(results: dict[str, Any], key: dict[str, Any], **measured: float) -> None:
@@ -74,6 +96,9 @@ def record(results: dict[str, Any], key: dict[str, Any], **measured: float) -> N
         row = {name: key[name] for name in KEY} | dict.fromkeys(MEASURED)
         results["rows"].append(row)
     row.update(measured)
+    earlier = {name: commit for name, commit in row.pop("commits", {}).items() if name not in measured}
+    if earlier:
+        row["commits"] = earlier
 
 
 def replace_row(results: dict[str, Any], row: dict[str, Any], key: str, order: Iterable[str]) -> None:

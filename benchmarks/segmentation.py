@@ -13,6 +13,7 @@ from typing import Any
 
 from densenet_efficient.measure import DTYPES, peak_memory_per_image
 
+from . import markdown
 from . import results as results_file
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -62,11 +63,11 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The rows of a results file in Markdown."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|---|---:|---:|---:|"]
+    cells = []
     for row in rows:
-        cells = [row["model"], "x".join(map(str, row["size"])), row["dtype"], f"{row['naive']:.0f}"]
-        lines.append("| " + " | ".join([*cells, f"{row['ours']:.0f}", f"{row['naive'] / row['ours']:.1f}x"]) + " |")
-    return lines
+        words = [row["model"], "x".join(map(str, row["size"])), row["dtype"]]
+        cells.append([*words, f"{row['naive']:.0f}", f"{row['ours']:.0f}", f"{row['naive'] / row['ours']:.1f}x"])
+    return markdown.table(COLUMNS, cells, words=3)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from PIL import Image
 from pytorch_lightning import Callback
 
 from densenet_efficient.cli import main as run_command
-from densenet_efficient.measure import MIB, make_step, peak_memory
+from densenet_efficient.measure import MIB, make_step, peak_memory, reset_peak_resident, status_bytes
 from densenet_efficient.models import create_model
 from densenet_efficient.training.datasets import ArrayData, array_samples
 from densenet_efficient.training.samples import Splits
@@ -174,14 +174,12 @@ class InTurn(Callback):
         self._begin()
 
     def _begin(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")
+        reset_peak_resident()
         self.started = time.perf_counter()
 
     def _record(self, name: str) -> None:
         self.times[name].append(time.perf_counter() - self.started)
-        status = Path("/proc/self/status").read_text()
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-        self.peaks[name].append(int(line.split()[1]) * 1024)
+        self.peaks[name].append(status_bytes("VmHWM"))
 
     def on_train_end(self, *_: Any) -> None:
         for name in ("trainer", "bare"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from . import markdown
+
 COLUMNS = ("what", "measured", "limit")
 Row = dict[str, Any]
 Cells = tuple[str, str, str]
@@ -12,8 +14,7 @@ Cells = tuple[str, str, str]
 
 def table(rows: Sequence[Row]) -> list[str]:
     """The rows of a results file in Markdown."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|---|"]
-    return lines + [f"| {' | '.join(cells)} |" for row in rows for cells in LINES[row["name"]](row)]
+    return markdown.table(COLUMNS, (cells for row in rows for cells in LINES[row["name"]](row)), words=3)
 
 
 def _run_line(what: str, limit: str) -> Callable[[Row], list[Cells]]:

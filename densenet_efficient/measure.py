@@ -220,15 +220,23 @@ def _peak_bytes(step: Callable[[], object], on_cuda: bool) -> int:
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
+        reset_peak_resident()
     step()
-    return torch.cuda.max_memory_allocated() if on_cuda else _peak_resident_bytes()
+    return torch.cuda.max_memory_allocated() if on_cuda else status_bytes("VmHWM")
 
 
-def _peak_resident_bytes() -> int:
-    # Not getrusage: its ru_maxrss survives exec, so a child could report the peak of its parent.
+def reset_peak_resident() -> None:
+    """Lets this process's peak of resident memory begin anew (Linux only)."""
+    Path("/proc/self/clear_refs").write_text("5")  # of VmHWM, see proc(5)
+
+
+def status_bytes(name: str) -> int:
+    """What the kernel says of this process: "VmRSS" held now, "VmHWM" at most, "VmData" mapped (Linux only).
+
+    Not getrusage: its ru_maxrss survives exec, so a child could report the peak of its parent.
+    """
     status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    line = next(line for line in status.splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
 
 

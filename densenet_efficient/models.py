@@ -200,7 +200,7 @@ class EfficientDenseNet(PretrainedNetwork):
         return features.pooled(x) if isinstance(features, Features) else global_average(features(x))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Accepts the keys of older checkpoints and of other libraries too: see `weights.own_name`."""
+        """Accepts the keys of older checkpoints and of other libraries too: see `weights.checkpoints.own_name`."""
         rename_old_keys(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

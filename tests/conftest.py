@@ -1,4 +1,4 @@
-"""Fixtures of the exactness suite; its cases come from `cases` and `kernel_cases`."""
+"""Fixtures of all tests; its cases come from `cases` and `kernel_cases`."""
 
 from importlib.util import find_spec
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_cases import HEADER, KEY
 from torch._functorch import config as functorch_config
 
 from benchmarks import cells, conversion, implementations, report, run, segmentation
@@ -26,26 +26,6 @@ from densenet_efficient.measure import build_model, make_step
 
 SECTIONS = [name for name, (_, part) in report.SECTIONS.items() if part not in PARTS]  # the others: test_evidence.py
 EAGER = [name for name in IMPLEMENTATIONS if name not in (*COMPILED, *INFERENCE_ONLY)]
-KEY = {
-    "task": "train",
-    "model": "tiny",
-    "implementation": "ours-none",
-    "dtype": "float32",
-    "batch": 8,
-    "size": 32,
-    "layout": "channels-last",
-}
-HEADER = {
-    "machine": "some-cpu-2-cores",
-    "cpu": "Some CPU",
-    "instructions": "AVX512",
-    "cores": 2,
-    "device": "cpu",
-    "driver": None,
-    "versions": {"torch": "2.14.1"},
-    "commit": "0123456789ab",
-    "date": "2026-01-31",
-}
 
 
 @pytest.mark.parametrize("name", EAGER)
@@ -157,81 +137,6 @@ def test_memory_is_measured_on_the_network_and_layout_that_was_timed(monkeypatch
         "device": "cpu",
         "channels_last": False,
     }
-
-
-def measure_tiny(path: Path, *options: str) -> dict[str, Any]:
-    workload = ["--models=tiny", "--dtypes=float32", "--batches=2", "--size=32", "--rounds=1"]
-    run.main(["--measure=times", *workload, f"--output={path}", *options])
-    return json.loads(path.read_text())
-
-
-def test_a_run_writes_a_header_and_one_row_per_measurement(tmp_path: Path) -> None:
-    results = measure_tiny(tmp_path / "machine.json", "--implementations", "torchvision", "ours-bottleneck")
-    assert results["header"].keys() == HEADER.keys()
-    assert results["header"]["versions"]["torch"] == torch.__version__
-    assert socket.gethostname() not in json.dumps(results)
-    assert [(row["task"], row["implementation"], row["layout"]) for row in results["rows"]] == [
-        ("train", "torchvision", "channels-last"),
-        ("train", "torchvision", "contiguous"),
-        ("train", "ours-bottleneck", "channels-last"),
-        ("infer", "torchvision", "channels-last"),
-        ("infer", "torchvision", "contiguous"),
-    ]
-    for row in results["rows"]:
-        assert set(row) == {*results_file.KEY, *results_file.MEASURED}
-        assert row["images_per_second"] == pytest.approx(2e3 / row["step_ms"], rel=0.05)
-        assert row["mib_per_image"] is None
-
-
-def test_running_a_cell_again_replaces_only_its_rows(tmp_path: Path) -> None:
-    path = tmp_path / "machine.json"
-    first = measure_tiny(path, "--implementations", "naive", "ours-none")
-    first["rows"][0] |= {"step_ms": -1.0, "mib_per_image": 12.0}
-    first["rows"][1]["step_ms"] = -1.0
-    results_file.save(path, first)
-    second = measure_tiny(path, "--tasks=train", "--implementations=naive")
-    assert second["rows"][0]["step_ms"] > 0
-    assert second["rows"][0]["mib_per_image"] == 12.0
-    assert second["rows"][1:] == first["rows"][1:]
-
-
-def test_an_interrupted_run_keeps_the_cells_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(cell: Cell, *arguments: Any) -> Any:
-        if cell.task == "infer":
-            raise KeyboardInterrupt
-        return measure_times(cell, *arguments)
-
-    monkeypatch.setattr(run, "measure_times", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        measure_tiny(tmp_path / "machine.json", "--implementations=ours-none")
-    (row,) = json.loads((tmp_path / "machine.json").read_text())["rows"]
-    assert (row["task"], row["implementation"]) == ("train", "ours-none")
-
-
-def test_a_failed_write_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "machine.json"
-    results = results_file.load(path, HEADER)
-    results_file.record(results, KEY, step_ms=5.0)
-    results_file.save(path, results)
-    before = path.read_text()
-
-    def fail(self: Path, text: str) -> None:
-        with self.open("w") as file:
-            file.write(text[:10])
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(Path, "write_text", fail)
-    results_file.record(results, KEY, step_ms=6.0)
-    with pytest.raises(OSError, match="no space left"):
-        results_file.save(path, results)
-    assert path.read_text() == before
-
-
-def test_results_of_other_versions_are_not_mixed(tmp_path: Path) -> None:
-    path = tmp_path / "machine.json"
-    results_file.save(path, results_file.load(path, HEADER))
-    with pytest.raises(ValueError, match=r"holds results of versions .*2\.14\.1.*remove the file"):
-        results_file.load(path, HEADER | {"versions": {"torch": "3.0"}})
 
 
 @pytest.mark.parametrize("model", ["tiny", "densenet121"])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -91,6 +94,28 @@ def test_a_stage_that_cannot_run(tmp_path: Path) -> None:
         later = time.monotonic() + 60
         assert gpu.run(Stage("memcheck", ["no-such-sanitizer"], 60), log, later) == "no-such-sanitizer was not found"
         assert gpu.run(Stage("late", [sys.executable], 60), log, time.monotonic() - 1) == "no time was left"
+
+
+RUN_A_STAGE = """
+import sys, time
+from benchmarks import gpu
+gpu.exit_when_terminated()
+with open(sys.argv[1], "ab") as log:
+    stage = [sys.executable, "-uc", "import os, time; print(os.getpid()); time.sleep(600)"]
+    gpu.run(gpu.Stage("long", stage, 600), log, time.monotonic() + 600)
+"""
+
+
+def test_a_termination_ends_the_running_stage_too(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with subprocess.Popen([sys.executable, "-c", RUN_A_STAGE, str(log)], cwd=gpu.results_file.ROOT) as process:
+        while not (log.exists() and log.read_text().endswith("\n")):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
 
 
 def test_measuring_is_taken_up_where_the_gpu_was_lost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -210,6 +235,25 @@ def test_every_figure_and_failure_is_kept_at_once_and_measured_once(
     assert [(row["implementation"], row["batch"]) for row in results["largest_batch"]] == [("ours-none", 99)]
     text = report.summary(results)
     assert "The largest batch of 32x32 images whose float32 step of tiny fits: ours-none 99." in text
+
+
+def test_another_commit_measures_anew_what_it_is_asked_for(
+    measures: list[Measurement], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, todo = tmp_path / "card.json", [a_measurement(kind) for kind in ("times", "memory", "largest_batch")]
+    header = gpu_rows.results_file.describe_machine("cpu")
+    for commit in ("older", "newer"):
+        monkeypatch.setattr(gpu_rows.results_file, "describe_machine", lambda device: header | {"commit": commit})  # noqa: B023
+        gpu_rows.run(
+            path, todo[:2] if commit == "newer" else [*todo, a_measurement(implementation="torchvision")], "cpu"
+        )
+    assert measures[4:] == todo[:2]
+    results = json.loads(path.read_text())
+    assert results["failed"] == [] and all("commits" not in row for row in results["rows"])
+    assert [row["commit"] for row in results["largest_batch"]] == ["older"]
+    gpu_rows.run(path, todo, "cpu")
+    assert measures[6:] == todo[2:]
+    assert ["commit" in row for row in json.loads(path.read_text())["largest_batch"]] == [False]
 
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="torch brings Triton on Linux only")

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results as results_file
-from densenet_efficient.measure import MIB, make_step
+from densenet_efficient.measure import MIB, make_step, status_bytes
 
 from ..implementations import build
-from .processes import run_in_fresh_process, status_bytes
+from .processes import run_in_fresh_process
 
 MODEL = "densenet201"
 LIMIT = 8192  # MiB

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..results import ROOT
@@ -31,13 +30,3 @@ def run_in_fresh_process(module: str, request: Mapping[str, Any]) -> Any:
 
 # torch's own allocator, Python's, C++'s, and what oneDNN says where it cannot map memory.
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "MemoryError", "bad_alloc", "could not create a")
-
-
-def status_bytes(name: str) -> int:
-    """What the kernel says of this process: "VmRSS" held now, "VmHWM" at most, "VmData" mapped (Linux only).
-
-    Not getrusage: its ru_maxrss survives exec, so a child could report the peak of its parent.
-    """
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024

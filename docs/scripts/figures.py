@@ -51,7 +51,7 @@ def shared_statistics() -> Figure:
     for axes, again in ((naive, True), (ours, False)):
         for layer in range(LAYERS + 1):
             start = 0.0
-            for piece in range(min(layer + 1, LAYERS + 1)):
+            for piece in range(layer + 1):
                 taken = again or piece == layer
                 _box(axes, start, -layer * 0.85, WIDTHS[piece], COLOURS[piece] if taken else "white", COLOURS[piece])
                 start += WIDTHS[piece]

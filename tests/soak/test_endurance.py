@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import loss_of, make_images, make_pair, needs_native, trained
 
-from benchmarks.evidence.processes import status_bytes
+from densenet_efficient.measure import status_bytes
 
 # With several threads torch's own convolutions and products have other bits than with one.
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
