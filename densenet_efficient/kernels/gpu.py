@@ -19,7 +19,8 @@ def obstacle(device: torch.device) -> str | None:
 def unsupported_card(device: torch.device) -> str | None:
     """Why this card cannot be used, with the remedy; None where it can."""
     if not torch.cuda.is_available():
-        return f"this torch ({torch.__version__}) sees no GPU. Remedy: install a CUDA build of torch and its driver"
+        missing = "a card and its driver" if torch.version.cuda else "a CUDA build of torch, and the card's driver"
+        return f"this torch ({torch.__version__}) sees no GPU. Remedy: install {missing}"
     capability = torch.cuda.get_device_capability(device)
     if capability >= LEAST_CAPABILITY:
         return None
