@@ -184,8 +184,9 @@ def link_requirements(folder: Path) -> None:
 @needs_compiler
 def test_compile_error_fails_the_build(checkout: Path) -> None:
     shutil.rmtree(checkout / "csrc")
-    (checkout / "csrc").mkdir()
-    (checkout / "csrc" / "broken.cpp").write_text('#error "broken on purpose"\n')
+    kernels = checkout / "csrc" / "cpu" / "kernels"
+    kernels.mkdir(parents=True)
+    (kernels / "broken.cpp").write_text('#error "broken on purpose"\n')
     status, output = build("build_wheel", checkout)
     assert status != 0
     assert "broken on purpose" in output
