@@ -300,8 +300,9 @@ def largest_batches(rows: Sequence[Row]) -> str:
     """The largest batch of each implementation, of one model."""
     first = rows[0]
     batches = ", ".join(f"{row['implementation']} {row['batch']}" for row in rows)
-    images = f"{first['size']}x{first['size']}"
-    return f"The largest batch of {images} images whose {first['dtype']} step of {first['model']} fits: {batches}."
+    step = f"{first['dtype']} step of {first['model']}"
+    missing = "" if any(row["implementation"] in OURS for row in rows) else " Ours was not measured."
+    return f"The largest batch of {first['size']}x{first['size']} images whose {step} fits: {batches}.{missing}"
 
 
 def _runs_on(device: str, results: Results) -> bool:
