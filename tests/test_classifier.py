@@ -119,6 +119,15 @@ def test_the_head_alone_then_everything(tmp_path: Path) -> None:
     assert watch.decays == [0, 0.05]  # Adam, then AdamW
 
 
+def test_a_training_of_the_head_alone_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = make_images(tmp_path / "images")
+    for epochs in (1, 2):
+        told = f"--model.head_epochs 1 of --trainer.max_epochs {epochs}: the classifier alone is trained"
+        options = ("--model.head_epochs", "1", "--trainer.max_epochs", str(epochs))
+        assert fit(images, tmp_path / f"run {epochs}", *options) == 0
+        assert (told in capsys.readouterr().err) is (epochs == 1)
+
+
 def test_frozen_batch_norms_keep_their_statistics(tmp_path: Path) -> None:
     module = classifier(frozen_batch_norm=True)
     start = {name: value.clone() for name, value in module.model.state_dict().items()}
@@ -212,7 +221,7 @@ def test_a_checkpoint_of_other_classes(run: Path, tmp_path: Path, capsys: pytest
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"{run / 'last.ckpt'}: a checkpoint of another class list than the data" in error
     assert "only in the checkpoint: dark; only in the data: grey" in error
-    assert (run / "last.ckpt").exists() and not list((tmp_path / "other").glob("*.ckpt"))
+    assert (run / "last.ckpt").exists() and not list((tmp_path / "other").glob("*.*"))
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.99])

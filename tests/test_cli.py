@@ -25,6 +25,7 @@ from densenet_efficient.models import create_model, model_names
 from densenet_efficient.training import finish
 from densenet_efficient.training.checkpoint import load_classifier, read_checkpoint
 from densenet_efficient.training.recipes import FOLDER, recipe_names
+from densenet_efficient.training.shorthands import FORMS_OF_DATA
 
 DEMO = ["fit", "--config", "demo", "--trainer.max_epochs", "1", "--output"]
 
@@ -69,9 +70,11 @@ KINDS_OF_DATA = ("FolderData", "CSVData", "DigitsData", "CIFARData", "SVHNData",
 def test_every_option_is_explained(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(arguments)
-    paragraphs = re.split(r"\n  (?=-)", capsys.readouterr().out.partition("\nLinked arguments")[0])[1:]
+    out = re.sub(r"\nLinked arguments:.*?(?=\noptions of|\Z)", "", capsys.readouterr().out, flags=re.DOTALL)
+    paragraphs = re.split(r"\n  (?=-)", out)[1:]
     names = {paragraph.split()[0] for paragraph in paragraphs}
-    assert "--data.batch_size" in names if "--data.help" in arguments[1] else names & {"--data", "--checkpoint"}
+    assert names & {"--data.batch_size", "--checkpoint"}
+    assert ("options of --data FOLDER:" in out) is ("--help" in arguments and "predict" not in arguments)
     for paragraph in paragraphs:
         first, *others = paragraph.splitlines()
         described = first.partition("  ")[2] + " ".join(line for line in others if line.startswith(" " * 20))
@@ -85,6 +88,8 @@ def test_help_names_the_recipes_and_what_may_augment(capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     for name in recipe_names():
         assert f"\n  {name} " in out
+    explained = " ".join(out.split()).partition(f"{FORMS_OF_DATA}; or a class. --data.help KIND")[2]
+    assert all(kind in explained.partition("known subclasses")[0] for kind in KINDS_OF_DATA)
     assert "torchvision.transforms.v2.RandomRotation" in out and "torch.nn.Linear" not in out
 
 
@@ -244,14 +249,20 @@ def test_an_image_that_disappears_in_the_middle_of_an_epoch(
     [
         (["--data", "nowhere"], "nowhere: no such folder; expected a folder of images, a table ending in .csv, or one"),
         (["--data", "nowhere.csv"], "nowhere.csv: No such file"),
+        (["--data", "images.txt"], "--data images.txt: no such folder; expected a folder of images, a table ending in"),
+        (["--data", __file__], "test_cli.py: not such a file; expected a folder of images, a table ending in .csv, or"),
+        (["--data", "mine.Data"], "--data mine.Data: there is no such class;"),
         (["--model.network", "densenet-1"], "densenet-bc-100-12"),
         (["--trainer.accelerator", "gpu"], "gpu"),
         (["--data.batch_size", "5000"], "one batch of 5000 images"),
         (["--data.batch_size", "1"], "expected at least 2, so that a batch has a variance"),
         (["--data.image_size", "0"], "--data.image_size: expected at least 1, got 0"),
         (["--data.mean", "[0.5, 0.5]"], "expected one mean per channel, 1, got 2"),
-        (["--data.std", "[]"], "expected one std per channel, 1, got 0"),
+        (["--data.std", "[]"], "--data.std: expected one std per channel, 1, got 0"),
+        (["--data.std", "[0]"], "--data.std: expected a number above 0, got 0"),
+        (["--data.value_range", "[400, -1000]"], "--data.value_range: expected the lower number first, got 400 -1000"),
         (["--model.learning_rate", "-1"], "expected a number above 0"),
+        (["--model.head_learning_rate", "-1"], "--model.head_learning_rate: expected a number above 0, got -1"),
         (
             ["--monitor", "val_auc"],
             "expected one of val_loss, val_accuracy, val_auroc",
@@ -348,7 +359,11 @@ def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_predict_without_its_files(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = fails(["predict", "--checkpoint", str(tmp_path / "none.ckpt"), "image.png"], capsys)
     assert f"{tmp_path / 'none.ckpt'}: No such file; expected a checkpoint written by densenet-efficient fit" in error
+    required = "error: the following arguments are required:"
+    assert fails(["predict", "any.png"], capsys).startswith(f"{required} --checkpoint;")
+    assert fails(["predict"], capsys).startswith(f"{required} --checkpoint, INPUT;")
     predict = ["predict", "--checkpoint", str(demo / "best.ckpt")]
+    assert "torch_xla" in fails([*predict, str(demo / "memory.png"), "--accelerator", "tpu"], capsys)
     error = fails([*predict, "none.png", "--bad_files", "skip"], capsys)
     assert "none.png: No such file; expected an image, a folder or a CSV table" in error
     (tmp_path / "file").write_text("mine")
@@ -415,6 +430,7 @@ def test_recipes_are_valid(name: str, capsys: pytest.CaptureFixture[str]) -> Non
         if isinstance(values, dict) and section != "data":
             assert {key: printed[section][key] for key in values} == values
     assert printed["model"]["network"] in model_names()
+    assert printed["patience"] is None or printed["monitor"] != "val_loss"  # the tutorial says so
 
 
 SMALL_AND_SHORT = {
@@ -459,3 +475,20 @@ def test_recipes_train(recipe_with_data: tuple[str, list[str]], tmp_path: Path) 
     assert classes == list(metrics["evaluation"]["classes"])
     assert len(classes) == {"lung-disease": 5, "cifar10": 10}.get(name, 2)
     assert main(["validate", "--config", str(tmp_path / "run" / "config.yaml"), "--ckpt_path", "best"]) == 0
+
+
+# ---- damaged files ----
+
+
+def test_damaged_files_that_are_skipped_count_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither in what is said of the training nor when the run is tested."""
+    for part, count, damaged in (("train", 10, 5), ("val", 3, 1)):
+        make_images(tmp_path / "images" / part, count)
+        for index in range(damaged):
+            (tmp_path / "images" / part / "dark" / f"{index}.png").write_bytes(b"")
+    weighed = ("--data.bad_files", "skip", "--data.class_weights", "true", "--trainer.max_epochs", "1")
+    assert fit(tmp_path / "images", tmp_path / "run", *weighed) == 0
+    out = capsys.readouterr().out
+    assert "on 15 images of 2 classes, with 5 to validate by" in out
+    assert out.count("Skipping 6 of 26 files") == 1
+    assert main(["test", "--config", str(tmp_path / "run" / "config.yaml"), "--ckpt_path", "best"]) == 0

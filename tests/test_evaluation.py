@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,17 @@ from PIL import Image
 from sklearn import metrics
 from training_cases import fit, make_images
 
-from densenet_efficient.training.evaluation import Evaluation, calibration, roc_curve, summarise, worst_mistakes
+from densenet_efficient.training.evaluation import (
+    MAX_RESAMPLED_AREAS,
+    Evaluation,
+    aurocs,
+    calibration,
+    roc_cells,
+    roc_curve,
+    summarise,
+    worst_mistakes,
+)
+from densenet_efficient.training.report import write_report
 from densenet_efficient.visualize import draw_memory
 
 
@@ -54,7 +65,28 @@ def test_figures_of_several_labels() -> None:
     assert summary["accuracy"]["value"] == pytest.approx(metrics.accuracy_score(several.labels, decisions))
     assert summary["macro_f1"]["value"] == pytest.approx(metrics.f1_score(several.labels, decisions, average="macro"))
     assert summary["macro_auroc"] == pytest.approx(metrics.roc_auc_score(several.labels, several.probabilities))
-    assert summary["confusion"] is None
+    assert summary["confusion"] == metrics.multilabel_confusion_matrix(several.labels, decisions).tolist()
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_areas_of_resampled_images(multi_label: bool) -> None:
+    """With ties, and with images that were not drawn."""
+    some = evaluation(multi_label)
+    weights = np.random.default_rng(1).multinomial(200, np.full(200, 1 / 200), 3).astype(float)
+    columns = list(zip(some.labels.T, some.probabilities.T, strict=True))
+    areas = aurocs([roc_cells(scores, labels) for labels, scores in columns], weights)
+    expected = [[metrics.roc_auc_score(*column, sample_weight=drawn) for column in columns] for drawn in weights]
+    np.testing.assert_allclose(areas, expected, rtol=1e-12)
+
+
+def test_areas_of_very_many_classes_have_no_intervals() -> None:
+    many = evaluation(count=400, classes=MAX_RESAMPLED_AREAS + 1)
+    summary = summarise(many)
+    for index, entry in enumerate(summary["classes"].values()):
+        area = metrics.roc_auc_score(many.labels[:, index], many.probabilities[:, index])
+        assert entry["auroc"] == {"value": pytest.approx(area), "low": None, "high": None}
+    low, value, high = (summary["macro_f1"][name] for name in ("low", "value", "high"))
+    assert 0 < low < high < 1 and 0 < value < 1
 
 
 def test_intervals_have_the_width_of_the_binomial() -> None:
@@ -121,10 +153,15 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with its report, on test images of which bright and dark are exchanged, so that there are mistakes."""
+    """A run with its report, on test images of which bright and dark are exchanged, so that there are mistakes.
+
+    One of them has a name that is not UTF-8.
+    """
     folder, names = tmp_path_factory.mktemp("report"), ("bright", "grey <b>", "dark")
     for part, count in (("train", 4), ("val", 2), ("test", 3)):
         make_images(folder / "images" / part, count, names[::-1] if part == "test" else names)
+    mistaken = folder / "images" / "test" / "dark" / "0.png"
+    mistaken.rename(mistaken.with_name(os.fsdecode(b"caf\xe9.png")))
     assert fit(folder / "images", folder / "run", "--report", "true", "--trainer.max_epochs", "2") == 0
     return folder / "run"
 
@@ -134,6 +171,7 @@ def test_the_report_is_one_file_that_needs_nothing(run: Path) -> None:
     assert len(page.references) >= 4
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
     assert "http" not in re.sub(r"base64,[^\"]+", "", (run / "report.html").read_text())
+    assert "dark/caf\\xe9.png: dark (" in page.text
     assert "grey <b>" in page.text and "9 images of the test split" in page.text
 
 
@@ -144,6 +182,16 @@ def test_the_report_gives_its_figures_and_pictures_apart(run: Path) -> None:
     for name in ("curves.png", "confusion.png", "roc.png", "calibration.png", "mistakes.png"):
         with Image.open(run / name) as image:
             assert image.format == "PNG" and min(image.size) > 100
+
+
+def test_the_report_of_several_labels_counts_what_is_missed(tmp_path: Path) -> None:
+    several = evaluation(multi_label=True)
+    summary = summarise(several)
+    write_report(tmp_path, several, {"network": "any", "evaluation": summary, "versions": {}}, [], "")
+    given, present = several.probabilities[:, 3] >= 0.5, several.labels[:, 3] == 1
+    cells = (present & given, present & ~given, given & ~present, ~given & ~present)
+    row = "".join(f"<td>{cell.sum()}</td>" for cell in cells)
+    assert f"<tr><td>class 3</td>{row}</tr>" in (tmp_path / "report.html").read_text()
 
 
 needs_chromium = pytest.mark.skipif(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,58 @@ def test_a_table_of_paths(folder: Path, checkpoint: Path, tmp_path: Path) -> Non
     assert predict(checkpoint, table, "--path_column", "file", "--output", tmp_path / "out.csv") == 0
     names = [Path(row["path"]).name for row in rows_of(tmp_path / "out.csv")]
     assert names == ["0.png", "1.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,path\n1,0.png\n2\n", "table.csv:3: expected 2 cells, as in the header, got 1; complete or remove the row"),
+        ("id,path\n1,\n", "table.csv:2: column path is empty; fill it in, or remove the row\n"),
+        ("", "table.csv: its first line is empty; expected a header with path\n"),
+    ],
+)
+def test_tables_that_do_not_list_images(
+    content: str, message: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text(content)
+    assert predict(checkpoint, table) == 2
+    error = capsys.readouterr().err
+    assert f"error: {tmp_path}/{message}" in error and error.count("\n") == 1
+
+
+NAMES = (b"a\nb.png", b"m\xfc.png", "u\u2028v.png".encode())  # a line end, Latin-1, and what text takes for a line end
+
+
+def test_names_of_all_kinds_are_written_and_found_again(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / "images" / os.fsdecode(name) for name in NAMES]
+    paths[0].parent.mkdir()
+    for path in paths:
+        Image.new("L", (9, 9), 200).save(path)
+    output = tmp_path / "out.csv"
+    arguments = (tmp_path / "images", "--output", output)
+    assert predict(checkpoint, *arguments) == 0
+    whole = output.read_bytes()
+    assert all(name in whole for name in NAMES)
+    with open(output, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        assert [Path(row["path"]) for row in csv.DictReader(file)] == paths
+    capsys.readouterr()
+    assert predict(checkpoint, *arguments) == 0
+    assert capsys.readouterr().out == f"3 predictions are in {output}; 0 to go\n"
+    for cut in (whole.index(b"\nb.png") + 1, whole.index(b"b.png"), len(whole) - 1, whole.index(b"\xa8v")):
+        output.write_bytes(whole[:cut])
+        assert predict(checkpoint, *arguments) == 0
+        assert output.read_bytes() == whole
+
+
+def test_a_name_that_is_not_utf8_is_printed(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("L", (9, 9), 200).save(tmp_path / os.fsdecode(NAMES[1]), "PNG")
+    assert predict(checkpoint, tmp_path) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/m\\xfc.png: ")
 
 
 @pytest.mark.own_process

@@ -6,20 +6,23 @@ import errno
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_cases import assert_same_bits, fit, fit_arguments, make_images, stopping_at, weights
+from training_cases import assert_same_bits, fails, fit, fit_arguments, make_images, stopping_at, weights
 
 from densenet_efficient.training.checkpoint import AtomicCheckpointIO, is_whole, last_whole, read_checkpoint
-from densenet_efficient.training.files import atomic_write
+from densenet_efficient.training.files import atomic_write, prepare_directory
 from densenet_efficient.training.finish import CollectOutputs
 from densenet_efficient.training.interruption import SIGNALS
 
@@ -96,6 +99,56 @@ def test_accumulation_and_steps_between_epochs(images: Path, tmp_path: Path, mon
     assert read_checkpoint(tmp_path / "stopped" / "last.ckpt")["global_step"] == 4  # 3 per epoch: batches 2, 4, 5
     assert fit(images, tmp_path / "stopped", *options, "--ckpt_path", "last") == 0
     assert_same_bits(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+
+
+def files(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--model.network", "densenet-bc-100-12"),
+            "of another network than was given (block_config [6, 6, 6], not [16",
+        ),
+        (
+            ("--data.channels", "1"),
+            "(in_channels 3, not 1); give the --model.network and --data.channels it was trained",
+        ),
+        (
+            ("--model.optimizer", "sgd"),
+            "a checkpoint of --model.optimizer adamw, which cannot go on with sgd; give adamw",
+        ),
+        (("--model.optimizer", "adam"), "a checkpoint of --model.optimizer adamw, which cannot go on with adam"),
+    ],
+)
+def test_a_continuation_that_is_refused_leaves_the_run_as_it_was(
+    options: tuple[str, str], message: str, images: Path, whole: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = files(whole)
+    last = ("--ckpt_path", "last", "--trainer.max_epochs", "4")
+    assert fit(images, whole, *AVERAGED, *last, *options) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {whole / 'last.ckpt'}: ") and message in error
+    assert files(whole) == before
+    if "optimizer" not in options[0]:
+        error = fails(["test", "--config", str(whole / "config.yaml"), "--ckpt_path", "best", *options], capfd)
+        assert error.startswith(f"error: {whole / 'best.ckpt'}: ") and message in error
+
+
+def test_a_run_is_replaced_only_by_one_that_trains(
+    images: Path, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, damaged = shutil.copytree(whole, tmp_path / "run"), shutil.copytree(images, tmp_path / "images")
+    (damaged / "dark" / "0.png").write_bytes(b"")
+    before = files(run)
+    assert fit(damaged, run, "--overwrite", "true") == 2
+    assert "dark/0.png: " in capfd.readouterr().err
+    assert files(run) == before
+    assert fit(images, run, "--overwrite", "true", "--trainer.max_epochs", "1") == 0
+    assert files(run).keys() == {"best.ckpt", "last.ckpt", "config.yaml"}
+    assert read_checkpoint(run / "last.ckpt")["global_step"] == 5
 
 
 def test_sigterm_after_the_last_batch_of_an_epoch(
@@ -246,11 +299,20 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(
     monkeypatch.undo()
     error = capfd.readouterr().err.splitlines()[-1]
     assert status == 2
-    assert "cannot write this checkpoint" in error and "the earlier one is kept; make room" in error
+    assert "cannot write this checkpoint (File too large), the earlier one is kept; make room" in error
     assert not list(tmp_path.glob(".*"))
     assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 5
     assert fit(images, tmp_path, *AVERAGED, "--ckpt_path", "last") == 0
     assert_same_bits(weights(tmp_path), weights(whole))
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a run begins, and by the file that is written."""
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/file'"), atomic_write(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: FileIO("/dev/full", "w"))
+    with pytest.raises(OSError, match=rf"cannot write into {tmp_path} \(No space left on device\); choose another"):
+        prepare_directory(tmp_path)
 
 
 def test_a_name_is_on_the_disk_before_the_write_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
-"""What to train on: folders, tables, image files of all kinds, public data sets, splits, order, damaged files."""
+"""What to train on: folders, tables, public data sets, splits, order, weights."""
 
 from __future__ import annotations
 
-import csv
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,26 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from training_cases import make_cifar, make_images, write_dicom
+from training_cases import LUMINANCE, make_cifar, make_images, make_patients, write_table
 
-from densenet_efficient.cli import main
 from densenet_efficient.training.data import CSVData, FolderData, ImageData
 from densenet_efficient.training.datasets import CIFARData, DigitsData, MedMNISTData, SVHNData
-from densenet_efficient.training.images import read_image
 from densenet_efficient.training.loading import EpochSampler
 from densenet_efficient.training.splits import stratified_split
 
 SMALL: dict[str, Any] = {"image_size": 8, "batch_size": 4, "num_workers": 0}
-LUMINANCE = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue; it cuts off the fraction
-
-
-def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 # ---- splits ----
@@ -76,6 +64,15 @@ def test_folder_with_train_val_and_test(tmp_path: Path) -> None:
     assert all("/val/" in path for path in data.splits.validation.sources)
 
 
+@pytest.mark.parametrize("names", [("Train", "VAL", "Test"), ("training", "valid", "Testing")])
+def test_other_names_of_the_splits(names: tuple[str, ...], tmp_path: Path) -> None:
+    for count, name in enumerate(names, start=1):
+        make_images(tmp_path / name, per_class=count)
+    data = FolderData(tmp_path, **SMALL)
+    assert data.task.class_names == ["bright", "dark"]
+    assert [len(samples) for samples in data.splits.parts().values()] == [2, 4, 6]
+
+
 def empty_class(folder: Path) -> None:
     make_images(folder)
     (folder / "empty").mkdir()
@@ -93,6 +90,15 @@ def class_missing_in_validation(folder: Path) -> None:
     make_images(folder / "val", names=("bright",))
 
 
+def class_in_latin1(folder: Path) -> None:
+    make_images(folder, names=("bright", os.fsdecode(b"d\xfcster")))
+
+
+def two_folders_of_one_split(folder: Path) -> None:
+    for name in ("train", "Val", "validation"):
+        make_images(folder / name)
+
+
 def unknown_class_in_validation(folder: Path) -> None:
     make_images(folder / "train")
     make_images(folder / "val", names=("bright", "dark", "grey"))
@@ -105,6 +111,11 @@ def unknown_class_in_validation(folder: Path) -> None:
         (empty_class_in_validation, r"val/dark: no image in this class folder"),
         (class_missing_in_validation, r"val: class dark of .*train is missing; add images"),
         (unknown_class_in_validation, r"val/grey: class grey is not in .*train; add it there or remove it"),
+        (class_in_latin1, r"^/.*: class folder b'd\\xfcster': not a name in UTF-8; rename it$"),
+        (
+            two_folders_of_one_split,
+            r"Val and validation both name the validation split; put their images into one",
+        ),
         (
             lambda folder: make_images(folder, per_class=1),
             r"^/.*: class bright, dark: no image in the validation split; it needs more",
@@ -146,13 +157,7 @@ def test_fractions_that_leave_a_split_empty(validation: float, test: float, mess
 
 @pytest.fixture
 def rows(tmp_path: Path) -> list[dict[str, Any]]:
-    """Ten patients of two images each."""
-    make_images(tmp_path, per_class=10)
-    return [
-        {"path": f"{name}/{index}.png", "label": name, "patient": f"{name} {index // 2}", "split": "train"}
-        for name in ("bright", "dark")
-        for index in range(10)
-    ]
+    return make_patients(tmp_path)
 
 
 def test_table_with_patients(rows: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -229,130 +234,42 @@ def test_a_table_without_rows(tmp_path: Path) -> None:
         CSVData(tmp_path / "table.csv", **SMALL)
 
 
-# ---- image files ----
-
-
-PIXELS = np.arange(48).reshape(6, 8) * 50
-HOUNSFIELD = {"RescaleSlope": 1, "RescaleIntercept": -1000}
-
-
 @pytest.mark.parametrize(
-    ("elements", "value_range", "expected"),
+    ("content", "message"),
     [
-        ({}, None, PIXELS / 2350),
-        (HOUNSFIELD | {"WindowCenter": 40.5, "WindowWidth": 401}, None, ((PIXELS - 840) / 400).clip(0, 1)),
-        (HOUNSFIELD, (-1000, 1000), (PIXELS / 2000).clip(0, 1)),
-        ({"PhotometricInterpretation": "MONOCHROME1"}, None, 1 - PIXELS / 2350),
+        (b"", r"table.csv: its first line is empty; expected a header with path, label$"),
+        (
+            "path,label\n0.png,größer\n".encode("latin-1"),
+            r"table.csv: expected a table in UTF-8, got b'\\xf6'; save it as UTF-8$",
+        ),
+        (
+            b"path;label\n0.png;dark\n",
+            r"table.csv: no column path, label; it has path;label; save it with commas .* in place of ';'$",
+        ),
+        (b"path\tlabel\n0.png\tdark\n", r"table.csv: no column .* in place of '\\t'$"),
+        (
+            b"path,label\n\n0.png,dark\n1.png\n",
+            r"table.csv:4: expected 2 cells, as in the header, got 1; complete or remove the row",
+        ),
+        (b"path,label\n0,5.png,dark\n", r"table.csv:2: expected 2 cells, .*got 3; .* quote a cell that holds a comma$"),
+        (
+            b"path,label\n" + b"0" * 200_000,
+            r"table.csv: expected a table of cells with commas between them \(field larger than",
+        ),
     ],
+    ids=["empty", "Latin-1", "semicolons", "tabs", "short row", "long row", "no table"],
 )
-def test_dicom(elements: dict[str, Any], value_range: Any, expected: np.ndarray, tmp_path: Path) -> None:
-    image = read_image(write_dicom(tmp_path / "slice", PIXELS, **elements), 3, value_range)
-    assert image.shape == (3, 6, 8)
-    np.testing.assert_allclose(image[1].numpy(), expected, atol=1e-6)
+def test_files_that_are_no_tables(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        CSVData(tmp_path / "table.csv", **SMALL)
 
 
-def test_dicom_in_colour(tmp_path: Path) -> None:
-    pixels = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
-    colours = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
-    bits = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelData": pixels.tobytes()}
-    path = write_dicom(tmp_path / "slice", pixels, **colours, **bits)
-    np.testing.assert_array_equal(read_image(path, 3).numpy(), pixels.transpose(2, 0, 1))
-    grey = read_image(path, 1)
-    assert grey.shape == (1, 6, 8) and grey.dtype == torch.uint8
-    np.testing.assert_allclose(grey[0].numpy(), pixels @ LUMINANCE, atol=1)
-
-
-def test_dicom_of_several_frames(tmp_path: Path) -> None:
-    frames = {"NumberOfFrames": 2, "PixelData": PIXELS.astype("<u2").tobytes() * 2}
-    path = write_dicom(tmp_path / "slice", PIXELS, **frames)
-    with pytest.raises(ValueError, match=r"slice: expected a DICOM file of one frame, got 2; export the frames"):
-        read_image(path, 1)
-
-
-def test_dicom_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_dicom(tmp_path / "slice", PIXELS)
-    monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(ValueError, match=r"slice: DICOM needs pydicom; pip install pydicom"):
-        read_image(path, 1)
-
-
-def test_a_dicom_file_needs_no_name_of_its_kind(tmp_path: Path) -> None:
-    for name in ("normal", "opaque"):
-        (tmp_path / name).mkdir()
-        for index in range(5):
-            write_dicom(tmp_path / name / f"1.2.840.{index}", PIXELS)
-    data = FolderData(tmp_path, **SMALL)
-    data.setup("fit")
-    assert sum(map(len, data.splits.parts().values())) == 10
-
-
-def test_sixteen_bits_and_single_channels(tmp_path: Path) -> None:
-    deep = np.array([[0, 4095], [32768, 65535]], dtype=np.uint16)
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    np.testing.assert_allclose(read_image(tmp_path / "deep.png", 1)[0].numpy(), deep / 65535, atol=1e-6)
-    np.testing.assert_allclose(read_image(tmp_path / "deep.png", 1, (0, 4095))[0, 0].numpy(), [0, 1])
-    Image.new("RGB", (4, 2), (255, 0, 0)).save(tmp_path / "red.png")
-    assert read_image(tmp_path / "red.png", 1).tolist() == [[[76] * 4] * 2]  # 0.299 * 255
-    assert read_image(tmp_path / "red.png", 3).shape == (3, 2, 4)
-    Image.fromarray(deep.astype(np.int32)).save(tmp_path / "deeper.tif")
-    with pytest.raises(ValueError, match=r"deeper.tif: an image of 32 bits .* give value_range"):
-        read_image(tmp_path / "deeper.tif", 1)
-
-
-def damage(folder: Path) -> list[str]:
-    """An empty, a truncated and foreign files among the images of a folder; what the system left there is none."""
-    whole = (folder / "dark" / "0.png").read_bytes()
-    bad = {
-        "empty.png": b"",
-        "cut.png": whole[: len(whole) // 2],
-        "text.png": b"no image",
-        "cut.dcm": b"\0" * 128 + b"DICM",
-        "notes.txt": b"text",
-    }
-    for name, content in (bad | {"Thumbs.db": b"", ".hidden": b""}).items():
-        (folder / "dark" / name).write_bytes(content)
-    return list(bad)
-
-
-def test_bad_files_are_named_and_refused_or_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = damage(make_images(tmp_path, per_class=10))
-    with pytest.raises(ValueError, match=r"5 of 25 files cannot be read .* --data.bad_files skip") as error:
-        FolderData(tmp_path, **SMALL).setup("fit")
-    assert all(f"dark/{name}: expected an undamaged image" in str(error.value) for name in names[:-1])
-    assert "dark/notes.txt: of another type, by its name" in str(error.value)
-    data = FolderData(tmp_path, bad_files="skip", **SMALL)
-    data.setup("fit")
-    assert sum(map(len, data.splits.parts().values())) == 20
-    assert "Skipping 5 of 25 files" in capsys.readouterr().out
-
-
-def test_an_image_in_no_class_folder_is_named(tmp_path: Path) -> None:
-    Image.new("L", (9, 9)).save(make_images(tmp_path) / "stray.png")
-    (tmp_path / "README.txt").write_text("where these are from")
-    with pytest.raises(ValueError, match=r"1 of 13 files .*stray.png: in no class folder\. "):
-        FolderData(tmp_path, **SMALL).setup("fit")
-
-
-def test_names_of_images(tmp_path: Path) -> None:
-    """All that Pillow writes under these names is read by them."""
-    make_images(tmp_path)
-    for suffix in ("jfif", "jpe", "jp2", "j2k", "pnm", "pbm", "webp", "gif", "bmp", "tiff"):
-        Image.new("RGB", (9, 9), (200,) * 3).save(tmp_path / "bright" / f"image.{suffix}")
-    data = FolderData(tmp_path, **SMALL)
-    data.setup("fit")
-    assert sum(map(len, data.splits.parts().values())) == 22
-
-
-def test_check_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for part in ("train", "val"):
-        make_images(tmp_path / part)
-    damage(tmp_path / "train")
-    assert main(["check-data", "--data", str(tmp_path)]) == 1
-    out = capsys.readouterr().out
-    assert "5 files cannot be read, 12 are in more than one split, 0 are repeated" in out
-    assert f"Unreadable: {tmp_path}/train/dark/notes.txt" in out
-    assert f"Unreadable: {tmp_path}/train/dark/empty.png" in out
-    assert main(["check-data", "--data", "digits"]) == 0
+def test_a_file_that_a_table_lists_twice_stays_in_one_split(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    for seed in range(5):
+        data = CSVData(write_table(tmp_path / "table.csv", rows + rows), seed=seed, **SMALL)
+        assert len(data.splits.train) + len(data.splits.validation) == 40
+        assert not set(data.splits.train.sources) & set(data.splits.validation.sources)
 
 
 # ---- order, weights, augmentation ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from densenet_efficient.cli import main
 from densenet_efficient.training.checkpoint import read_checkpoint
+
+LUMINANCE = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue; it cuts off the fraction
 
 
 def make_images(folder: Path, per_class: int = 6, names: tuple[str, ...] = ("bright", "dark")) -> Path:
@@ -122,3 +125,21 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert err.count("\n") == 1
     assert "Traceback" not in out + err
     return err
+
+
+def make_patients(folder: Path) -> list[dict[str, Any]]:
+    """Images of ten patients, two of each, and the rows of a table of them."""
+    make_images(folder, per_class=10)
+    return [
+        {"path": f"{name}/{index}.png", "label": name, "patient": f"{name} {index // 2}", "split": "train"}
+        for name in ("bright", "dark")
+        for index in range(10)
+    ]
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path

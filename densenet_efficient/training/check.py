@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
+from densenet_efficient.training.images import what_is_wrong
 from densenet_efficient.training.samples import Samples, Splits, require_every_class
 
 MAX_NAMED = 20  # files that a message lists
@@ -24,12 +27,13 @@ Read = Callable[[Any], Any]
 
 def find_unreadable(paths: Sequence[str], read: Read) -> dict[str, str]:
     """Why each of those files that cannot be read cannot, by path. Pillow decodes outside the interpreter's lock."""
+    paths = list(dict.fromkeys(paths))  # a table may list one several times
 
     def problem(path: str) -> str | None:
         try:
             read(path)
         except (OSError, ValueError) as error:
-            return f"{path}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+            return what_is_wrong(path, error)
         return None
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -53,59 +57,96 @@ def keep_readable(splits: Splits, read: Read, skip: bool) -> Splits:
             "Replace or remove them, or leave them out with --data.bad_files skip"
         )
     print(f"Skipping {len(bad)} of {count} files: {listing(bad.values())}")
+    splits = replace(_without(splits, bad), strays={})
+    require_every_class(splits, "--data.bad_files skip", "images that can be read")
+    return splits
 
+
+def _without(splits: Splits, bad: Container[str]) -> Splits:
     def readable(samples: Samples) -> Samples:
         return samples.subset([index for index, path in enumerate(samples.sources) if path not in bad])
 
-    splits = splits.map(readable)
-    require_every_class(splits, "--data.bad_files skip", "images that can be read")
-    return splits
+    return splits.map(readable)
 
 
 def listing(problems: Iterable[str]) -> str:
     lines = list(problems)
     more = [f"and {len(lines) - MAX_NAMED} more"] if len(lines) > MAX_NAMED else []
-    return "; ".join(lines[:MAX_NAMED] + more)
+    return printable("; ".join(lines[:MAX_NAMED] + more))
+
+
+def printable(text: str) -> str:
+    """The text with the bytes of names that are not UTF-8 as \\xfc, for a terminal."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """One of the places where a file is listed: a path in a folder, or a row of a table."""
+
+    path: str
+    part: str
+    label: str
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.part}, {self.label})"
 
 
 @dataclass(frozen=True)
 class DataReport:
     """What `check-data` found."""
 
-    counts: dict[str, dict[str, int]]  # images by split and class
+    counts: dict[str, dict[str, int]]  # images that can be read, by split and class
     unreadable: dict[str, str]  # why, by path; files of another type, or in no class folder, too
-    leaks: list[list[str]]  # the same file under several paths, in more than one split
-    repeated: list[list[str]]  # the same file under several paths of one split
+    leaks: list[list[Occurrence]]  # the same file in more than one split
+    contradictions: list[list[Occurrence]]  # the same file with different labels
+    repeated: list[list[Occurrence]]  # the same file several times in one split, with one label
 
 
 def examine_data(splits: Splits, read: Read) -> DataReport:
-    """Count the images, and of files read each one and look for the same file in several places."""
-    parts = splits.parts()
-    counts = {
-        part: dict(
-            zip(splits.class_names, samples.indicators(len(splits.class_names)).sum(0).int().tolist(), strict=True)
-        )
-        for part, samples in parts.items()
+    """Of files read each one, and look for the same file in several places; count the images that can be read."""
+    occurrences = _occurrences(splits)
+    unreadable = find_unreadable([found.path for found in occurrences], read)
+    same = _same_content(found for found in occurrences if found.path not in unreadable)
+    leaks = [group for group in same if len({found.part for found in group}) > 1]
+    contradictions = [group for group in same if len({found.label for found in group}) > 1]
+    repeated = [group for group in same if len({(found.part, found.label) for found in group}) == 1]
+    counts = _counts(_without(splits, unreadable) if unreadable else splits)
+    return DataReport(counts, unreadable | dict(splits.strays), leaks, contradictions, repeated)
+
+
+def _counts(splits: Splits) -> dict[str, dict[str, int]]:
+    names = splits.class_names
+    return {
+        part: dict(zip(names, samples.indicators(len(names)).sum(0).int().tolist(), strict=True))
+        for part, samples in splits.parts().items()
     }
-    split_of = {path: part for part, samples in parts.items() for path in samples.sources if isinstance(path, str)}
-    unreadable = find_unreadable(list(split_of), read)
-    leaks: list[list[str]] = []
-    repeated: list[list[str]] = []
-    for paths in _same_content(path for path in split_of if path not in unreadable):
-        (leaks if len({split_of[path] for path in paths}) > 1 else repeated).append(paths)
-    return DataReport(counts, unreadable | dict(splits.strays), leaks, repeated)
 
 
-def _same_content(paths: Iterable[str]) -> list[list[str]]:
-    """Paths of files with the same bytes. Only files of the same size are read."""
-    by_size: dict[int, list[str]] = defaultdict(list)
-    for path in paths:
-        by_size[Path(path).stat().st_size].append(path)
-    by_content: dict[bytes, list[str]] = defaultdict(list)
+def _occurrences(splits: Splits) -> list[Occurrence]:
+    """Of every file in the splits; none of images in memory."""
+
+    def name(label: Tensor) -> str:
+        return splits.class_names[label] if label.dim() == 0 else "|".join(compress(splits.class_names, label))
+
+    return [
+        Occurrence(source, part, name(label))
+        for part, samples in splits.parts().items()
+        for source, label in zip(samples.sources, samples.labels, strict=True)
+        if isinstance(source, str)
+    ]
+
+
+def _same_content(occurrences: Iterable[Occurrence]) -> list[list[Occurrence]]:
+    """Those of files with the same bytes. Only files of the same size are read."""
+    by_size: dict[int, list[Occurrence]] = defaultdict(list)
+    for found in occurrences:
+        by_size[Path(found.path).stat().st_size].append(found)
+    by_content: dict[bytes, list[Occurrence]] = defaultdict(list)
     for group in by_size.values():
         if len(group) > 1:
-            for path in group:
-                by_content[hashlib.sha256(Path(path).read_bytes()).digest()].append(path)
+            for found in group:
+                by_content[hashlib.sha256(Path(found.path).read_bytes()).digest()].append(found)
     return [group for group in by_content.values() if len(group) > 1]
 
 
@@ -121,13 +162,18 @@ def print_data_report(report: DataReport, in_memory: bool) -> int:
     console.print(table)
     if in_memory:
         return 0
-    for title, groups in (("In more than one split", report.leaks), ("Repeated", report.repeated)):
-        for paths in groups:
-            print(f"{title}: {' = '.join(paths)}")
+    kinds = {
+        "In more than one split": report.leaks,
+        "With different labels": report.contradictions,
+        "Repeated": report.repeated,
+    }
+    for title, groups in kinds.items():
+        for group in groups:
+            print(printable(f"{title}: {' = '.join(map(str, group))}"))
     for problem in report.unreadable.values():
-        print(f"Unreadable: {problem}")
+        print(printable(f"Unreadable: {problem}"))
     print(
         f"{len(report.unreadable)} files cannot be read, {len(report.leaks)} are in more than one split, "
-        f"{len(report.repeated)} are repeated"
+        f"{len(report.repeated)} are repeated, {len(report.contradictions)} have different labels"
     )
-    return 1 if report.unreadable or report.leaks else 0
+    return 1 if report.unreadable or report.leaks or report.contradictions else 0

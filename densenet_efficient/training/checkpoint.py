@@ -28,6 +28,8 @@ REMEDY = "expected a checkpoint written by densenet-efficient fit"
 WITHOUT_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 MODEL_PREFIX = "model."
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+# What of a network's configuration may change while it trains. (The classes are compared by name.)
+CHANGEABLE = {"drop_rate", "checkpointing", "norm_eps", "num_classes"}
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,9 @@ def load_classifier(path: str | Path) -> SavedClassifier:
     values, and RuntimeError if it is damaged, of another program, or does not fit its own model.
     """
     content = read_checkpoint(path)
-    if not isinstance(content, dict) or not isinstance(content.get(ENTRY), dict):
-        raise RuntimeError(f"{path}: not a checkpoint of densenet-efficient; {REMEDY}")
+    entry = entry_of(path, content)
     try:
-        entry, state = content[ENTRY], content["state_dict"]
+        state = content["state_dict"]
         model = EfficientDenseNet(**entry["config"])
         model.load_state_dict({key.removeprefix(MODEL_PREFIX): value for key, value in state.items()})
         return SavedClassifier(
@@ -74,6 +75,14 @@ def load_classifier(path: str | Path) -> SavedClassifier:
         raise RuntimeError(
             f"{path}: its weights are of another architecture than it says ({reason:.200}); {REMEDY}"
         ) from error
+
+
+def entry_of(path: str | Path, content: Any) -> dict[str, Any]:
+    """What a checkpoint says of its classifier; RuntimeError if it is another program's."""
+    if not isinstance(content, dict) or not isinstance(content.get(ENTRY), dict):
+        raise RuntimeError(f"{path}: not a checkpoint of densenet-efficient; {REMEDY}")
+    entry: dict[str, Any] = content[ENTRY]
+    return entry
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
@@ -132,8 +141,23 @@ def last_whole(folder: Path) -> Path:
     return previous
 
 
-def check_class_names(path: str | Path, theirs: list[str], class_names: list[str]) -> None:
-    """Raise ValueError if the classes of a checkpoint are not those of the data, in the same order."""
+def check_fits(path: str | Path, theirs: dict[str, Any], ours: SavedClassifier) -> None:
+    """Raise ValueError if a checkpoint's entry is of other classes or of another network than the classifier."""
+    _check_class_names(path, theirs["class_names"], ours.class_names)
+    differences = [
+        f"{name} {theirs['config'][name]}, not {value}"
+        for name, value in ours.model.config.items()
+        if name not in CHANGEABLE and theirs["config"].get(name, value) != value
+    ]
+    if differences:
+        raise ValueError(
+            f"{path}: a checkpoint of another network than was given ({'; '.join(differences)}); "
+            "give the --model.network and --data.channels it was trained with, or train anew into another --output"
+        )
+
+
+def _check_class_names(path: str | Path, theirs: list[str], class_names: list[str]) -> None:
+    """In the same order."""
     if theirs == class_names:
         return
     missing = [name for name in theirs if name not in class_names]
@@ -174,9 +198,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 if path.name == LAST and is_whole(path):
                     _keep_as_previous(path)
-        except (OSError, RuntimeError) as error:  # torch's own writer turns a full disk into a RuntimeError
+        except (OSError, RuntimeError) as error:
             kept = "the earlier one is kept" if path.exists() else "there is no earlier one"
-            cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+            # Torch's own writer hides what the system said behind an error of its own.
+            system = error.__context__ if isinstance(error.__context__, OSError) else error
+            cause = system.strerror if isinstance(system, OSError) and system.strerror else str(error).splitlines()[0]
             raise OSError(
                 f"{path}: cannot write this checkpoint ({cause}), {kept}; make room, "
                 "then continue with --ckpt_path last"

@@ -24,10 +24,10 @@ from torchvision.transforms import v2
 from densenet_efficient.dimensions import BatchNorm
 from densenet_efficient.models import create_model
 from densenet_efficient.summary import minimum_size
-from densenet_efficient.training.checkpoint import ENTRY, SavedClassifier, check_class_names, describe_classifier
+from densenet_efficient.training.checkpoint import ENTRY, SavedClassifier, check_fits, describe_classifier, entry_of
 from densenet_efficient.training.data import Task
 from densenet_efficient.training.option_checks import check_above_zero, check_at_least_zero
-from densenet_efficient.training.parameter_groups import HEAD, parameter_groups
+from densenet_efficient.training.parameter_groups import HEAD, optimizer_of, parameter_groups
 from densenet_efficient.training.schedules import Schedule, rate_factor
 from densenet_efficient.training.sharding import shard
 from densenet_efficient.weights import load_weights
@@ -90,6 +90,7 @@ class Classifier(LightningModule):
     ) -> None:
         super().__init__()
         check_above_zero("--model.learning_rate", learning_rate)
+        check_above_zero("--model.head_learning_rate", head_learning_rate)
         check_at_least_zero("--model.warmup", warmup, most=1)
         check_at_least_zero("--model.label_smoothing", label_smoothing, most=1)
         check_at_least_zero("--model.layer_decay", layer_decay, most=1)
@@ -259,8 +260,15 @@ class Classifier(LightningModule):
         checkpoint[ENTRY] = describe_classifier(self.saved)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        theirs = checkpoint.get(ENTRY, {}).get("class_names", [])
-        check_class_names(self.trainer.ckpt_path or "", theirs, self.task.class_names)
+        path = self.trainer.ckpt_path or ""
+        check_fits(path, entry_of(path, checkpoint), self.saved)
+        for state in checkpoint.get("optimizer_states", []):
+            theirs = optimizer_of(state["param_groups"][0])
+            if theirs != self.optimizer:
+                raise ValueError(
+                    f"{path}: a checkpoint of --model.optimizer {theirs}, which cannot go on with {self.optimizer}; "
+                    f"give {theirs}, or start another --output from its weights alone with --model.weights {path}"
+                )
 
 
 def _metrics(task: Task, prefix: str, ranking: bool) -> MetricCollection:

@@ -6,7 +6,7 @@ import math
 import numbers
 import signal
 import sys
-from argparse import RawDescriptionHelpFormatter
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,15 @@ from densenet_efficient.training.checkpoint import (
     LAST,
     PREVIOUS,
     AtomicCheckpointIO,
-    check_class_names,
+    check_fits,
+    describe_classifier,
     last_whole,
     load_classifier,
 )
 from densenet_efficient.training.classifier import Classifier
 from densenet_efficient.training.command_errors import say_what_is_wrong
-from densenet_efficient.training.data import ImageData
-from densenet_efficient.training.files import prepare_directory
+from densenet_efficient.training.data import FolderData, ImageData
+from densenet_efficient.training.files import naming_full_disk, prepare_directory
 from densenet_efficient.training.finish import report_run
 from densenet_efficient.training.history import History
 from densenet_efficient.training.interruption import Interrupted, SaveLast, is_of_a_lost_process
@@ -52,7 +53,7 @@ from densenet_efficient.training.recipes import describe_recipes
 from densenet_efficient.training.report import write_text
 from densenet_efficient.training.samples import Splits
 from densenet_efficient.training.sharding import FSDP, FullySharded
-from densenet_efficient.training.shorthands import expand_shorthands
+from densenet_efficient.training.shorthands import DATA_NAMES, FORMS_OF_DATA, expand_shorthands
 from densenet_efficient.training.synchronised import SynchronisedOnCPUs
 from densenet_efficient.visualize import draw_learning_rates
 
@@ -104,9 +105,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 def check_data(arguments: list[str]) -> int:
     """Examine data, print what was found, and return 1 if files cannot be read or are in two splits."""
-    parser = ArgumentParser(
-        "densenet-efficient check-data", description=DESCRIPTIONS["check-data"], exit_on_error=False
-    )
+    parser = Parser(prog="densenet-efficient check-data", description=DESCRIPTIONS["check-data"], exit_on_error=False)
     parser.add_subclass_arguments(ImageData, "data", required=True)
     data: ImageData = parser.instantiate(parser.parse_args(arguments)).data
     return print_data_report(examine_data(data.splits, data.read_source), in_memory=data.in_memory)
@@ -114,6 +113,26 @@ def check_data(arguments: list[str]) -> int:
 
 class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Keeps the lines of the recipes apart."""
+
+
+class Parser(LightningArgumentParser):
+    """Explains the data too: the forms of --data, and the options of a folder, which those of the others resemble."""
+
+    has_data = False  # unlike the parsers by which jsonargparse explains a single class
+
+    def add_subclass_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        self.has_data = True
+        kinds = ", ".join(DATA_NAMES.values())
+        text = f"{FORMS_OF_DATA}; or a class. --data.help KIND lists the options of {kinds}; a folder's are below"
+        return super().add_subclass_arguments(*args, **kwargs | {"help": text})
+
+    def format_help(self, *args: Any) -> str:
+        if not self.has_data:
+            return super().format_help(*args)
+        folder = ArgumentParser(usage=SUPPRESS, add_help=False)
+        folder.add_class_arguments(FolderData, "data", as_group=False, skip={"seed"})
+        options = folder.format_help().removeprefix("options:\n")
+        return f"{super().format_help(*args)}\noptions of --data FOLDER:\n{options}"
 
 
 class TrainingCLI(LightningCLI):
@@ -125,6 +144,7 @@ class TrainingCLI(LightningCLI):
             Classifier,
             ImageData,
             subclass_mode_data=True,
+            parser_class=Parser,
             seed_everything_default=0,
             save_config_callback=SaveConfig if command == "fit" else None,
             save_config_kwargs={"save_to_log_dir": False},
@@ -276,24 +296,29 @@ class TrainingCLI(LightningCLI):
 
     def run_fit(self) -> None:
         output, config = Path(self.config.output), self.config
-        if config.overwrite and config.ckpt_path is None:
-            for name in (LAST, PREVIOUS, BEST):
-                (output / name).unlink(missing_ok=True)
         checkpoint = self._checkpoint()
         if self.trainer.is_global_zero:
-            print(self._announcement())
-        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=checkpoint)
+            self._announce()
+        with naming_full_disk(output):
+            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=checkpoint)
         if config.report and not config.trainer.fast_dev_run:
             if (output / BEST).exists():
                 self._load_weights(output / BEST)
             self._report(output, self.history.records, config.compare)
 
-    def _announcement(self) -> str:
+    def _announce(self) -> None:
         splits: Splits = self.datamodule.splits
-        return (
+        print(
             f"Training {self.model.network} on {len(splits.train)} images of {len(splits.class_names)} classes, "
             f"with {len(splits.validation)} to validate by"
         )
+        epochs, head_epochs = self.trainer.max_epochs, self.model.head_epochs
+        if epochs is not None and 0 < epochs <= head_epochs:
+            print(
+                f"--model.head_epochs {head_epochs} of --trainer.max_epochs {epochs}: "
+                "the classifier alone is trained, the rest of the network never",
+                file=sys.stderr,
+            )
 
     def run_validate(self) -> None:
         self._load_weights(self._required_checkpoint())
@@ -356,7 +381,7 @@ class TrainingCLI(LightningCLI):
 
     def _load_weights(self, path: Path) -> None:
         saved = load_classifier(path)
-        check_class_names(path, saved.class_names, self.model.task.class_names)
+        check_fits(path, describe_classifier(saved), self.model.saved)
         epsilon = {"norm_eps": saved.model.config["norm_eps"]}  # which weights of Keras bring
         network = EfficientDenseNet(**self.model.model.config | epsilon)  # that of the training may be sharded
         network.load_state_dict(saved.model.state_dict())
@@ -364,8 +389,21 @@ class TrainingCLI(LightningCLI):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the configuration beside the checkpoints, where `test` finds it."""
+    """Writes the configuration beside the checkpoints, where `test` finds it; removes those of a run to be replaced.
+
+    It does so when the training really starts, so that what is refused before leaves an earlier run as it was.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before the checkpoint is read that may be refused, so too early."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        text = self.parser.dump(self.config)
-        write_text(Path(trainer.default_root_dir) / "config.yaml", text)
+        output = Path(trainer.default_root_dir)
+        if self.config.overwrite and self.config.ckpt_path is None:
+            for name in (LAST, PREVIOUS, BEST):
+                (output / name).unlink(missing_ok=True)
+        write_text(output / "config.yaml", self.parser.dump(self.config))

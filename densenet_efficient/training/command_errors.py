@@ -14,10 +14,12 @@ OF_A_GROUP = re.compile(r"Group '([\w.]+)' does not accept option '([\w.]+)'")
 OF_NOTHING = re.compile(r"^Option '([\w.]+)' is not accepted")
 OF_A_CLASS = re.compile(r"given class_path '(?:\w+\.)*(\w+)': Option '([\w.]+)' is not accepted")
 MISSING = re.compile(r"given class_path '(?:\w+\.)*(\w+)': the following arguments are required: (\w+)")
-NO_CLASS = re.compile(r"Expected a dot import path string: (\w+)")
+NO_CLASS = re.compile(r"Expected a dot import path string: (\w+)|given class_path '([\w.]+)': No module named")
+REQUIRED = re.compile(r"^the following arguments are required: (.+)")
 VALUE = re.compile(r"(?:Got value|Given value): (.+?)(?= - Expected|$)")
 KIND = re.compile(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.+?)\])|Not of type (\w+)")
 
+POSITIONAL = {"inputs": "INPUT"}  # of predict; all else are options
 WORDS = {
     "NoneType": "null",
     "PositiveInt": "a whole number above 0",
@@ -46,7 +48,10 @@ def in_plain_words(reason: str) -> str:
     if found := MISSING.search(reason):
         return f"{option}.{found[2]}: {found[1]} needs it"
     if found := NO_CLASS.search(reason):
-        return f"{option} {found[1]}: there is no such class"
+        return f"{option} {found[1] or found[2]}: there is no such class"
+    if found := REQUIRED.search(reason):
+        names = [POSITIONAL.get(name, f"--{name}") for name in found[1].split(", ")]
+        return f"the following arguments are required: {', '.join(names)}"
     if "instantiatable class" in reason:
         return f"{option}: name the kind first, the options of its kind after it"
     *_, innermost = KEY.split(reason)

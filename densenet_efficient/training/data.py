@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from densenet_efficient.training.check import keep_readable
-from densenet_efficient.training.images import read_image
+from densenet_efficient.training.images import read_image, what_is_wrong
 from densenet_efficient.training.interruption import end_with_the_run
 from densenet_efficient.training.loading import EpochSampler, LabelledImages, TrainingLoader
 from densenet_efficient.training.preprocessing import Preprocessing, Transform, normalisation
@@ -56,7 +56,7 @@ class ImageData(LightningDataModule, ABC):
         class_weights: weigh the loss of a class by the inverse of its frequency.
         weighted_sampling: draw the images of rare classes as often as the others.
         bad_files: before training, read every image file once and refuse to train if one is damaged, empty or no image;
-            or skip such files, naming them; or do not check.
+            or skip such files, naming them, in evaluations too; or do not check.
         num_workers: processes that read images; None means up to 4, and none for data in memory.
         seed: of the splits, the order and the augmentation.
     """
@@ -97,6 +97,8 @@ class ImageData(LightningDataModule, ABC):
         self.preprocessing = self._preprocessing(image_size, channels, mean, std, stretch, value_range)
         self.splits = self.read()
         self.checked = self.in_memory or bad_files == "unchecked"
+        if bad_files == "skip":  # at once: how many there are, and what each class weighs, is told by the others
+            self._check_files()
         self.training_loader: TrainingLoader | None = None
         self.restored: dict[str, Any] = {}
 
@@ -107,6 +109,16 @@ class ImageData(LightningDataModule, ABC):
     def read_source(self, source: Any) -> Any:
         """The image of one source, uint8 or float in [0, 1], [channels, H, W]."""
         return read_image(source, self.preprocessing.channels, self.preprocessing.value_range)
+
+    def _read_for_a_batch(self, source: Any) -> Any:
+        """The same; of a file that was not checked, or was undamaged then, the error says what to do."""
+        try:
+            return self.read_source(source)
+        except (OSError, ValueError) as error:
+            raise type(error)(
+                f"{what_is_wrong(source, error)}; replace the file, or leave it out with --data.bad_files skip; "
+                "a training then goes on with --ckpt_path last"
+            ) from error
 
     @property
     def task(self) -> Task:
@@ -121,7 +133,11 @@ class ImageData(LightningDataModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Before training, check every file once."""
-        if stage == "fit" and not self.checked:
+        if stage == "fit":
+            self._check_files()
+
+    def _check_files(self) -> None:
+        if not self.checked:
             self.splits = keep_readable(self.splits, self.read_source, skip=self.bad_files == "skip")
             self.checked = True
 
@@ -130,7 +146,7 @@ class ImageData(LightningDataModule, ABC):
         rank, world_size = self._process()
         weights = self._sampling_weights() if self.weighted_sampling else None
         sampler = EpochSampler(len(train), self.batch_size, self.seed, weights, rank, world_size)
-        dataset = LabelledImages(train, self.read_source, self._training_transform())
+        dataset = LabelledImages(train, self._read_for_a_batch, self._training_transform())
         self.training_loader = TrainingLoader(dataset, sampler, self.batch_size, **self._loader_options())
         self.training_loader.load_state_dict(self.restored)
         return self.training_loader
@@ -161,7 +177,7 @@ class ImageData(LightningDataModule, ABC):
         rank, world_size = self._process()
         if world_size > 1:
             samples = samples.subset(range(rank, len(samples), world_size))
-        dataset = LabelledImages(samples, self.read_source, self.preprocessing.transform())
+        dataset = LabelledImages(samples, self._read_for_a_batch, self.preprocessing.transform())
         return DataLoader(dataset, batch_size=self.batch_size, **self._loader_options())
 
     def _process(self) -> tuple[int, int]:

@@ -6,8 +6,9 @@ weights, so that it is computed for many samples at once; with weights of one it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,10 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 RESAMPLES, CHUNK = 1000, 100
 CONFIDENCE = 0.95
+# Whose areas under the ROC curve get intervals. Nobody reads a thousand of them, and each takes time as all images do.
+MAX_RESAMPLED_AREAS = 100
 CALIBRATION_BINS = 15
+PER_CLASS = ("recall", "precision", "f1", "auroc")
 
 
 @dataclass(frozen=True)
@@ -31,71 +35,85 @@ class Evaluation:
     split: str  # which images these are
     chose_epoch: bool = False  # whether the best epoch was chosen by them
 
-    @property
+    @cached_property
     def decisions(self) -> Array:
         """[N, K] of zeros and ones: the most probable class, or those of at least a half."""
         if self.multi_label:
             return (self.probabilities >= 0.5).astype(float)
         return np.eye(len(self.class_names))[self.probabilities.argmax(1)]
 
+    @cached_property
+    def correct(self) -> Array:
+        """[N, 1]. Of several labels per image: whether all are right."""
+        return (self.decisions == self.labels).all(1, keepdims=True).astype(float)
+
+    @cached_property
+    def hits(self) -> Array:
+        """[N, K] of zeros and ones: what was rightly given."""
+        return self.decisions * self.labels
+
 
 def summarise(evaluation: Evaluation, seed: int = 0) -> dict[str, Any]:
-    """All figures, each as its value and the bounds of its 95 % interval; None where it is not defined."""
-    functions: dict[str, Callable[[Array], Array]] = {
-        "accuracy": lambda weights: accuracy(evaluation, weights),
-        "macro_f1": lambda weights: f1_scores(evaluation, weights).mean(1),
-    }
-    if not evaluation.multi_label:
-        functions["balanced_accuracy"] = lambda weights: np.nanmean(recalls(evaluation, weights), 1)
-    per_class = {"recall": recalls, "precision": precisions, "f1": f1_scores, "auroc": aurocs}
-    for name, function in per_class.items():
-        functions[name] = lambda weights, function=function: function(evaluation, weights)  # type: ignore[misc]
-    intervals = with_intervals(functions, len(evaluation.labels), seed)
+    """All figures, each as its value and the bounds of its 95 % interval; None where it is not defined.
+
+    Of more than `MAX_RESAMPLED_AREAS` classes the areas under the ROC curves have no intervals.
+    """
+    intervals = with_intervals(evaluation, seed)
     classes = {
         class_name: {"images": int(evaluation.labels[:, index].sum())}
-        | {name: intervals[name][index] for name in per_class}
+        | {name: intervals[name][index] for name in PER_CLASS}
         for index, class_name in enumerate(evaluation.class_names)
     }
     areas = [entry["value"] for entry in intervals["auroc"] if entry["value"] is not None]
-    overall = {name: entries[0] for name, entries in intervals.items() if name not in per_class}
+    overall = {name: entries[0] for name, entries in intervals.items() if name not in PER_CLASS}
     return {
         "split": evaluation.split,
         "chose_epoch": evaluation.chose_epoch,
         "images": len(evaluation.labels),
+        "multi_label": evaluation.multi_label,
         **overall,
         "macro_auroc": float(np.mean(areas)) if areas else None,
         "expected_calibration_error": calibration(evaluation)[1],
         "classes": classes,
-        "confusion": None if evaluation.multi_label else confusion(evaluation).tolist(),
+        "confusion": (confusions(evaluation) if evaluation.multi_label else confusion(evaluation)).tolist(),
     }
 
 
-def with_intervals(
-    functions: dict[str, Callable[[Array], Array]], count: int, seed: int
-) -> dict[str, list[dict[str, float | None]]]:
-    """For each function of weights [B, N] that gives [B] or [B, K]: value, low and high, one entry per column."""
-    values = {name: np.atleast_2d(function(np.ones((1, count))).reshape(1, -1)) for name, function in functions.items()}
-    drawn: dict[str, list[Array]] = {name: [] for name in functions}
+def with_intervals(evaluation: Evaluation, seed: int) -> dict[str, list[dict[str, float | None]]]:
+    """Value, low and high of each figure: one entry, or one per class."""
+    count, num_classes = evaluation.labels.shape
+    cells = [roc_cells(evaluation.probabilities[:, k], evaluation.labels[:, k]) for k in range(num_classes)]
+    once = np.ones((1, count))
+    values = figures(evaluation, once) | {"auroc": aurocs(cells, once)}
+    drawn: dict[str, list[Array]] = {name: [] for name in values}
     for weights in _bootstrap_weights(count, seed):
-        for name, function in functions.items():
-            drawn[name].append(function(weights).reshape(len(weights), -1))
-    result = {}
-    for name in functions:
-        samples = np.concatenate(drawn[name])
-        result[name] = [_interval(values[name][0, column], samples[:, column]) for column in range(samples.shape[1])]
-    return result
+        sample = figures(evaluation, weights)
+        if num_classes <= MAX_RESAMPLED_AREAS:
+            sample["auroc"] = aurocs(cells, weights)
+        for name, figure in sample.items():
+            drawn[name].append(figure)
+    return {name: _intervals(value[0], drawn[name]) for name, value in values.items()}
 
 
 def _bootstrap_weights(count: int, seed: int) -> Iterator[Array]:
     generator = np.random.default_rng(seed)
     for _ in range(RESAMPLES // CHUNK):
-        yield generator.multinomial(count, np.full(count, 1 / count), CHUNK).astype(float)
+        draws = [np.bincount(generator.integers(count, size=count), minlength=count) for _ in range(CHUNK)]
+        yield np.stack(draws).astype(float)
+
+
+def _intervals(values: Array, drawn: list[Array]) -> list[dict[str, float | None]]:
+    """Of each of the values [C], with the samples [B, C] drawn, if any."""
+    samples = np.concatenate(drawn) if drawn else np.empty((0, len(values)))
+    return [_interval(value, column) for value, column in zip(values, samples.T, strict=True)]
 
 
 def _interval(value: float, samples: Array) -> dict[str, float | None]:
-    defined = samples[~np.isnan(samples)]
-    if np.isnan(value) or not len(defined):
+    if np.isnan(value):
         return {"value": None, "low": None, "high": None}
+    defined = samples[~np.isnan(samples)]
+    if not len(defined):
+        return {"value": float(value), "low": None, "high": None}
     low, high = np.quantile(defined, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return {"value": float(value), "low": float(low), "high": float(high)}
 
@@ -103,43 +121,49 @@ def _interval(value: float, samples: Array) -> dict[str, float | None]:
 # ---- figures: of weights [B, N], one row per bootstrap sample ----
 
 
-def accuracy(evaluation: Evaluation, weights: Array) -> Array:
-    """[B]. Of several labels per image: how often all are right."""
-    correct = (evaluation.decisions == evaluation.labels).all(1)
-    return weights @ correct.astype(float) / weights.sum(1)
+def figures(evaluation: Evaluation, weights: Array) -> dict[str, Array]:
+    """Those of decisions: [B, 1] of all classes, [B, K] of each.
+
+    The recall of a class without images is NaN, the precision of one that was never given 0, as is the F1 of one that
+    neither is nor was given.
+    """
+    hits, given, right = weights @ evaluation.hits, weights @ evaluation.decisions, weights @ evaluation.labels
+    recall, f1 = _divide(hits, right), np.nan_to_num(_divide(2 * hits, given + right))
+    result = {
+        "accuracy": weights @ evaluation.correct / weights.sum(1, keepdims=True),
+        "macro_f1": f1.mean(1, keepdims=True),
+        "recall": recall,
+        "precision": np.nan_to_num(_divide(hits, given)),
+        "f1": f1,
+    }
+    if not evaluation.multi_label:
+        result["balanced_accuracy"] = np.nanmean(recall, 1, keepdims=True)
+    return result
 
 
-def recalls(evaluation: Evaluation, weights: Array) -> Array:
-    """[B, K], NaN for a class without images."""
-    return _divide(weights @ (evaluation.decisions * evaluation.labels), weights @ evaluation.labels)
+def roc_cells(scores: Array, labels: Array) -> NDArray[np.intp]:
+    """[N]. In which of the cells each image of one class falls whose counts give the area under the ROC curve.
+
+    For each score that a positive has there are three, in rising order: the negatives below it (and above the score
+    before), the negatives of that very score, and the positives of it. So a class is sorted once for all samples.
+    """
+    thresholds = np.unique(scores[labels > 0])
+    below, up_to = (np.searchsorted(thresholds, scores, side) for side in ("left", "right"))
+    return (3 * below + (up_to - below) * (1 + labels)).astype(np.intp)
 
 
-def precisions(evaluation: Evaluation, weights: Array) -> Array:
-    """[B, K], 0 for a class that was never predicted."""
-    predicted = weights @ evaluation.decisions
-    return np.nan_to_num(_divide(weights @ (evaluation.decisions * evaluation.labels), predicted))
-
-
-def f1_scores(evaluation: Evaluation, weights: Array) -> Array:
-    """[B, K], 0 for a class that neither is nor was predicted."""
-    both = weights @ (evaluation.decisions * evaluation.labels)
-    return np.nan_to_num(_divide(2 * both, weights @ (evaluation.decisions + evaluation.labels)))
-
-
-def aurocs(evaluation: Evaluation, weights: Array) -> Array:
+def aurocs(cells: Sequence[NDArray[np.intp]], weights: Array) -> Array:
     """[B, K], the area under each class's ROC curve against all others; NaN where one side is empty."""
-    columns = range(len(evaluation.class_names))
-    return np.stack([_auroc(evaluation.probabilities[:, k], evaluation.labels[:, k], weights) for k in columns], 1)
+    return np.stack([_auroc(of_class, weights) for of_class in cells], 1)
 
 
-def _auroc(scores: Array, labels: Array, weights: Array) -> Array:
+def _auroc(cells: NDArray[np.intp], weights: Array) -> Array:
     """The chance that a positive scores above a negative, ties counting half (Mann-Whitney)."""
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) > 0])  # of groups of equal scores
-    positives = np.add.reduceat(weights[:, order] * labels[order], starts, axis=1)
-    negatives = np.add.reduceat(weights[:, order] * (1 - labels[order]), starts, axis=1)
-    below = np.cumsum(negatives, 1) - negatives
-    return _divide((positives * (below + negatives / 2)).sum(1), positives.sum(1) * negatives.sum(1))
+    size = 3 * (cells.max() // 3 + 1)
+    counts = np.stack([np.bincount(cells, row, size) for row in weights]).reshape(len(weights), -1, 3)
+    between, ties, positives = np.moveaxis(counts, 2, 0)
+    below = np.cumsum(between + ties, 1) - ties / 2
+    return _divide((positives * below).sum(1), positives.sum(1) * (between + ties).sum(1))
 
 
 def _divide(numerator: Array, denominator: Array) -> Array:
@@ -152,6 +176,13 @@ def _divide(numerator: Array, denominator: Array) -> Array:
 def confusion(evaluation: Evaluation) -> NDArray[np.int64]:
     """[K, K], of single labels: rows are what is right, columns what was predicted."""
     return (evaluation.labels.T @ evaluation.decisions).astype(np.int64)
+
+
+def confusions(evaluation: Evaluation) -> NDArray[np.int64]:
+    """[K, 2, 2], of several labels: per class, rows are absent and present, columns not given and given."""
+    hits, given, present = (part.sum(0) for part in (evaluation.hits, evaluation.decisions, evaluation.labels))
+    neither = len(evaluation.labels) - given - present + hits
+    return np.stack([neither, given - hits, present - hits, hits], 1).reshape(-1, 2, 2).astype(np.int64)
 
 
 def roc_curve(scores: Array, labels: Array) -> tuple[Array, Array]:
@@ -172,7 +203,7 @@ def calibration(evaluation: Evaluation) -> tuple[list[dict[str, float]], float]:
         confidence, right = evaluation.probabilities.ravel(), evaluation.labels.ravel()
     else:
         confidence = evaluation.probabilities.max(1)
-        right = (evaluation.decisions * evaluation.labels).sum(1)
+        right = evaluation.hits.sum(1)
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     entries = [
         {"confidence": confidence[bins == b].mean(), "right": right[bins == b].mean(), "share": (bins == b).mean()}

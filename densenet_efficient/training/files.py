@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+ROOM = 2**20  # bytes that a new run's logs and configuration take at most
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Whatever finds the disk full in this block, its error names `path` at least: a write does not say to what."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL_DISK and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -19,7 +34,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     # Beside it, since a rename is atomic only within a file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
+        with naming_full_disk(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -39,10 +54,10 @@ def _sync_directory(path: Path) -> None:
 
 
 def prepare_directory(path: Path) -> None:
-    """Make the directory `path` if needed and check that files can be written into it. Raises OSError."""
+    """Make the directory `path` if needed and check that it can be written into and has room. Raises OSError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(ROOM))
     except OSError as error:
         raise type(error)(f"cannot write into {path} ({error.strerror}); choose another --output") from error

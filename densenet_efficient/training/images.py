@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import Image as ImageTensor
@@ -20,6 +20,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 DICOM_MAGIC = b"DICM"  # at byte 128
 UNREADABLE = "expected an undamaged image such as PNG, JPEG, TIFF or DICOM"
+MAY_BE_EMPTY = ("WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept")  # in DICOM files, as if not there
 
 ValueRange = Sequence[float] | None  # the values that become 0 and 1
 
@@ -49,12 +50,19 @@ def read_image(path: str | Path, channels: int, value_range: ValueRange = None) 
         try:
             image: Image.Image = Image.open(file)
             image.load()
+        except UnidentifiedImageError as error:  # which names the file a second time
+            raise ValueError(f"{path}: {UNREADABLE}") from error
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path}: {UNREADABLE} ({error})") from error
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
         return _with_channels(torch.from_numpy(_scaled(path, image, value_range))[None], channels)
     return F.to_image(image.convert("L" if channels == 1 else "RGB"))
+
+
+def what_is_wrong(path: str | Path, error: OSError | ValueError) -> str:
+    """One line of what `read_image` raised, with the file's name."""
+    return f"{path}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def _scaled(path: str | Path, image: Image.Image, value_range: ValueRange) -> NDArray[np.float32]:
@@ -83,19 +91,26 @@ def _with_channels(image: Tensor, channels: int) -> ImageTensor:
 def _read_dicom(path: str | Path, value_range: ValueRange) -> Tensor:
     try:
         from pydicom import dcmread
-        from pydicom.pixels.processing import apply_modality_lut
+        from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
         from pydicom.pixels.utils import pixel_array
     except ModuleNotFoundError as error:
         raise ValueError(f"{path}: DICOM needs pydicom; pip install pydicom") from error
     try:
         dataset = dcmread(path)
         pixels = pixel_array(dataset)
+        for name in MAY_BE_EMPTY:
+            if name in dataset and dataset[name].is_empty:
+                del dataset[name]
+        bits = dataset.BitsStored
+        if dataset.PhotometricInterpretation == "PALETTE COLOR":
+            pixels, bits = apply_color_lut(pixels, dataset), dataset.RedPaletteColorLookupTableDescriptor[2]
     except Exception as error:  # pydicom raises many kinds for damaged files
         raise ValueError(f"{path}: {UNREADABLE} ({error})") from error
     if int(dataset.get("NumberOfFrames") or 1) > 1:
         raise ValueError(f"{path}: expected a DICOM file of one frame, got {dataset.NumberOfFrames}; export the frames")
-    if pixels.ndim == 3:  # colours, as [H, W, 3]
-        return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    if pixels.ndim == 3:  # colours, as [H, W, 3], or 4 with opacity
+        colours = pixels if pixels.dtype == np.uint8 else _unit(pixels, 0, 2**bits - 1)
+        return torch.from_numpy(np.ascontiguousarray(colours[..., :3])).permute(2, 0, 1)
     values = apply_modality_lut(pixels, dataset)
     low, high = value_range or _window(dataset) or (float(values.min()), float(values.max()))
     scaled = _unit(values, low, high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,13 @@ from densenet_efficient.models import EfficientDenseNet
 from densenet_efficient.modules import DenseBlock
 
 HEAD = "head"
+
+
+def optimizer_of(group: Mapping[str, Any]) -> str:
+    """Which --model.optimizer such a group is of."""
+    if "momentum" in group:
+        return "sgd"
+    return "adamw" if group["decoupled_weight_decay"] else "adam"
 
 
 def parameter_groups(

@@ -9,8 +9,9 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TextIO
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
@@ -18,12 +19,12 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from densenet_efficient.training.check import listing
+from densenet_efficient.training.check import listing, printable
 from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier
 from densenet_efficient.training.files import atomic_write, prepare_directory
-from densenet_efficient.training.images import read_image
+from densenet_efficient.training.images import read_image, what_is_wrong
 from densenet_efficient.training.progress import Progress
-from densenet_efficient.training.samples import OTHER_TYPE, list_files, read_rows
+from densenet_efficient.training.samples import OTHER_TYPE, filled, list_files, read_rows
 
 FIRST_COLUMNS = ("path", "prediction")
 
@@ -50,10 +51,8 @@ class ImageFiles(Dataset[tuple[str, Any]]):
         path = self.paths[index]
         try:
             image = read_image(path, self.preprocessing.channels, self.preprocessing.value_range)
-        except OSError as error:
-            return path, f"{path}: {error.strerror}"
-        except ValueError as error:
-            return path, str(error)
+        except (OSError, ValueError) as error:
+            return path, what_is_wrong(path, error)
         return path, self.transform(image)
 
 
@@ -146,7 +145,8 @@ def expand(given: Path, path_column: str) -> list[str]:
             print(f"left out as {OTHER_TYPE}: {listing(map(str, others))}", file=sys.stderr)
         return [str(path) for path in images]
     if given.suffix.lower() == ".csv":
-        return [str(given.parent / row[path_column]) for row in read_rows(given, [path_column])]
+        rows = read_rows(given, [path_column])
+        return [str(given.parent / filled(place, row, path_column)) for place, row in rows.items()]
     if not given.exists():
         raise FileNotFoundError(errno.ENOENT, "No such file; expected an image, a folder or a CSV table", str(given))
     return [str(given)]
@@ -182,7 +182,7 @@ class LineWriter(BasePredictionWriter):
             best = row.topk(min(3, len(row)))
             named = [(self.class_names[index], value) for index, value in zip(best.indices, best.values, strict=True)]
             top = ", ".join(f"{name} {value:.1%}" for name, value in named)
-            print(f"{path}: {self.decision(row)} ({named[0][1]:.1%}); top {len(named)}: {top}")
+            print(printable(f"{path}: {self.decision(row)} ({named[0][1]:.1%}); top {len(named)}: {top}"))
 
     def decision(self, probabilities: Tensor) -> str:
         """The most probable class; of several labels per image, those of at least a half, with | between them."""
@@ -209,12 +209,11 @@ class CSVWriter(LineWriter):
         if not self.path.exists() or self.path.stat().st_size == 0:
             with atomic_write(origin) as file:
                 file.write(json.dumps(self.origin).encode())
-            with open(self.path, "w", newline="", encoding="utf-8") as file:
+            with self._open("w") as file:
                 csv.writer(file).writerow(self.header)
             return set()
         content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        rows = list(csv.reader(whole.decode("utf-8").splitlines()))
+        rows, end = _whole_records(content, len(self.header))
         if not rows or rows[0] != self.header:
             raise ValueError(
                 f"{self.path}: holds something else than predictions of these classes; name another --output"
@@ -224,15 +223,30 @@ class CSVWriter(LineWriter):
                 f"{self.path}: holds predictions of other weights or --views ({origin.name} beside it tells of which); "
                 "name another --output"
             )
-        if len(whole) < len(content):
-            os.truncate(self.path, len(whole))
-        return {row[0] for row in rows[1:]}
+        if end < len(content):
+            os.truncate(self.path, end)
+        return {row[0] for row in rows[1:] if row}
+
+    def _open(self, mode: Literal["w", "a"]) -> TextIO:
+        """Names that are not UTF-8 are written as the bytes that they are."""
+        return open(self.path, mode, newline="", encoding="utf-8", errors="surrogateescape")
 
     def write(self, paths: list[str], probabilities: Tensor) -> None:
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
+        with self._open("a") as file:
             rows = csv.writer(file)
             for path, row in zip(paths, probabilities, strict=True):
                 rows.writerow([path, self.decision(row), *(f"{value:.6f}" for value in row.tolist())])
+
+
+def _whole_records(content: bytes, width: int) -> tuple[list[list[str]], int]:
+    """The records of a CSV file of so many columns, without a last one that was cut short; and where they end."""
+    lines = content.splitlines(keepends=True)  # of bytes: text would be divided at a U+2028 in a name too
+    reader = csv.reader(line.decode(errors="surrogateescape") for line in lines)
+    ends = list(accumulate(map(len, lines), initial=0))
+    records = [(row, ends[reader.line_num]) for row in reader]
+    if records and not (content.endswith(b"\n") and len(records[-1][0]) == width):
+        records.pop()
+    return [row for row, _ in records], records[-1][1] if records else 0
 
 
 def _fingerprint(classifier: SavedClassifier) -> str:

@@ -17,13 +17,18 @@ def run_predict(arguments: Sequence[str]) -> int:
         given = build_parser().parse_args(arguments)
     except ArgumentError as error:
         return say_what_is_wrong("predict", arguments, error)
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
     from densenet_efficient.training.prediction import predict
     from densenet_efficient.training.quiet import quieten_lightning
 
     quieten_lightning()
     options = given.as_dict()
     del options["config"]
-    predict(**options)
+    try:
+        predict(**options)
+    except MisconfigurationException as error:  # such as of an accelerator that is not there
+        raise ValueError(str(error)) from error
     return 0
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torchvision.transforms import v2
 
+from densenet_efficient.training.option_checks import check_above_zero
+
 Transform = Callable[[Any], Any]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -26,6 +28,11 @@ class Preprocessing:
     resize: tuple[int, ...] = ()  # pixels of the shorter side, each in turn; the last is followed by a central crop
     stretch: bool = False  # to the square as it is, instead of cropping
     value_range: tuple[float, float] | None = None  # what becomes 0 and 1, of images deeper than 8 bits
+
+    def __post_init__(self) -> None:
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            low, high = self.value_range
+            raise ValueError(f"--data.value_range: expected the lower number first, got {low:g} {high:g}")
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -63,12 +70,14 @@ def normalisation(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel: those given, else ImageNet's, averaged for one channel.
 
-    Raises ValueError if there is not one value per channel.
+    Raises ValueError if there is not one value per channel, or a deviation is not above 0.
     """
     result = []
     for name, given, default in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
         values = tuple(given) if given is not None else default if channels == 3 else (sum(default) / 3,)
         if len(values) != channels:
-            raise ValueError(f"expected one {name} per channel, {channels}, got {len(values)}")
+            raise ValueError(f"--data.{name}: expected one {name} per channel, {channels}, got {len(values)}")
         result.append(values)
+    for value in result[1]:
+        check_above_zero("--data.std", value)
     return result[0], result[1]

@@ -18,6 +18,7 @@ from jinja2 import Environment
 from torch import Tensor
 
 from densenet_efficient.inspection import grad_cam
+from densenet_efficient.training.check import printable
 from densenet_efficient.training.classifier import Classifier
 from densenet_efficient.training.data import ImageData
 from densenet_efficient.training.evaluation import Evaluation, worst_mistakes
@@ -58,8 +59,9 @@ def write_report(
 
 
 def write_text(path: Path, text: str) -> None:
+    """In UTF-8, which the name of a file need not be."""
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(printable(text).encode())
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,11 @@ from densenet_efficient.training.splits import stratified_split
 
 SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # which file managers leave in folders of images
 OTHER_TYPE = "of another type, by its name"
-SPLIT_NAMES = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+SPLIT_NAMES = (
+    dict.fromkeys(("train", "training"), "train")
+    | dict.fromkeys(("val", "valid", "validation"), "validation")
+    | dict.fromkeys(("test", "testing"), "test")
+)
 
 
 @dataclass(frozen=True)
@@ -113,24 +118,38 @@ def read_folder(folder: Path, validation_fraction: float, test_fraction: float, 
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected one with a subfolder of images per class")
-    has_splits = (folder / "train").is_dir()
-    names, train, strays = _list_classes(folder / "train" if has_splits else folder)
+    folders = _split_folders(folder)
+    train_folder = folders.pop("train", None)
+    names, train, strays = _list_classes(train_folder or folder)
     if len(names) < 2:
         raise ValueError(f"{folder}: expected at least 2 classes, found only {names[0]}")
-    if not has_splits:
+    if train_folder is None:
         return replace(split(names, train, validation_fraction, test_fraction, seed, folder), strays=strays)
     parts = {}
-    for path in sorted(folder.iterdir()):
-        part = SPLIT_NAMES.get(path.name.lower())
-        if path.is_dir() and part in ("validation", "test"):
-            other_names, parts[part], others = _list_classes(path)
-            strays |= others
-            _require_same_classes(folder / "train", names, path, other_names)
+    for part, path in folders.items():
+        other_names, parts[part], others = _list_classes(path)
+        strays |= others
+        _require_same_classes(train_folder, names, path, other_names)
     if "validation" not in parts:
         raise FileNotFoundError(
-            f"{folder}: found train, but no val beside it; add one, or give {folder / 'train'} itself"
+            f"{folder}: found {train_folder.name}, but no val beside it; add one, or give {train_folder} itself"
         )
     return Splits(names, train, **parts, strays=strays)
+
+
+def _split_folders(folder: Path) -> dict[str, Path]:
+    """The subfolders that are named after a split, by split."""
+    folders: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        part = SPLIT_NAMES.get(path.name.lower())
+        if part is None or not path.is_dir():
+            continue
+        if part in folders:
+            raise ValueError(
+                f"{folder}: {folders[part].name} and {path.name} both name the {part} split; put their images into one"
+            )
+        folders[part] = path
+    return folders
 
 
 def _require_same_classes(train: Path, names: list[str], other: Path, other_names: list[str]) -> None:
@@ -151,6 +170,8 @@ def _list_classes(folder: Path) -> tuple[list[str], Samples, dict[str, str]]:
     labels: list[int] = []
     strays = {str(path): f"{path}: in no class folder" for path in sorted(folder.iterdir()) if _is_stray_image(path)}
     for label, directory in enumerate(classes):
+        if directory.name.encode(errors="ignore").decode() != directory.name:  # of no use in a report's pictures
+            raise ValueError(f"{folder}: class folder {os.fsencode(directory.name)!r}: not a name in UTF-8; rename it")
         images, others = list_files(directory)
         if not images:
             raise ValueError(f"{directory}: no image in this class folder; add images of it, or remove the folder")
@@ -170,12 +191,16 @@ def _is_hidden(path: Path) -> bool:
 
 
 def list_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images below `folder`, and the other files, in order. Hidden ones and the system's own are left out."""
+    """The images below `folder`, and the other files, in order. Hidden ones and the system's own are left out.
+
+    A link to nothing is among the images: reading it says what is wrong.
+    """
     images: list[Path] = []
     others: list[Path] = []
     for path in sorted(folder.rglob("*")):
-        if not _is_hidden(path) and path.is_file():
-            (images if is_image(path) else others).append(path)
+        leads_nowhere = path.is_symlink() and not path.exists()
+        if not _is_hidden(path) and (leads_nowhere or path.is_file()):
+            (images if leads_nowhere or is_image(path) else others).append(path)
     return images, others
 
 
@@ -212,63 +237,89 @@ def read_table(
     that no training image has.
     """
     rows = read_rows(table, columns.used)
-    row_classes = [_classes_of(table, number, row, columns) for number, row in enumerate(rows, start=2)]
-    parts = [_part_of(table, number, row, columns) for number, row in enumerate(rows, start=2)]
+    row_classes = [_classes_of(place, row, columns) for place, row in rows.items()]
+    parts = [_part_of(place, row, columns) for place, row in rows.items()]
     training = {name for classes, part in zip(row_classes, parts, strict=True) if part == "train" for name in classes}
     names = list(columns.indicators) or sorted(training)
-    for number, (classes, part) in enumerate(zip(row_classes, parts, strict=True), start=2):
+    for place, classes, part in zip(rows, row_classes, parts, strict=True):
         if unknown := [name for name in classes if name not in training]:
             raise ValueError(
-                f"{table}:{number}: label {', '.join(unknown)} of the {part} split is in no training row; "
+                f"{place}: label {', '.join(unknown)} of the {part} split is in no training row; "
                 "correct it, or add training images of it"
             )
-    samples = Samples(
-        [str(root / row[columns.path]) for row in rows],
-        _labels(row_classes, names, columns.multi_label),
-        [row[columns.group] for row in rows] if columns.group else None,
-    )
-    if columns.split is None:
-        return split(names, samples, validation_fraction, test_fraction, seed, table)
-    return _as_told(table, names, samples, parts)
+    paths = [str(root / filled(place, row, columns.path)) for place, row in rows.items()]
+    labels = _labels(row_classes, names, columns.multi_label)
+    groups = [filled(place, row, columns.group) for place, row in rows.items()] if columns.group else None
+    if columns.split is not None:
+        return _as_told(table, names, Samples(paths, labels, groups), parts)
+    # Without groups the rows of one file are one, so that no split falls between them.
+    return split(names, Samples(paths, labels, groups or paths), validation_fraction, test_fraction, seed, table)
 
 
-def read_rows(table: Path, needed: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV table. Raises ValueError for a missing column or an empty table."""
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    header = list(reader.fieldnames or [])
-    if missing := [name for name in needed if name not in header]:
-        raise ValueError(f"{table}: no column {', '.join(missing)}; it has {', '.join(header) or 'no header'}")
+def read_rows(table: Path, needed: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The rows of a CSV table, by where they stand, as FILE:LINE.
+
+    Raises ValueError for what is no such table, a missing column, or a row of more or fewer cells than the header.
+    """
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            header = next(reader, [])
+            rows = {f"{table}:{reader.line_num}": cells for cells in reader if cells}
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{table}: expected a table in UTF-8, got {error.object[error.start : error.end]!r}; save it as UTF-8"
+        ) from error
+    except csv.Error as error:
+        raise ValueError(f"{table}: expected a table of cells with commas between them ({error})") from error
+    _check_header(table, header, needed)
     if not rows:
         raise ValueError(f"{table}: no row below its header")
-    return rows
+    for place, cells in rows.items():
+        if len(cells) != len(header):
+            raise ValueError(
+                f"{place}: expected {len(header)} cells, as in the header, got {len(cells)}; "
+                "complete or remove the row, and quote a cell that holds a comma"
+            )
+    return {place: dict(zip(header, cells, strict=True)) for place, cells in rows.items()}
 
 
-def _classes_of(table: Path, number: int, row: dict[str, str], columns: Columns) -> list[str]:
-    for name in (columns.path, columns.group):
-        if name and not (row[name] or "").strip():
-            raise ValueError(f"{table}:{number}: column {name} is empty")
+def _check_header(table: Path, header: list[str], needed: Sequence[str]) -> None:
+    if not header:
+        raise ValueError(f"{table}: its first line is empty; expected a header with {', '.join(needed)}")
+    missing = [name for name in needed if name not in header]
+    if not missing:
+        return
+    mark = next((mark for mark in (";", "\t") if mark in header[0]), None) if len(header) == 1 else None
+    remedy = f"; save it with commas between the cells, in place of {mark!r}" if mark else ""
+    raise ValueError(f"{table}: no column {', '.join(missing)}; it has {', '.join(header)}{remedy}")
+
+
+def filled(place: str, row: Mapping[str, str], column: str) -> str:
+    """The cell of a column in which none may be empty."""
+    if not row[column].strip():
+        raise ValueError(f"{place}: column {column} is empty; fill it in, or remove the row")
+    return row[column]
+
+
+def _classes_of(place: str, row: Mapping[str, str], columns: Columns) -> list[str]:
     if columns.indicators:
-        cells = {name: (row[name] or "").strip() for name in columns.indicators}
+        cells = {name: row[name].strip() for name in columns.indicators}
         for name, cell in cells.items():
             if cell not in ("0", "1", "0.0", "1.0"):
-                raise ValueError(f"{table}:{number}: column {name} must be 0 or 1, got {cell!r}")
+                raise ValueError(f"{place}: column {name} must be 0 or 1, got {cell!r}")
         return [name for name, cell in cells.items() if float(cell)]
-    cell = (row[columns.label] or "").strip()
     if columns.separator is not None:
-        return sorted({name.strip() for name in cell.split(columns.separator)} - {""})
-    if not cell:
-        raise ValueError(f"{table}:{number}: column {columns.label} is empty")
-    return [cell]
+        return sorted({name.strip() for name in row[columns.label].split(columns.separator)} - {""})
+    return [filled(place, row, columns.label).strip()]
 
 
-def _part_of(table: Path, number: int, row: dict[str, str], columns: Columns) -> str:
+def _part_of(place: str, row: Mapping[str, str], columns: Columns) -> str:
     if columns.split is None:
         return "train"  # until the split
-    cell = (row[columns.split] or "").strip().lower()
+    cell = row[columns.split].strip().lower()
     if cell not in SPLIT_NAMES:
-        raise ValueError(f"{table}:{number}: column {columns.split} must be train, val or test, got {cell!r}")
+        raise ValueError(f"{place}: column {columns.split} must be train, val or test, got {cell!r}")
     return SPLIT_NAMES[cell]
 
 

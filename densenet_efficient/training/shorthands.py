@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,9 @@ DATA_NAMES = {
     "folder": "FolderData",
     "csv": "CSVData",
 }
+
+FORMS_OF_DATA = f"a folder of images, a table ending in .csv, or one of {', '.join(DATA_NAMES)}"
+CLASS_PATH = re.compile(r"(\w+\.)+[A-Z]\w*")
 
 
 def expand_shorthands(arguments: Sequence[str]) -> list[str]:
@@ -42,9 +46,12 @@ def _expand_data(value: str) -> list[str]:
     if value.lower().endswith(".csv"):
         return ["--data", "CSVData", "--data.table", value]
     name = DATA_NAMES.get(value.lower(), value)
-    if name not in DATA_NAMES.values() and "." not in name.strip("./"):
-        raise FileNotFoundError(
-            f"--data {value}: no such folder; expected a folder of images, a table ending in .csv, "
-            f"or one of {', '.join(DATA_NAMES)}"
-        )
-    return ["--data", name]
+    if name in DATA_NAMES.values() or CLASS_PATH.fullmatch(name) or _is_config(Path(value)):
+        return ["--data", name]
+    if Path(value).exists():
+        raise ValueError(f"--data {value}: not such a file; expected {FORMS_OF_DATA}")
+    raise FileNotFoundError(f"--data {value}: no such folder; expected {FORMS_OF_DATA}")
+
+
+def _is_config(path: Path) -> bool:
+    return path.suffix in (".yaml", ".yml", ".json") and path.is_file()

@@ -1,0 +1,230 @@
+"""Image files of all kinds, and what is damaged, repeated or in the wrong place among them."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training_cases import LUMINANCE, make_images, make_patients, write_dicom, write_table
+
+from densenet_efficient.cli import main
+from densenet_efficient.training.data import FolderData
+from densenet_efficient.training.images import read_image
+
+SMALL: dict[str, Any] = {"image_size": 8, "batch_size": 4, "num_workers": 0}
+
+
+PIXELS = np.arange(48).reshape(6, 8) * 50
+HOUNSFIELD = {"RescaleSlope": 1, "RescaleIntercept": -1000}
+
+
+@pytest.mark.parametrize(
+    ("elements", "value_range", "expected"),
+    [
+        ({}, None, PIXELS / 2350),
+        (HOUNSFIELD | {"WindowCenter": 40.5, "WindowWidth": 401}, None, ((PIXELS - 840) / 400).clip(0, 1)),
+        (HOUNSFIELD, (-1000, 1000), (PIXELS / 2000).clip(0, 1)),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, None, 1 - PIXELS / 2350),
+        ({"WindowCenter": "", "WindowWidth": ""}, None, PIXELS / 2350),
+        (HOUNSFIELD | {"WindowCenter": 40.5, "WindowWidth": None}, None, PIXELS / 2350),
+        ({"RescaleSlope": None, "RescaleIntercept": None}, (0, 1000), (PIXELS / 1000).clip(0, 1)),
+    ],
+)
+def test_dicom(elements: dict[str, Any], value_range: Any, expected: np.ndarray, tmp_path: Path) -> None:
+    image = read_image(write_dicom(tmp_path / "slice", PIXELS, **elements), 3, value_range)
+    assert image.shape == (3, 6, 8)
+    np.testing.assert_allclose(image[1].numpy(), expected, atol=1e-6)
+
+
+def test_dicom_in_colour(tmp_path: Path) -> None:
+    pixels = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+    colours = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
+    bits = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelData": pixels.tobytes()}
+    path = write_dicom(tmp_path / "slice", pixels, **colours, **bits)
+    np.testing.assert_array_equal(read_image(path, 3).numpy(), pixels.transpose(2, 0, 1))
+    grey = read_image(path, 1)
+    assert grey.shape == (1, 6, 8) and grey.dtype == torch.uint8
+    np.testing.assert_allclose(grey[0].numpy(), pixels @ LUMINANCE, atol=1)
+
+
+@pytest.mark.parametrize(("depth", "stored"), [(8, "u1"), (8, "<u2"), (16, "<u2")])
+def test_dicom_with_a_palette(depth: int, stored: str, tmp_path: Path) -> None:
+    """Of entries of 8 bits, which may be stored in 16, or of 16."""
+    indices = np.arange(48).reshape(6, 8) % 4
+    palette = np.array([[0, 10, 100, 255], [255, 0, 20, 30], [1, 2, 3, 4]]) * (257 if depth == 16 else 1)
+    elements: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for colour, entries in zip(("Red", "Green", "Blue"), palette, strict=True):
+        elements[f"{colour}PaletteColorLookupTableDescriptor"] = [4, 0, depth]
+        elements[f"{colour}PaletteColorLookupTableData"] = entries.astype(stored).tobytes()
+    image = read_image(write_dicom(tmp_path / "slice", indices, **elements), 3)
+    values = image.numpy() / 255 if image.dtype == torch.uint8 else image.numpy()
+    np.testing.assert_allclose(values, palette[:, indices] / (2**depth - 1), atol=1e-6)
+
+
+def test_dicom_of_several_frames(tmp_path: Path) -> None:
+    frames = {"NumberOfFrames": 2, "PixelData": PIXELS.astype("<u2").tobytes() * 2}
+    path = write_dicom(tmp_path / "slice", PIXELS, **frames)
+    with pytest.raises(ValueError, match=r"slice: expected a DICOM file of one frame, got 2; export the frames"):
+        read_image(path, 1)
+
+
+def test_dicom_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_dicom(tmp_path / "slice", PIXELS)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(ValueError, match=r"slice: DICOM needs pydicom; pip install pydicom"):
+        read_image(path, 1)
+
+
+def test_a_dicom_file_needs_no_name_of_its_kind(tmp_path: Path) -> None:
+    for name in ("normal", "opaque"):
+        (tmp_path / name).mkdir()
+        for index in range(5):
+            write_dicom(tmp_path / name / f"1.2.840.{index}", PIXELS)
+    data = FolderData(tmp_path, **SMALL)
+    data.setup("fit")
+    assert sum(map(len, data.splits.parts().values())) == 10
+
+
+def test_sixteen_bits_and_single_channels(tmp_path: Path) -> None:
+    deep = np.array([[0, 4095], [32768, 65535]], dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    np.testing.assert_allclose(read_image(tmp_path / "deep.png", 1)[0].numpy(), deep / 65535, atol=1e-6)
+    np.testing.assert_allclose(read_image(tmp_path / "deep.png", 1, (0, 4095))[0, 0].numpy(), [0, 1])
+    Image.new("RGB", (4, 2), (255, 0, 0)).save(tmp_path / "red.png")
+    assert read_image(tmp_path / "red.png", 1).tolist() == [[[76] * 4] * 2]  # 0.299 * 255
+    assert read_image(tmp_path / "red.png", 3).shape == (3, 2, 4)
+    Image.fromarray(deep.astype(np.int32)).save(tmp_path / "deeper.tif")
+    with pytest.raises(ValueError, match=r"deeper.tif: an image of 32 bits .* give value_range"):
+        read_image(tmp_path / "deeper.tif", 1)
+
+
+def damage(folder: Path) -> list[str]:
+    """An empty, a truncated and foreign files among the images of a folder; what the system left there is none."""
+    whole = (folder / "dark" / "0.png").read_bytes()
+    bad = {
+        "empty.png": b"",
+        "cut.png": whole[: len(whole) // 2],
+        "text.png": b"no image",
+        "cut.dcm": b"\0" * 128 + b"DICM",
+        "notes.txt": b"text",
+    }
+    for name, content in (bad | {"Thumbs.db": b"", ".hidden": b""}).items():
+        (folder / "dark" / name).write_bytes(content)
+    return list(bad)
+
+
+def test_bad_files_are_named_and_refused_or_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = damage(make_images(tmp_path, per_class=10))
+    with pytest.raises(ValueError, match=r"5 of 25 files cannot be read .* --data.bad_files skip") as error:
+        FolderData(tmp_path, **SMALL).setup("fit")
+    assert all(f"dark/{name}: expected an undamaged image" in str(error.value) for name in names[:-1])
+    assert "dark/notes.txt: of another type, by its name" in str(error.value)
+    data = FolderData(tmp_path, bad_files="skip", **SMALL)
+    data.setup("fit")
+    assert sum(map(len, data.splits.parts().values())) == 20
+    assert "Skipping 5 of 25 files" in capsys.readouterr().out
+
+
+def test_weights_are_of_the_images_that_can_be_read(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        make_images(tmp_path / part, per_class=10)
+    for index in range(4):
+        (tmp_path / "train" / "dark" / f"{index}.png").write_bytes(b"")
+    weighed = FolderData(tmp_path, bad_files="skip", class_weights=True, **SMALL).task.class_weights
+    torch.testing.assert_close(weighed, torch.tensor([16 / 20, 16 / 12]))
+    sampler = FolderData(tmp_path, bad_files="skip", weighted_sampling=True, **SMALL).train_dataloader().epoch_sampler
+    torch.testing.assert_close(sampler.weights, torch.tensor([1 / 10] * 10 + [1 / 6] * 6))
+
+
+def test_a_link_to_nothing_is_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    link = make_images(tmp_path) / "dark" / "link"
+    link.symlink_to(tmp_path / "none.png")
+    with pytest.raises(ValueError, match=f"1 of 13 files cannot be read .*{link}: No such file or directory"):
+        FolderData(tmp_path, **SMALL).setup("fit")
+    data = FolderData(tmp_path, bad_files="skip", **SMALL)
+    assert sum(map(len, data.splits.parts().values())) == 12
+
+
+def test_a_file_that_is_damaged_or_gone_after_the_check(tmp_path: Path) -> None:
+    data = FolderData(make_images(tmp_path), **SMALL)
+    data.setup("fit")
+    remedy = (
+        "replace the file, or leave it out with --data.bad_files skip; a training then goes on with --ckpt_path last"
+    )
+    path = data.splits.validation.sources[0]
+    Path(path).write_text("no image")
+    with pytest.raises(ValueError, match=f"^{path}: expected an undamaged image such as [^(]* or DICOM; {remedy}$"):
+        next(iter(data.val_dataloader()))
+    Path(path).unlink()
+    with pytest.raises(FileNotFoundError, match=f"^{path}: No such file or directory; {remedy}$"):
+        next(iter(data.val_dataloader()))
+
+
+def test_an_image_in_no_class_folder_is_named(tmp_path: Path) -> None:
+    Image.new("L", (9, 9)).save(make_images(tmp_path) / "stray.png")
+    (tmp_path / "README.txt").write_text("where these are from")
+    with pytest.raises(ValueError, match=r"1 of 13 files .*stray.png: in no class folder\. "):
+        FolderData(tmp_path, **SMALL).setup("fit")
+
+
+def test_names_of_images(tmp_path: Path) -> None:
+    """All that Pillow writes under these names is read by them."""
+    make_images(tmp_path)
+    for suffix in ("jfif", "jpe", "jp2", "j2k", "pnm", "pbm", "webp", "gif", "bmp", "tiff"):
+        Image.new("RGB", (9, 9), (200,) * 3).save(tmp_path / "bright" / f"image.{suffix}")
+    data = FolderData(tmp_path, **SMALL)
+    data.setup("fit")
+    assert sum(map(len, data.splits.parts().values())) == 22
+
+
+def test_check_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("train", "val"):
+        make_images(tmp_path / part)
+    damage(tmp_path / "train")
+    assert main(["check-data", "--data", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "5 files cannot be read, 12 are in more than one split, 0 are repeated" in out
+    assert f"Unreadable: {tmp_path}/train/dark/notes.txt" in out
+    assert f"Unreadable: {tmp_path}/train/dark/empty.png" in out
+    assert "bright │     6 │          6" in out and "dark   │     6 │          6" in out
+    assert main(["check-data", "--data", "digits"]) == 0
+
+
+def test_check_data_finds_rows_of_the_same_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = make_patients(tmp_path)
+    for row in rows[5:10] + rows[15:]:
+        row["split"] = "val"
+    first, second, third = rows[0], rows[1], rows[2]
+    again = [first | {"split": "val"}, second | {"label": "dark"}, third]
+    table = write_table(tmp_path / "table.csv", rows + again)
+    assert main(["check-data", "--data", str(table), "--data.split_column", "split"]) == 1
+    out = capsys.readouterr().out
+    paths = [tmp_path / row["path"] for row in (first, second, third)]
+    assert f"In more than one split: {paths[0]} (train, bright) = {paths[0]} (validation, bright)\n" in out
+    assert f"With different labels: {paths[1]} (train, bright) = {paths[1]} (train, dark)\n" in out
+    assert f"Repeated: {paths[2]} (train, bright) = {paths[2]} (train, bright)\n" in out
+    assert "0 files cannot be read, 1 are in more than one split, 1 are repeated, 1 have different labels" in out
+
+
+def test_check_data_names_the_labels_of_rows_with_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_images(tmp_path, per_class=4)
+    rows = [{"path": f"{name}/{index}.png", "label": "a|b"} for name in ("bright", "dark") for index in range(4)]
+    table = write_table(tmp_path / "table.csv", [*rows, rows[0] | {"label": ""}])
+    assert main(["check-data", "--data", str(table), "--data.label_separator", "|"]) == 1
+    assert re.search(r"With different labels: \S+/bright/0.png \(\w+, a\|b\) = \S+ \(\w+, \)", capsys.readouterr().out)
+
+
+def test_check_data_names_files_whose_names_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = os.fsdecode(b"m\xfc.png")
+    (make_images(tmp_path) / "dark" / name).write_bytes(b"")
+    assert main(["check-data", "--data", str(tmp_path)]) == 1
+    assert f"Unreadable: {tmp_path}/dark/m\\xfc.png: expected" in capsys.readouterr().out
+    FolderData(tmp_path, bad_files="skip", **SMALL)
+    assert f"files: {tmp_path}/dark/m\\xfc.png: expected" in capsys.readouterr().out
