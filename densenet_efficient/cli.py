@@ -158,7 +158,7 @@ def add_visualize(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def run_summary(options: argparse.Namespace) -> None:
-    from densenet_efficient.summary import print_summary
+    from densenet_efficient.summary_table import print_summary
 
     print_summary(options.model, options.input)
 

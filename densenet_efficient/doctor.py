@@ -27,7 +27,7 @@ from .argument_checks import CHECKPOINTING_LEVELS
 from .measure import make_step, peak_memory_per_image, step_times
 from .models import EfficientDenseNet, create_model
 from .reference import NaiveDenseNet
-from .summary import TABLE_WIDTH
+from .summary_table import TABLE_WIDTH
 
 SMALL: dict[str, Any] = {"growth_rate": 8, "block_config": (3, 2), "num_init_features": 12, "num_classes": 10}
 IMAGES = (4, 3, 40, 36)

@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from training_cases import fails, fit, fit_arguments, make_cifar, make_images
 
-from densenet_efficient import summary
+from densenet_efficient import summary_table
 from densenet_efficient.cli import CONFIGURED_COMMANDS, main, with_underscores
 from densenet_efficient.models import create_model, model_names
 from densenet_efficient.training import finish
@@ -404,13 +404,13 @@ def test_ctrl_c_ends_a_command_in_one_line(monkeypatch: pytest.MonkeyPatch, caps
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(summary, "print_summary", interrupted)
+    monkeypatch.setattr(summary_table, "print_summary", interrupted)
     assert main(["summary", "densenet121", "--input", "1x3x64x64"]) == 130
     assert capsys.readouterr().err == "Interrupted\n"
 
 
 def test_a_missing_package_of_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.delitem(sys.modules, "densenet_efficient.summary")
+    monkeypatch.delitem(sys.modules, "densenet_efficient.summary_table")
     for module in [module for module in sys.modules if module.partition(".")[0] == "rich"]:
         monkeypatch.setitem(sys.modules, module, None)  # its import raises ModuleNotFoundError
     error = fails(["summary", "densenet121", "--input", "1x3x64x64"], capsys)

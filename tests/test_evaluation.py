@@ -26,8 +26,8 @@ from densenet_efficient.training.evaluation import (
     summarise,
     worst_mistakes,
 )
+from densenet_efficient.training.pictures import draw_memory
 from densenet_efficient.training.report import write_report
-from densenet_efficient.visualize import draw_memory
 
 
 def evaluation(multi_label: bool = False, count: int = 200, classes: int = 4) -> Evaluation:

@@ -21,8 +21,8 @@ import pytest
 import torch
 from training_cases import assert_same_bits, fails, fit, fit_arguments, make_images, stopping_at, weights
 
+from densenet_efficient.files import atomic_write, prepare_directory
 from densenet_efficient.training.checkpoint import AtomicCheckpointIO, is_whole, last_whole, read_checkpoint
-from densenet_efficient.training.files import atomic_write, prepare_directory
 from densenet_efficient.training.finish import CollectOutputs
 from densenet_efficient.training.interruption import SIGNALS
 

@@ -15,7 +15,8 @@ from densenet_efficient import EfficientDenseNet
 from densenet_efficient.models import create_model
 from densenet_efficient.planning.shapes import blocks_of
 from densenet_efficient.reference import NaiveDenseNet
-from densenet_efficient.summary import parse_input_shape, print_summary, summarize, total_costs
+from densenet_efficient.summary import parse_input_shape, summarize, total_costs
+from densenet_efficient.summary_table import print_summary
 
 VARIANTS = {
     "imagenet": {},

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from densenet_efficient.visualize import finish, save
+from densenet_efficient.training.pictures import finish, save
 
 from ..picture import MARKS, draw
 

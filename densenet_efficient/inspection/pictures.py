@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from densenet_efficient.training.files import atomic_write
+from densenet_efficient.files import atomic_write
 
 DPI = 150
 Pixels = NDArray[np.float32]

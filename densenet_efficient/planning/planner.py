@@ -11,7 +11,8 @@ import torch
 
 from ..argument_checks import CHECKPOINTING_LEVELS, check_positive, levels_of
 from ..models import create_model
-from ..summary import format_bytes, minimum_size, summarize, total_costs
+from ..summary import minimum_size, summarize, total_costs
+from ..summary_table import format_bytes
 from .free_bottlenecks import training_step, usual_shape
 from .shapes import NetworkShape, blocks_of, shape_of
 from .sizes import parse_bytes

@@ -6,7 +6,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..summary import TABLE_WIDTH, format_bytes, format_shape
+from ..summary import format_shape
+from ..summary_table import TABLE_WIDTH, format_bytes
 from .planner import MemoryPlan
 from .timeline import Memory
 

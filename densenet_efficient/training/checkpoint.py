@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from densenet_efficient.files import atomic_write
 from densenet_efficient.models import EfficientDenseNet
-from densenet_efficient.training.files import atomic_write
 from densenet_efficient.training.preprocessing import Preprocessing
 from densenet_efficient.weights.checkpoints import DAMAGED
 

@@ -1,4 +1,4 @@
-"""The commands fit, validate and test: Lightning's CLI over `Classifier` and the data modules."""
+"""The commands that train and look at data: Lightning's CLI over `Classifier` and the data modules."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.tuner.tuning import Tuner
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from densenet_efficient.files import naming_full_disk, prepare_directory
 from densenet_efficient.models import EfficientDenseNet
 from densenet_efficient.training import datasets  # noqa: F401, so that --data knows them
 from densenet_efficient.training.averaging import AveragedWeights
@@ -42,11 +43,11 @@ from densenet_efficient.training.checkpoint import (
 from densenet_efficient.training.classifier import Classifier
 from densenet_efficient.training.command_errors import say_what_is_wrong
 from densenet_efficient.training.data import FolderData, ImageData
-from densenet_efficient.training.files import naming_full_disk, prepare_directory
 from densenet_efficient.training.finish import report_run
 from densenet_efficient.training.history import History
 from densenet_efficient.training.interruption import Interrupted, SaveLast, is_of_a_lost_process
 from densenet_efficient.training.option_checks import check_above_zero
+from densenet_efficient.training.pictures import draw_learning_rates
 from densenet_efficient.training.progress import Progress
 from densenet_efficient.training.quiet import quieten_lightning
 from densenet_efficient.training.recipes import describe_recipes
@@ -55,7 +56,6 @@ from densenet_efficient.training.samples import Splits
 from densenet_efficient.training.sharding import FSDP, FullySharded
 from densenet_efficient.training.shorthands import DATA_NAMES, FORMS_OF_DATA, expand_shorthands
 from densenet_efficient.training.synchronised import SynchronisedOnCPUs
-from densenet_efficient.visualize import draw_learning_rates
 
 # The type of many an augmentation's argument, which config.yaml is to hold as the number it is.
 register_type(numbers.Number, serializer=lambda value: value, deserializer=float, type_check=isinstance)
@@ -104,7 +104,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 
 def check_data(arguments: list[str]) -> int:
-    """Examine data, print what was found, and return 1 if files cannot be read or are in two splits."""
+    """Examine data, print what was found, and return 1 if anything in it must be put right."""
     parser = Parser(prog="densenet-efficient check-data", description=DESCRIPTIONS["check-data"], exit_on_error=False)
     parser.add_subclass_arguments(ImageData, "data", required=True)
     data: ImageData = parser.instantiate(parser.parse_args(arguments)).data

@@ -26,8 +26,8 @@ from densenet_efficient.training.comparison import (
 )
 from densenet_efficient.training.data import ImageData
 from densenet_efficient.training.evaluation import Evaluation, summarise
+from densenet_efficient.training.pictures import draw_memory
 from densenet_efficient.training.report import collect_mistakes, versions, write_report
-from densenet_efficient.visualize import draw_memory
 
 MEMORY_PICTURE = "memory.png"
 MEMORY_DEPTHS = (22, 46, 70, 100)  # of the memory picture

@@ -19,9 +19,9 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from densenet_efficient.files import atomic_write, prepare_directory
 from densenet_efficient.training.check import listing, printable
 from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier
-from densenet_efficient.training.files import atomic_write, prepare_directory
 from densenet_efficient.training.images import read_image, what_is_wrong
 from densenet_efficient.training.progress import Progress
 from densenet_efficient.training.samples import OTHER_TYPE, filled, list_files, read_rows

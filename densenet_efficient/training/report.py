@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from jinja2 import Environment
 from torch import Tensor
 
+from densenet_efficient.files import atomic_write
 from densenet_efficient.inspection import grad_cam
 from densenet_efficient.training.check import printable
 from densenet_efficient.training.classifier import Classifier
 from densenet_efficient.training.data import ImageData
 from densenet_efficient.training.evaluation import Evaluation, worst_mistakes
-from densenet_efficient.training.files import atomic_write
-from densenet_efficient.training.preprocessing import Preprocessing
-from densenet_efficient.visualize import (
+from densenet_efficient.training.pictures import (
     Mistake,
     draw_calibration,
     draw_confusion,
@@ -32,6 +31,7 @@ from densenet_efficient.visualize import (
     draw_mistakes,
     draw_roc,
 )
+from densenet_efficient.training.preprocessing import Preprocessing
 
 METRICS, PAGE = "metrics.json", "report.html"
 MAX_MISTAKES = 12

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from densenet_efficient import EfficientDenseNet, synchronisation
-from densenet_efficient.training.files import atomic_write
+from densenet_efficient.files import atomic_write
 
 STEPS, FATAL_STEP, PROCESSES = 6, 3, 3
 

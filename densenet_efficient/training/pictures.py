@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from densenet_efficient.files import atomic_write
 from densenet_efficient.training.evaluation import Evaluation, calibration, confusion, roc_curve
-from densenet_efficient.training.files import atomic_write
 
 # Two colours of Okabe and Ito's palette, which colour-blind readers tell apart.
 BLUE, ORANGE = "#0072B2", "#D55E00"
