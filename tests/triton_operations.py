@@ -249,9 +249,9 @@ def test_more_than_2_to_the_31_elements_in_one_storage(operation):
 def test_more_pixels_than_kernels_count():
     x, out = torch.zeros(1, 1, 1).expand(2**16, 1, 2**15), torch.zeros(1, 1).expand(2**31, 1)
     mean, variance = torch.zeros(2, 1)
-    with pytest.raises(RuntimeError, match=r"at most 2147418112 pixels, got 2147483648; use a smaller batch"):
+    with pytest.raises(RuntimeError, match=r"at most 2147481600 pixels, got 2147483648; use a smaller batch"):
         backend.write_with_statistics(x, out, mean, variance)
-    with pytest.raises(RuntimeError, match=r"at most 2147418112 pixels"):
+    with pytest.raises(RuntimeError, match=r"at most 2147481600 pixels"):
         backend.bn_relu_max_pool(out, mean, variance, 2**15, 2**16, torch.zeros(1, 1))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 # Where there is no card: few multiprocessors, so that in the interpreter too a program works through several tiles.
 INTERPRETED_MULTIPROCESSORS = 4
 INTERPRETED_CAPABILITY = 9
-MOST_PIXELS = 2**31 - 2**16  # as many as end, with the tile that the last of them begins, below 2^31
+MOST_PIXELS = 2**31 - 2**11  # as many as end, with the tile that the last of them begins, below 2^31
 
 
 class Listener(Protocol):
