@@ -8,7 +8,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 ROOM = 2**20  # bytes that a new run's logs and configuration take at most
@@ -42,6 +45,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         _sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
 def _sync_directory(path: Path) -> None:

@@ -30,7 +30,7 @@ from .input_checks import (
 from .kernels import spatial
 from .offload import offloaded
 from .readings import read_once
-from .running_statistics import count_batch, is_due, moments, update_running_statistics
+from .running_statistics import is_due, moments, update_running_statistics
 from .stage import TRANSITION, TRANSITION_DOWN
 from .stage_arguments import convolution_weights, draw_masks, parameters_of, running_of, update_stage_statistics
 from .synchronisation import exchange_counts, group_of_all
@@ -171,10 +171,9 @@ def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool) -> 
         x, conv.weight, norm.weight, norm.bias, running, list(conv.stride), list(conv.padding), norm.eps,
         save_conv and torch.is_grad_enabled(), counts, group,
     )  # fmt: skip
-    if counts is None and count == 0:
-        count_batch([norm])
-    elif is_due(norm):
-        update_running_statistics([norm], [moments(statistics, count if counts is None else counts.sum())])
+    if is_due(norm):
+        total = count if counts is None else counts.sum()
+        update_running_statistics([norm], [moments(statistics, total)], total)
     return out
 
 

@@ -32,26 +32,23 @@ def moments(statistics: Tensor, count: int | Tensor) -> Moments:
     return mean, variance * (count / (count - 1))  # a tensor, if the values are of several processes
 
 
-def update_running_statistics(norms: list[BatchNorm], batch: list[Moments]) -> None:
+def update_running_statistics(norms: list[BatchNorm], batch: list[Moments], count: int | Tensor) -> None:
     """torch.nn.BatchNorm2d's update of the buffers of those that are due, from the moments [C] of their inputs.
 
-    All memory is taken before the first buffer changes: where it is full, no norm is updated in part.
+    A batch without values, of a process by itself, is counted and changes nothing else. All memory is taken before the
+    first buffer changes: where it is full, no norm is updated in part.
     """
     due = [(norm, share) for norm, share in zip(norms, batch, strict=True) if is_due(norm)]
+    is_empty = isinstance(count, int) and count == 0
     with torch.no_grad():
-        groups = _by_momentum(due)
+        groups = {} if is_empty else _by_momentum(due)
         updates = [update for momentum, group in groups.items() for update in _updates(momentum, group)]
-        count_batch(norms)
+        counters = [norm.num_batches_tracked for norm, _ in due if norm.num_batches_tracked is not None]
+        counted = list(torch._foreach_add(counters, 1)) if counters else []
+        if counters:
+            torch._foreach_copy_(counters, counted)  # an addition in place allocates its number anew for each
         for update in updates:
             torch._foreach_lerp_(*update)
-
-
-def count_batch(norms: list[BatchNorm]) -> None:
-    """Counts one more batch in those that are due; of one without images this is all that torch does."""
-    counters = [norm.num_batches_tracked for norm in norms if is_due(norm) and norm.num_batches_tracked is not None]
-    if counters:
-        counted = list(torch._foreach_add(counters, 1))  # in place, the number would be allocated anew for each
-        torch._foreach_copy_(counters, counted)
 
 
 def _by_momentum(due: list[tuple[BatchNorm, Moments]]) -> dict[float, list[tuple[BatchNorm, Moments]]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .dimensions import BatchNorm, Convolution
 from .fusion import LayerParts
 from .layout import as_rows
-from .running_statistics import count_batch, is_due, moments, update_running_statistics
+from .running_statistics import is_due, moments, update_running_statistics
 
 
 def parameters_of(layer: LayerParts) -> list[Tensor]:
@@ -56,11 +56,9 @@ def update_stage_statistics(
     bottleneck_norms = [layer.norms[1] for layer in layers] if layers[0].bottleneck else []
     if not any(map(is_due, [*norms, *bottleneck_norms])):
         return  # and leaves no empty no_grad behind, which torch.export cannot load
-    if isinstance(count, int) and count == 0:
-        return count_batch([*norms, *bottleneck_norms])
     mean, variance = moments(statistics, count)
     shares = [(mean[: norm.num_features], variance[: norm.num_features]) for norm in norms]
     if bottleneck_norms:
         means, variances = moments(bottleneck_statistics, count)
         shares += zip(means.unbind(), variances.unbind(), strict=True)
-    update_running_statistics([*norms, *bottleneck_norms], shares)
+    update_running_statistics([*norms, *bottleneck_norms], shares, count)

@@ -8,7 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from densenet_efficient.training.pictures import finish, save
+from densenet_efficient.files import save_figure
+from densenet_efficient.training.pictures import finish
 
 from ..picture import MARKS, draw
 
@@ -47,7 +48,7 @@ def draw_scaling(results: Results, path: Path) -> None:
         axes.set_xticks(sorted({row["value"] for row in rows}))
         axes.set_ylim(bottom=0)
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_timeline(results: Results, path: Path) -> None:
@@ -72,7 +73,7 @@ def draw_timeline(results: Results, path: Path) -> None:
     all_axes[-1].set_xlabel(f"milliseconds of one training step ({workload})")
     all_axes[-1].set_ylim(0, 1.15 * max(row["peak_mib"] for row in rows))
     all_axes[-1].set_xlim(left=0)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_largest_image(results: Results, path: Path) -> None:
@@ -91,7 +92,7 @@ def draw_largest_image(results: Results, path: Path) -> None:
         axes.plot([row["largest"], side * 1.03], [row["largest"]] * 2, color=colour, linewidth=1, clip_on=False)
     axes.set(xlim=(-side * 0.01, side * 1.6), ylim=(-side * 0.01, side * 1.02), aspect="equal")
     axes.set_axis_off()
-    save(figure, path)
+    save_figure(figure, path)
 
 
 PICTURES = {

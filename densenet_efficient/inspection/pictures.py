@@ -14,9 +14,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from densenet_efficient.files import atomic_write
+from densenet_efficient.files import save_figure
 
-DPI = 150
 Pixels = NDArray[np.float32]
 
 
@@ -46,7 +45,7 @@ def draw_grad_cam(image: Tensor, cam: Tensor, title: str, path: Path) -> None:
     scale = ScalarMappable(Normalize(0, 1), "inferno")
     figure.colorbar(scale, ax=covered, shrink=0.8, label="evidence, of the largest")
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_reuse(reuse: Mapping[str, Tensor], path: Path) -> None:
@@ -60,7 +59,7 @@ def draw_reuse(reuse: Mapping[str, Tensor], path: Path) -> None:
     for axes in panels[len(reuse) :]:
         axes.set_axis_off()
     figure.suptitle("Feature reuse: mean absolute weight from a source layer to a target layer", fontsize=12)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_block(figure: Figure, axes: Axes, name: str, values: Tensor) -> None:
@@ -90,7 +89,7 @@ def _draw_tiles(tiles: list[Pixels], title: str, path: Path, cmap: str) -> None:
     for axes in figure.axes:
         axes.set_axis_off()
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _stretched(values: Tensor) -> Pixels:
@@ -101,8 +100,3 @@ def _stretched(values: Tensor) -> Pixels:
 def _pixels(values: Tensor) -> Pixels:
     pixels: Pixels = values.detach().float().cpu().numpy()
     return pixels
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=DPI)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from densenet_efficient.files import atomic_write
+from densenet_efficient.files import save_figure
 from densenet_efficient.training.evaluation import Evaluation, calibration, confusion, roc_curve
 
 # Two colours of Okabe and Ito's palette, which colour-blind readers tell apart.
@@ -40,7 +40,7 @@ def draw_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     for axes in (losses, accuracies):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     losses.legend(frameon=False)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_learning_rates(rates: Sequence[float], losses: Sequence[float], suggestion: float, path: Path) -> None:
@@ -52,7 +52,7 @@ def draw_learning_rates(rates: Sequence[float], losses: Sequence[float], suggest
     axes.set_xscale("log")
     finish(axes, "Loss (smoothed)", "learning rate")
     axes.legend(frameon=False)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_confusion(evaluation: Evaluation, path: Path) -> None:
@@ -73,7 +73,7 @@ def draw_confusion(evaluation: Evaluation, path: Path) -> None:
     axes.set_xlabel("predicted")
     axes.set_ylabel("right")
     axes.spines[:].set_visible(False)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_roc(evaluation: Evaluation, areas: Mapping[str, float | None], path: Path) -> None:
@@ -90,7 +90,7 @@ def draw_roc(evaluation: Evaluation, areas: Mapping[str, float | None], path: Pa
     finish(axes, title if len(defined) <= MAX_CURVES else f"{title}: the {MAX_CURVES} hardest", "false positive rate")
     axes.set_ylabel("true positive rate")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), title="area under the curve", fontsize=9)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_calibration(evaluation: Evaluation, path: Path) -> None:
@@ -106,7 +106,7 @@ def draw_calibration(evaluation: Evaluation, path: Path) -> None:
     finish(shares, "Share of predictions (%)", "confidence")
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlim(0, 1.02)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 class Mistake(NamedTuple):
@@ -133,7 +133,7 @@ def draw_mistakes(mistakes: Sequence[Mistake], path: Path) -> None:
             if overlay:
                 axes.imshow(mistake.activation, cmap="inferno", alpha=0.5, vmin=0, vmax=1)
         grid[row, 2 * column].set_title(mistake.caption, loc="left", size=8)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_memory(mib_per_image: Mapping[int, Mapping[str, float]], checkpointing: str, path: Path) -> None:
@@ -152,7 +152,7 @@ def draw_memory(mib_per_image: Mapping[int, Mapping[str, float]], checkpointing:
     axes.set_xticks(depths)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.15)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def finish(axes: Axes, title: str, x_label: str) -> None:
@@ -162,9 +162,3 @@ def finish(axes: Axes, title: str, x_label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)
