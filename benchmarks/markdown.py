@@ -35,9 +35,11 @@ def _earlier(results: dict[str, Any]) -> Iterator[str]:
     measured: dict[str, list[str]] = {}
     for (commit, figure, network), sizes in sorted(batches.items()):
         measured.setdefault(commit, []).append(f"{figure} of {network}, batch {' and '.join(map(str, sizes))}")
-    for row in results.get("first_step", [])[:1]:
-        if "commit" in row:
-            measured.setdefault(row["commit"], []).append("the first step")
+    others = [(row, row.get("name", row.get("part"))) for row in results["rows"]]
+    others += [(row, "the first step") for row in results.get("first_step", [])[:1]]
+    for row, name in others:
+        if name is not None and "commit" in row:
+            measured.setdefault(row["commit"], []).append(name)
     for commit, places in measured.items():
         yield f"Of earlier code, commit {commit}: {'; '.join(places)}."
 

@@ -78,7 +78,10 @@ def _name_commit(results: dict[str, Any]) -> None:
         figures = [name for name in MEASURED if row.get(name) is not None]
         if figures:
             row["commits"] = dict.fromkeys(figures, commit) | row.get("commits", {})
-    for row in (row for part in ("first_step", "largest_batch", "kernels") for row in results.get(part, [])):
+    of_one_run = [row for row in results["rows"] if not row.keys() & MEASURED]
+    for part in ("first_step", "largest_batch", "kernels"):
+        of_one_run += results.get(part, [])
+    for row in of_one_run:
         row.setdefault("commit", commit)
 
 

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# A convolution's stride, padding, dilation, whether it is transposed, output padding and groups.
+Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
+
 ROWS_AT_A_TIME = 2**12  # of a product whose operands are widened, so that these stay in the cache
+
+
+def geometry(stride: Sequence[int], padding: Sequence[int], dilation: int) -> Geometry:
+    """What torch.convolution takes after the bias."""
+    axes = len(stride)
+    return list(stride), list(padding), [dilation] * axes, False, [0] * axes, 1
 
 
 def product_dtype(operand: Tensor) -> torch.dtype:
@@ -48,14 +57,14 @@ def multiply_transposed(left: Tensor, right: Tensor) -> Tensor:
     return product
 
 
-def convolve(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Tensor:
-    """The convolution of x [N, C, ...] without a bias, in `product_dtype`; ``geometry`` is all that comes after it."""
+def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The convolution of x [N, C, ...] without a bias, in `product_dtype`."""
     dtype = product_dtype(x)
     return torch.convolution(x.to(dtype), weight.to(dtype), None, *geometry)
 
 
 def convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[Any], needed: Sequence[bool]
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needed: Sequence[bool]
 ) -> tuple[Any, Any]:
     """The gradients of (x, weight) of `convolve`, in `product_dtype`; None where not needed."""
     dtype = product_dtype(x)

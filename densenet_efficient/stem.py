@@ -35,9 +35,8 @@ class Stem(NamedTuple):
     synchronisation: Synchronisation | None = None
 
     @property
-    def geometry(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
-        """Stride, padding, dilation, whether transposed, output padding and groups, as torch.convolution takes them."""
-        return self.stride, self.padding, [1] * len(self.stride), False, [0] * len(self.stride), 1
+    def geometry(self) -> products.Geometry:
+        return products.geometry(self.stride, self.padding, dilation=1)
 
     def output_size(self, size: Sequence[int]) -> spatial.Size:
         """The convolution's, of an input of ``size``."""
@@ -122,9 +121,10 @@ def _backward_convolution(stem: Stem, grad: Tensor, x: Tensor, needed: list[bool
     return [input_grad, conv_grad]
 
 
-def _bands(stem: Stem, grad: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor, tuple]]:
+def _bands(stem: Stem, grad: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor, products.Geometry]]:
     """Rows of the convolution's output, image by image, with the rows that they read and the geometry between them."""
-    stride, padding, *others = stem.geometry
+    stride, padding = stem.stride, stem.padding
+    geometry = products.geometry(stride, [0, *padding[1:]], dilation=1)
     at_a_time = max(PIXELS_OF_A_BAND // math.prod(grad.shape[3:]), 1)
     for image in range(x.shape[0]):
         rows = [0, 0] * (len(padding) - 1) + [padding[0], padding[0]]
@@ -134,7 +134,7 @@ def _bands(stem: Stem, grad: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor
         ):
             read = (grad_band.shape[2] - 1) * stride[0] + stem.conv.shape[2]
             x_band = padded.narrow(2, start * stride[0], read)
-            yield grad_band, x_band, (stride, [0, *padding[1:]], *others)
+            yield grad_band, x_band, geometry
 
 
 def _convolve(stem: Stem, x: Tensor) -> Tensor:

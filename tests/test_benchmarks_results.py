@@ -111,3 +111,14 @@ def test_figures_of_another_commit_keep_its_name(tmp_path: Path) -> None:
     assert f"Of earlier code, commit {older}: training memory of tiny, float32, batch 8; the first step." in line
     results_file.record(results, KEY, mib_per_image=3.0)
     assert "commits" not in results["rows"][0]
+
+
+def test_rows_of_another_commit_keep_its_name(tmp_path: Path) -> None:
+    path, older = tmp_path / "machine-training.json", HEADER["commit"]
+    results = results_file.load(path, HEADER)
+    for name in ("mnist", "demo"):
+        results_file.replace_row(results, {"name": name, "seconds": 3.0}, "name", ("mnist", "demo"))
+    results_file.save(path, results)
+    results = results_file.load(path, HEADER | {"commit": "ba9876543210"})
+    results_file.replace_row(results, {"name": "mnist", "seconds": 2.0}, "name", ("mnist", "demo"))
+    assert f"Of earlier code, commit {older}: demo." in markdown.figures_line(results)

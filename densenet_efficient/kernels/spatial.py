@@ -190,14 +190,10 @@ def _activate(backend: ModuleType, x: Tensor, scale: Tensor, shift: Tensor, size
     return activation
 
 
-def _geometry(weight: Tensor, dilation: int) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
-    """Stride, padding, dilation, whether transposed, output padding and groups, as torch.convolution takes them.
-
-    The padding keeps the size, for odd kernel sizes.
-    """
-    ones = [1] * (weight.dim() - 2)
-    padding = [dilation * (kernel // 2) for kernel in weight.shape[2:]]
-    return ones, padding, [dilation] * len(ones), False, [0] * len(ones), 1
+def _geometry(weight: Tensor, dilation: int) -> products.Geometry:
+    """Of a convolution that keeps the size, for odd kernel sizes."""
+    sizes = weight.shape[2:]
+    return products.geometry([1] * len(sizes), [dilation * (kernel // 2) for kernel in sizes], dilation)
 
 
 def _plane(size: Size) -> tuple[int, int]:
