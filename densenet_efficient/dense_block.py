@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import dense_layers, kernels, native_layers, products, taped_layers
 from .batch_norm import Projection
-from .dense_layers import drop
+from .dropout import drop
 from .kernels import spatial
 from .layout import as_images, as_rows
 from .stage import TRANSITION_DOWN, Stage, StageGradients, StageOutput, pooling_window

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import kernels
 from .batch_norm import Affine, BatchNorm, Projection
+from .dropout import drop
 from .kernels import spatial
 from .layout import as_rows
 from .stage import Stage, StageOutput
@@ -320,8 +321,3 @@ def recomputes_gradients(device: torch.device) -> bool:
 def _first_needed(layers_needed: list[list[bool]]) -> int:
     """The index of the first layer with a parameter whose gradient is needed; the number of layers if there is none."""
     return next((index for index, needed in enumerate(layers_needed) if any(needed)), len(layers_needed))
-
-
-def drop(rows: Tensor, kept: Tensor, drop_rate: float) -> None:
-    """Inverted dropout of ``rows`` [M, k], in place."""
-    rows.mul_(kept).mul_(1 / (1 - drop_rate) if drop_rate < 1 else 0)

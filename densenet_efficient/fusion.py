@@ -23,6 +23,7 @@ from .dimensions import (
     dims_of,
     is_for,
 )
+from .dropout import Dropout
 from .stage import HEAD, NO_EXIT, TRANSITION, TRANSITION_DOWN
 
 PLAIN_NORMS = frozenset({*BATCH_NORMS.values(), nn.SyncBatchNorm})
@@ -184,8 +185,8 @@ def read_layer(modules: Mapping[str, nn.Module | None], drop_rate: float, traini
 
 def _what_is_wrong_with(norm: nn.Module | None) -> str:
     if is_class(norm, *BATCH_NORM_WITH_ACTIVATION) and norm is not None:
-        return f"holds a {type(norm._modules['act']).__name__}, is observed or without affine parameters; expected ReLU"
-    return f"is a {type(norm).__name__}, observed or without affine parameters; expected BatchNorm1d, 2d or 3d"
+        return f"holds a {type(norm._modules['act']).__name__}, is observed or incomplete; expected ReLU"
+    return f"is a {type(norm).__name__}, observed or incomplete; expected BatchNorm1d, 2d or 3d with affine parameters"
 
 
 def take_norm_relu(modules: list[nn.Module]) -> tuple[BatchNorm, list[nn.Module]] | None:
@@ -240,7 +241,8 @@ def read_transition(transition: nn.Module) -> StageExit | None:
     norm, conv, rest = taken
     if len(rest) == 1 and _halves_by_average(rest[0], dims_of(conv)):
         return StageExit(TRANSITION, transition, norm, conv)
-    if len(rest) == 2 and _is_plain(rest[0], nn.Dropout) and _halves_by_maximum(rest[1]):
+    drops = len(rest) == 2 and (_is_plain(rest[0], Dropout) or _is_plain(rest[0], nn.Dropout))
+    if drops and _halves_by_maximum(rest[1]):
         drop = cast(nn.Dropout, rest[0])
         return StageExit(TRANSITION_DOWN, transition, norm, conv, (drop.p, drop.training, False))
     return None
@@ -292,7 +294,10 @@ def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 def is_plain_norm(module: nn.Module | None) -> bool:
     """Whether ``module`` is a BatchNorm1d, 2d or 3d, or a synchronised one, with gamma and beta, unobserved."""
-    return type(module) in PLAIN_NORMS and not is_observed(cast(nn.Module, module)) and cast(BatchNorm, module).affine
+    if type(module) not in PLAIN_NORMS:
+        return False
+    norm = cast(BatchNorm, module)
+    return not is_observed(norm) and _is_whole(norm)
 
 
 def holds_norm_and_relu(module: nn.Module | None) -> bool:
@@ -301,10 +306,16 @@ def holds_norm_and_relu(module: nn.Module | None) -> bool:
         is_class(module, *BATCH_NORM_WITH_ACTIVATION)
         and isinstance(module, nn.BatchNorm2d)
         and not is_observed(module)
-        and module.affine
+        and _is_whole(module)
         and _is_plain(module._modules["act"], nn.ReLU)
         and _is_plain(module._modules["drop"], nn.Identity)
     )
+
+
+def _is_whole(norm: BatchNorm) -> bool:
+    """Whether ``norm`` has gamma and beta (its flag tells whether it was made so), and both statistics or neither."""
+    has_affine_map = norm.weight is not None and norm.bias is not None
+    return has_affine_map and (norm.running_mean is None) == (norm.running_var is None)
 
 
 def _is_plain_conv(module: nn.Module | None) -> bool:

@@ -96,12 +96,11 @@ class Plan:
 
     def _prepare(self, x: Tensor) -> Prepared:
         dtype = kernels.accumulation_dtype(x.dtype)
-        pack = torch.ops.densenet_efficient.packed_weight
         return Prepared(
             [_affine(norm, dtype) for norm in self.norms],
-            [pack(conv.weight, x.dtype) for conv in self.convolutions],
+            [_pack(conv, x.dtype) for conv in self.convolutions],
             None if self.exit.norm is None else _affine(self.exit.norm, dtype),
-            None if self.exit.conv is None else pack(self.exit.conv.weight, x.dtype),
+            None if self.exit.conv is None else _pack(self.exit.conv, x.dtype),
         )
 
 
@@ -146,6 +145,13 @@ def make_plan(stage: StageModules) -> Plan | None:
         return None  # made under torch.inference_mode: nothing tells when they change
     plan = _plans[stage.block] = Plan(stage)
     return plan
+
+
+def _pack(conv: Convolution, dtype: torch.dtype) -> Tensor:
+    shape = (conv.out_channels, conv.in_channels, *conv.kernel_size)
+    if conv.weight.shape != shape:
+        raise RuntimeError(f"expected a weight of size {list(shape)} for {conv}, but got {list(conv.weight.shape)}")
+    return torch.ops.densenet_efficient.packed_weight(conv.weight, dtype)
 
 
 def _affine(norm: BatchNorm, dtype: torch.dtype) -> Tensor:

@@ -11,12 +11,12 @@ from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import fusion, inference
-from .argument_checks import check_drop_rate, check_kernel_size, check_level, check_positive, check_spatial_dims
+from .argument_checks import check_drop_rate, check_kernel_size, check_positive, check_spatial_dims
 from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, BatchNorm, Convolution, global_average, is_for
+from .dropout import dropout
 from .fusion import LayerParts, StageExit
 from .operator_calls import StageBlock, run_prepared, run_stage, run_stem
 from .readings import read_once
@@ -88,7 +88,7 @@ class DenseLayer(nn.Module):
         out = self.conv1(self.relu1(self.norm1(features)))
         if self.bottleneck:
             out = self.conv2(self.relu2(self.norm2(out)))
-        return F.dropout(out, self.drop_rate, self.training) if self.drop_rate > 0 else out
+        return dropout(out, self.drop_rate, self.training)
 
 
 class DenseBlock(StageBlock, nn.ModuleDict):
@@ -129,7 +129,6 @@ class DenseBlock(StageBlock, nn.ModuleDict):
     ) -> None:
         super().__init__()
         check_positive("num_layers", num_layers)
-        check_level(checkpointing)
         self.checkpointing = checkpointing
         self.num_output_features = num_input_features
         for index, dilated in enumerate(_per_layer(dilation, num_layers)):
@@ -153,7 +152,7 @@ class DenseBlock(StageBlock, nn.ModuleDict):
         """The same through the modules' own ``forward``: hooks run, nothing is fused."""
         features = [x]
         for layer in self.values():
-            features.append(layer(features))
+            features = [*features, layer(features)]  # each layer its own list, which does not grow while it is kept
         return torch.cat(features, 1)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import fusion, inference, operators
+from .argument_checks import check_level
 from .dimensions import BatchNorm, Convolution, dims_of
 from .fusion import NO_CONSUMER, LayerParts, StageExit
 from .input_checks import (
@@ -39,11 +40,20 @@ from .synchronisation import exchange_counts, group_of_all
 class StageBlock(nn.Module):
     """A dense block that runs as one operator; through its modules, and saying so once, where that is impossible."""
 
-    checkpointing: str
     offload: bool = False  # whether a GPU's storage waits for the backward in the host's memory
     # Of how many layers, the last ones, "bottleneck" saves the bottlenecks too, by type of device: those that do not
     # make the peak of a step of the whole network.
     free_bottlenecks: Mapping[str, int] = MappingProxyType({})
+
+    @property
+    def checkpointing(self) -> str:
+        """The level: "none" or "bottleneck"; assign either at any time."""
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, level: str) -> None:
+        check_level(level)
+        self._checkpointing = level
 
     def saved_bottlenecks(self, layers: int, device: str, is_within_network: bool) -> int:
         """Of how many of its layers, the last ones, a forward keeps the bottlenecks for the backward."""
@@ -51,7 +61,8 @@ class StageBlock(nn.Module):
             return 0
         if self.checkpointing == "none":
             return layers
-        return self.free_bottlenecks.get(device, 0) if is_within_network else 0
+        # A user may have taken layers away since these were counted.
+        return min(self.free_bottlenecks.get(device, 0), layers) if is_within_network else 0
 
     def read(self) -> list[LayerParts] | str:
         """The layers as the operator takes them, or what is in the way."""

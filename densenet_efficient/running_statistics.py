@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
-
 import torch
 from torch import Tensor
 
 from .dimensions import BatchNorm
-
-
-class _Update(NamedTuple):
-    """``buffer`` moves to ``value`` by the share ``momentum``, for each pair."""
-
-    buffers: list[Tensor]
-    values: list[Tensor]
-    momentum: float
-
 
 Moments = tuple[Tensor, Tensor]  # the mean and the unbiased variance
 
@@ -35,43 +24,47 @@ def moments(statistics: Tensor, count: int | Tensor) -> Moments:
 def update_running_statistics(norms: list[BatchNorm], batch: list[Moments], count: int | Tensor) -> None:
     """torch.nn.BatchNorm2d's update of the buffers of those that are due, from the moments [C] of their inputs.
 
-    A batch without values, of a process by itself, is counted and changes nothing else. All memory is taken before the
-    first buffer changes: where it is full, no norm is updated in part.
+    A batch without values, of a process by itself, is counted and changes nothing else.
     """
-    due = [(norm, share) for norm, share in zip(norms, batch, strict=True) if is_due(norm)]
     is_empty = isinstance(count, int) and count == 0
     with torch.no_grad():
-        groups = {} if is_empty else _by_momentum(due)
-        updates = [update for momentum, group in groups.items() for update in _updates(momentum, group)]
-        counters = [norm.num_batches_tracked for norm, _ in due if norm.num_batches_tracked is not None]
-        counted = list(torch._foreach_add(counters, 1)) if counters else []
-        if counters:
-            torch._foreach_copy_(counters, counted)  # an addition in place allocates its number anew for each
-        for update in updates:
-            torch._foreach_lerp_(*update)
+        _update([(norm, share) for norm, share in zip(norms, batch, strict=True) if is_due(norm)], is_empty)
 
 
-def _by_momentum(due: list[tuple[BatchNorm, Moments]]) -> dict[float, list[tuple[BatchNorm, Moments]]]:
-    """The same by the momentum of this batch; None is the cumulative average."""
-    groups: dict[float, list[tuple[BatchNorm, Moments]]] = {}
-    for norm, share in due:
-        momentum = norm.momentum
-        if momentum is None:
-            momentum = 1 / (float(cast(Tensor, norm.num_batches_tracked)) + 1)
-        groups.setdefault(momentum, []).append((norm, share))
+def _update(due: list[tuple[BatchNorm, Moments]], is_empty: bool) -> None:
+    """All memory is taken before the first buffer changes: where it is full, no norm is updated in part."""
+    counters = [norm.num_batches_tracked for norm, _ in due if norm.num_batches_tracked is not None]
+    updates = {} if is_empty else _by_momentum(due)
+    every = [*counters, *(buffer for buffers, _ in updates.values() for buffer in buffers)]
+    if len(due) > 1 and len(set(map(id, every))) < len(every):  # a norm that layers share is updated by each in turn
+        for one in due:
+            _update([one], is_empty)
+        return
+    if counters:  # an addition in place would allocate its number anew for each
+        torch._foreach_copy_(counters, list(torch._foreach_add(counters, 1)))
+    for momentum, (buffers, values) in updates.items():
+        torch._foreach_lerp_(buffers, values, momentum)
+
+
+def _by_momentum(due: list[tuple[BatchNorm, Moments]]) -> dict[float, tuple[list[Tensor], list[Tensor]]]:
+    """The buffers, and the values that they move to by the share ``momentum``."""
+    groups: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for norm, (mean, variance) in due:
+        running_mean, running_var = norm.running_mean, norm.running_var
+        if running_mean is None or running_var is None:
+            continue  # tracking was switched on after the norm was made
+        buffers, values = groups.setdefault(_momentum_of(norm), ([], []))
+        buffers += running_mean, running_var
+        values += _in_dtype_of(running_mean, mean), _in_dtype_of(running_var, variance)
     return groups
 
 
-def _updates(momentum: float, group: list[tuple[BatchNorm, Moments]]) -> list[_Update]:
-    """Of the means and of the variances."""
-    means = [cast(Tensor, norm.running_mean) for norm, _ in group]
-    variances = [cast(Tensor, norm.running_var) for norm, _ in group]
-    return [
-        _Update(means, _in_dtype_of(means, [mean for _, (mean, _) in group]), momentum),
-        _Update(variances, _in_dtype_of(variances, [variance for _, (_, variance) in group]), momentum),
-    ]
+def _in_dtype_of(buffer: Tensor, value: Tensor) -> Tensor:
+    return value if value.dtype == buffer.dtype else value.to(buffer.dtype)
 
 
-def _in_dtype_of(buffers: list[Tensor], values: list[Tensor]) -> list[Tensor]:
-    pairs = zip(buffers, values, strict=True)
-    return [value if value.dtype == buffer.dtype else value.to(buffer.dtype) for buffer, value in pairs]
+def _momentum_of(norm: BatchNorm) -> float:
+    """Of this batch; None is the cumulative average, which without a counter stays where it is."""
+    if norm.momentum is not None:
+        return norm.momentum
+    return 0.0 if norm.num_batches_tracked is None else 1 / (float(norm.num_batches_tracked) + 1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .argument_checks import check_drop_rate, check_layers, check_positive
+from .dropout import Dropout
 from .modules import DenseBlock, run_block
 from .operator_calls import StageBlock
 
@@ -21,7 +22,7 @@ class TransitionDown(nn.Sequential):
         self.norm = nn.BatchNorm2d(num_features)
         self.relu = nn.ReLU(inplace=True)
         self.conv = nn.Conv2d(num_features, num_features, kernel_size=1, bias=False)
-        self.drop = nn.Dropout(drop_rate)
+        self.drop = Dropout(drop_rate)
         self.pool = nn.MaxPool2d(kernel_size=2)
 
 

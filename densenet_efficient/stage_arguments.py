@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .dimensions import BatchNorm, Convolution
+from .dropout import draw_mask
 from .fusion import LayerParts
 from .layout import as_rows
 from .running_statistics import is_due, moments, update_running_statistics
@@ -29,10 +29,7 @@ def convolution_weights(layers: list[LayerParts], exit_parameters: list[Tensor])
 
 
 def draw_masks(layers: list[LayerParts], exit_conv: Convolution | None, x: Tensor) -> tuple[float, list[Tensor]]:
-    """The dropout's masks, [M, k] per layer and [M, C'] of a transition down with ``exit_conv``.
-
-    Drawn in the order in which F.dropout draws them for contiguous features.
-    """
+    """The dropout's masks, [M, k] per layer and [M, C'] of a transition down with ``exit_conv``."""
     rate, training, drops_channels = layers[0].dropout
     if rate == 0 or not training:
         return 0.0, []
@@ -40,7 +37,7 @@ def draw_masks(layers: list[LayerParts], exit_conv: Convolution | None, x: Tenso
     for channels in [layer.channels[-1] for layer in layers] + ([exit_conv.out_channels] if exit_conv else []):
         shape = (x.shape[0], channels, *x.shape[2:])
         drawn = (*shape[:2], *[1] * (x.dim() - 2)) if drops_channels else shape
-        masks.append(as_rows(x.new_empty(drawn, dtype=torch.bool).bernoulli_(1 - rate).expand(shape)))
+        masks.append(as_rows(draw_mask(x, drawn, rate).expand(shape)))
     return rate, masks
 
 

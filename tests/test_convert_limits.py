@@ -258,6 +258,11 @@ def test_an_unknown_level():
     with pytest.raises(ValueError, match="checkpointing must be one of none, bottleneck, got 'all'"):
         convert(model, checkpointing="all")
     assert not blocks_of(model)
+    convert(model)
+    with pytest.raises(ValueError, match="checkpointing must be one of none, bottleneck, got 'all'"):
+        blocks_of(model)[0].checkpointing = "all"
+    revert(model)
+    assert not any("checkpointing" in name for module in model.modules() for name in vars(module))
 
 
 def test_converting_twice_sets_the_level():

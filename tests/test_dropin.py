@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections import Counter, OrderedDict
+from functools import partial
 
 import pytest
 import torch
@@ -25,11 +26,17 @@ from cases import (
     trained,
 )
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.nn.modules import module as module_hooks
 from torch.nn.utils import parametrize, prune
 
 from densenet_efficient.models import create_model
 from densenet_efficient.modules import DenseLayer
+from densenet_efficient.reference import NaiveDenseLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nan_memory")
 
@@ -196,6 +203,32 @@ def test_hooks_that_change_the_output(backend):
             warnings.simplefilter("ignore", UserWarning)
             results.append(step(model, make_images(*IMAGES)))
     assert_close(results[1], results[0])
+
+
+@pytest.mark.filterwarnings("ignore:a dense block runs layer by layer")
+def test_what_a_hook_keeps_of_a_layers_input_stays(backend):
+    _, efficient = make_pair()
+    kept = []
+    for layer in efficient.features.denseblock1.values():
+        layer.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    efficient(make_images(*IMAGES))
+    assert [len(features) for features in kept] == [1, 2, 3]
+
+
+@pytest.mark.filterwarnings("ignore:a dense block runs layer by layer")
+@pytest.mark.parametrize("drop_rate", [0.0, 0.3])
+def test_activation_checkpointing_of_the_layers(backend, drop_rate):
+    """torch's own, which counts every batch twice in the naive model too."""
+    pair = make_pair(drop_rate=drop_rate)
+    for model in pair:
+        apply_activation_checkpointing(
+            model,
+            partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT),
+            lambda module: isinstance(module, (DenseLayer, NaiveDenseLayer)),
+        )
+    images = make_images(*IMAGES)
+    naive, efficient = (step(model, images, seed=1) for model in pair)
+    assert_close(efficient, naive)
 
 
 class OwnBatchNorm(nn.BatchNorm2d):

@@ -147,6 +147,20 @@ def test_what_may_not_end_the_step_keeps_none(part):
     assert saved == expected > 0
 
 
+def test_a_block_with_fewer_layers_than_were_counted(backend):
+    pair = make_pair(**NETWORK, checkpointing="bottleneck")
+    assert free_in(pair[1])[2] == 4
+    for model in pair:
+        del model.features.denseblock3["denselayer4"]
+        channels = model.features.norm5.num_features - NETWORK["growth_rate"]
+        model.features.norm5 = torch.nn.BatchNorm2d(channels).double()
+        model.classifier = torch.nn.Linear(channels, 5).double()
+    pair[1].load_state_dict(pair[0].state_dict())
+    images = make_images(*IMAGES)
+    naive, efficient = (step(model, images) for model in pair)
+    assert_close(efficient, naive)
+
+
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_a_converted_network_has_the_same(library):
     models = pytest.importorskip(f"{library}.models")

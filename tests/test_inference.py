@@ -173,6 +173,27 @@ def move_to_another_dtype_and_back(model):
     model.double()
 
 
+def scale_all_through_data(model):
+    """As averages of weights are often kept: no tensor's version is raised, here and in the next three."""
+    for parameter in model.parameters():
+        parameter.data.mul_(0.9)
+
+
+def initialise_through_data(model):
+    nn.init.normal_(model.features.denseblock2.denselayer1.conv1.weight.data)
+
+
+def write_through_numpy(model):
+    model.features.denseblock1.denselayer2.norm1.running_var.numpy()[:] = 2.0
+
+
+def take_a_fused_step_after_validation(model):
+    images = make_images(2, 3, 64, 64)
+    model(images).square().sum().backward()
+    logits_of(model, images)
+    torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
+
+
 CHANGES = [
     scale_weight,
     take_an_optimizer_step,
@@ -188,6 +209,10 @@ CHANGES = [
     change_the_class,
     update_in_inference_mode,
     move_to_another_dtype_and_back,
+    scale_all_through_data,
+    initialise_through_data,
+    write_through_numpy,
+    take_a_fused_step_after_validation,
 ]
 
 
@@ -234,6 +259,19 @@ def test_a_hook_for_all_modules():
     finally:
         handle.remove()
     assert set(norms_of(model)) <= set(seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "place", ["denseblock1.denselayer2.conv1", "denseblock2.denselayer1.conv2", "transition1.conv"]
+)
+def test_a_weight_of_another_shape_is_refused(place, dtype):
+    """Also where its packed form has as many bytes, for these are padded."""
+    _, model = make_pair(dtype=dtype, mode="eval")
+    conv = model.features.get_submodule(place)
+    conv.weight = nn.Parameter(conv.weight[:, :-1].detach().clone())
+    with pytest.raises(RuntimeError, match="expected a weight of size"):
+        logits_of(model, make_images(2, 3, 64, 64, dtype=dtype))
 
 
 def test_parameters_made_in_inference_mode():

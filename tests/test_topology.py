@@ -11,6 +11,7 @@ import torchvision
 
 import densenet_efficient
 from densenet_efficient import (
+    DenseBlock,
     EfficientDenseNet,
     EfficientDenseNet121,
     EfficientDenseNet161,
@@ -238,6 +239,17 @@ def test_checkpointing_level(options, level):
     with pytest.raises(ValueError, match=r"checkpointing.*everything"):
         model.checkpointing = "everything"
     assert model.checkpointing == "bottleneck"
+
+
+@pytest.mark.parametrize("level", ["everything", "", None, ["none"]], ids=str)
+def test_a_block_refuses_an_unknown_level(level):
+    block = DenseBlock(2, 6, growth_rate=4, checkpointing="none")
+    with pytest.raises(ValueError, match="checkpointing must be one of none, bottleneck, got"):
+        block.checkpointing = level
+    assert block.checkpointing == "none"
+    block.checkpointing = "bottleneck"
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(block)))
+    assert copied.checkpointing == block.checkpointing == "bottleneck"
 
 
 def test_config_rebuilds_the_network():

@@ -50,7 +50,7 @@ def replace_class(module: nn.Module, role: type[Converted]) -> None:
 
 def restore_class(module: Converted) -> None:
     """Undoes `replace_class`."""
-    for name in ("checkpointing", "free_bottlenecks"):
+    for name in ("_checkpointing", "free_bottlenecks"):
         vars(module).pop(name, None)
     module.__class__ = type(module).__bases__[1]
 
