@@ -20,6 +20,7 @@ from .dropout import dropout
 from .fusion import LayerParts, StageExit
 from .operator_calls import StageBlock, run_prepared, run_stage, run_stem
 from .readings import read_once
+from .running_statistics import Update, update_running_statistics
 from .stage import HEAD
 
 
@@ -222,30 +223,34 @@ def run_named_children(children: Mapping[str, nn.Module], wanted: Container[str]
     The stem's inner outputs are computed where one of them is wanted.
     """
     outputs: dict[str, Tensor] = {}
+    later: list[Update] = []
     remaining = list(children.items())
     while remaining:
-        results = _run_some(remaining, wanted, x)
+        results = _run_some(remaining, wanted, x, later)
         for (name, _), x in zip(remaining, results, strict=False):
             if name in wanted:
                 outputs[name] = x
         remaining = remaining[len(results) :]
+    update_running_statistics(later)
     return outputs
 
 
-def _run_some(remaining: list[tuple[str, nn.Module]], wanted: Container[str], x: Tensor) -> list[Tensor]:
+def _run_some(
+    remaining: list[tuple[str, nn.Module]], wanted: Container[str], x: Tensor, later: list[Update]
+) -> list[Tensor]:
     """The outputs of as many children as one operator takes; what lies inside a stem repeats its input."""
     names, modules = [name for name, _ in remaining], [module for _, module in remaining]
     if fusion.tracer(x, modules[0].training):
         return [modules[0](x)]
     stage = take_stage(modules, with_head=False)
     if stage is not None:
-        out, features = run_stage(*stage, x)
+        out, features = run_stage(*stage, x, later=later)
         return [features, out]
     stem = fusion.take_stem(modules)
     inside = len(modules) - len(stem[2]) - 1 if stem is not None else 0
     if stem is None or any(name in wanted for name in names[:inside]):
         return [modules[0](x)]
-    return [x] * inside + [run_stem(stem[0], stem[1], x, saves_conv(modules))]
+    return [x] * inside + [run_stem(stem[0], stem[1], x, saves_conv(modules), later)]
 
 
 def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple[Tensor, bool]:
@@ -253,8 +258,16 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
 
     ``with_head``: a last norm joins the last block, and what follows is known to be ReLU, average pooling and a
     classifier.
-    Returns the output, and whether it is [N, C], pooled already.
+    Returns the output, and whether it is [N, C], pooled already. The running statistics of stems and stages are updated
+    behind the last child: images that a later one refuses change none.
     """
+    later: list[Update] = []
+    output = _run_children(children, x, with_head, later)
+    update_running_statistics(later)
+    return output
+
+
+def _run_children(children: list[nn.Module], x: Tensor, with_head: bool, later: list[Update]) -> tuple[Tensor, bool]:
     is_within_network = with_head
     while children:
         plan = _kept_plan(children, with_head, x)
@@ -267,10 +280,10 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
         stem, stage = (None, None) if traced else (fusion.take_stem(children), take_stage(children, with_head))
         if stem is not None:
             conv, norm, rest = stem
-            x, children = run_stem(conv, norm, x, saves_conv(children)), rest
+            x, children = run_stem(conv, norm, x, saves_conv(children), later), rest
         elif stage is not None:
             is_within_network = is_within_network and x.requires_grad  # else it ends behind what is frozen
-            x, _ = run_stage(*stage, x, False, is_within_network)
+            x, _ = run_stage(*stage, x, False, is_within_network, later)
             children = children[2:]
             if stage[2].kind == HEAD:
                 return x, True

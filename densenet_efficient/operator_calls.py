@@ -31,9 +31,9 @@ from .input_checks import (
 from .kernels import spatial
 from .offload import offloaded
 from .readings import read_once
-from .running_statistics import is_due, moments, update_running_statistics
+from .running_statistics import Update, is_due, moments, update_running_statistics, updates_of
 from .stage import TRANSITION, TRANSITION_DOWN
-from .stage_arguments import convolution_weights, draw_masks, parameters_of, running_of, update_stage_statistics
+from .stage_arguments import convolution_weights, draw_masks, parameters_of, running_of, stage_updates
 from .synchronisation import exchange_counts, group_of_all
 
 
@@ -87,12 +87,13 @@ def run_stage(
     x: Tensor,
     keep_features: bool = True,
     is_within_network: bool = False,
+    later: list[Update] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Runs a dense block, whose layers were read, and what consumes it within its stage.
 
     Returns the consumer's output (empty without one) and the block's features [N, C, H, W], which an inference leaves
-    empty where they need not be kept, and updates the running statistics of every norm, once. ``is_within_network``:
-    the backward goes on through all stages before this one, and then the step is at an end.
+    empty where they need not be kept, and updates the running statistics of every norm, once, now or ``later``.
+    ``is_within_network``: the backward goes on through all stages before this one, and then the step is at an end.
     """
     if inference.applies(x):
         plan = inference.kept_plan(block, stage_exit.consumer) or _make_plan(block, layers, stage_exit, x)
@@ -139,7 +140,7 @@ def run_stage(
             group,
         )
     total = count if counts is None else counts.sum()
-    update_stage_statistics(layers, exit_norm, statistics, bottleneck_statistics, total)
+    _make_updates(stage_updates(layers, exit_norm, statistics, bottleneck_statistics, total), later)
     return out, features
 
 
@@ -165,8 +166,10 @@ def run_prepared(plan: inference.Plan, x: Tensor, keep_features: bool) -> tuple[
     return plan.run(as_compute_dtype(x, [plan.weight]), keep_features)
 
 
-def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool) -> Tensor:
-    """Runs (conv, norm, relu, max pool) as one operator and updates the norm's running statistics."""
+def run_stem(
+    conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool, later: list[Update] | None = None
+) -> Tensor:
+    """Runs (conv, norm, relu, max pool) as one operator; updates the norm's running statistics, now or ``later``."""
     check_images(conv, x)
     running = [] if fusion.uses_batch_statistics(norm) else running_of(norm)
     check_devices(x, (conv.weight, norm.weight, norm.bias, *running))
@@ -184,8 +187,16 @@ def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool) -> 
     )  # fmt: skip
     if is_due(norm):
         total = count if counts is None else counts.sum()
-        update_running_statistics([norm], [moments(statistics, total)], total)
+        _make_updates(updates_of([norm], [moments(statistics, total)], total), later)
     return out
+
+
+def _make_updates(updates: list[Update], later: list[Update] | None) -> None:
+    """Of running statistics: at once, or left to a caller who makes them when its whole network has been computed."""
+    if later is None:
+        update_running_statistics(updates)
+    else:
+        later += updates
 
 
 _announced: WeakSet[nn.Module] = WeakSet()

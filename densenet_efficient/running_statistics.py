@@ -8,6 +8,7 @@ from torch import Tensor
 from .dimensions import BatchNorm
 
 Moments = tuple[Tensor, Tensor]  # the mean and the unbiased variance
+Update = tuple[BatchNorm, Moments | None]  # of a batch without values a norm counts that it was there, and no more
 
 
 def is_due(norm: BatchNorm) -> bool:
@@ -21,38 +22,45 @@ def moments(statistics: Tensor, count: int | Tensor) -> Moments:
     return mean, variance * (count / (count - 1))  # a tensor, if the values are of several processes
 
 
-def update_running_statistics(norms: list[BatchNorm], batch: list[Moments], count: int | Tensor) -> None:
-    """torch.nn.BatchNorm2d's update of the buffers of those that are due, from the moments [C] of their inputs.
-
-    A batch without values, of a process by itself, is counted and changes nothing else.
-    """
+def updates_of(norms: list[BatchNorm], batch: list[Moments], count: int | Tensor) -> list[Update]:
+    """Those that are due, from the moments [C] of their inputs; of a process by itself these may have no values."""
     is_empty = isinstance(count, int) and count == 0
-    with torch.no_grad():
-        _update([(norm, share) for norm, share in zip(norms, batch, strict=True) if is_due(norm)], is_empty)
+    return [(norm, None if is_empty else share) for norm, share in zip(norms, batch, strict=True) if is_due(norm)]
 
 
-def _update(due: list[tuple[BatchNorm, Moments]], is_empty: bool) -> None:
-    """All memory is taken before the first buffer changes: where it is full, no norm is updated in part."""
-    counters = [norm.num_batches_tracked for norm, _ in due if norm.num_batches_tracked is not None]
-    updates = {} if is_empty else _by_momentum(due)
-    every = [*counters, *(buffer for buffers, _ in updates.values() for buffer in buffers)]
-    if len(due) > 1 and len(set(map(id, every))) < len(every):  # a norm that layers share is updated by each in turn
-        for one in due:
-            _update([one], is_empty)
+def update_running_statistics(updates: list[Update]) -> None:
+    """torch.nn.BatchNorm2d's update of their buffers.
+
+    All memory is taken before the first buffer changes: where it is full, no norm is updated in part.
+    """
+    if updates:  # else an empty no_grad were left behind, which torch.export cannot load
+        with torch.no_grad():
+            _update(updates)
+
+
+def _update(updates: list[Update]) -> None:
+    counters = [norm.num_batches_tracked for norm, _ in updates if norm.num_batches_tracked is not None]
+    groups = _by_momentum(updates)
+    every = [*counters, *(buffer for buffers, _ in groups.values() for buffer in buffers)]
+    are_shared = len(set(map(id, every))) < len(every)
+    if are_shared and len(updates) > 1:  # a norm that layers share is updated by each in turn
+        for update in updates:
+            _update([update])
         return
     if counters:  # an addition in place would allocate its number anew for each
         torch._foreach_copy_(counters, list(torch._foreach_add(counters, 1)))
-    for momentum, (buffers, values) in updates.items():
+    for momentum, (buffers, values) in groups.items():
         torch._foreach_lerp_(buffers, values, momentum)
 
 
-def _by_momentum(due: list[tuple[BatchNorm, Moments]]) -> dict[float, tuple[list[Tensor], list[Tensor]]]:
+def _by_momentum(updates: list[Update]) -> dict[float, tuple[list[Tensor], list[Tensor]]]:
     """The buffers, and the values that they move to by the share ``momentum``."""
     groups: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    for norm, (mean, variance) in due:
+    for norm, share in updates:
         running_mean, running_var = norm.running_mean, norm.running_var
-        if running_mean is None or running_var is None:
-            continue  # tracking was switched on after the norm was made
+        if share is None or running_mean is None or running_var is None:
+            continue  # without statistics where tracking was switched on after the norm was made
+        mean, variance = share
         buffers, values = groups.setdefault(_momentum_of(norm), ([], []))
         buffers += running_mean, running_var
         values += _in_dtype_of(running_mean, mean), _in_dtype_of(running_var, variance)

@@ -8,7 +8,7 @@ from .dimensions import BatchNorm, Convolution
 from .dropout import draw_mask
 from .fusion import LayerParts
 from .layout import as_rows
-from .running_statistics import is_due, moments, update_running_statistics
+from .running_statistics import Update, is_due, moments, updates_of
 
 
 def parameters_of(layer: LayerParts) -> list[Tensor]:
@@ -41,21 +41,21 @@ def draw_masks(layers: list[LayerParts], exit_conv: Convolution | None, x: Tenso
     return rate, masks
 
 
-def update_stage_statistics(
+def stage_updates(
     layers: list[LayerParts],
     exit_norm: BatchNorm | None,
     statistics: Tensor,
     bottleneck_statistics: Tensor,
     count: int | Tensor,
-) -> None:
+) -> list[Update]:
     """Shared statistics, one running copy per consumer."""
     norms = [layer.norm1 for layer in layers] + ([exit_norm] if exit_norm is not None else [])
     bottleneck_norms = [layer.norms[1] for layer in layers] if layers[0].bottleneck else []
     if not any(map(is_due, [*norms, *bottleneck_norms])):
-        return  # and leaves no empty no_grad behind, which torch.export cannot load
+        return []
     mean, variance = moments(statistics, count)
     shares = [(mean[: norm.num_features], variance[: norm.num_features]) for norm in norms]
     if bottleneck_norms:
         means, variances = moments(bottleneck_statistics, count)
         shares += zip(means.unbind(), variances.unbind(), strict=True)
-    update_running_statistics([*norms, *bottleneck_norms], shares, count)
+    return updates_of([*norms, *bottleneck_norms], shares, count)

@@ -61,8 +61,7 @@ def test_errors_are_of_pytorchs_type(backend, arguments, mode, images, message, 
     expected, error = error_of(naive, images), error_of(efficient, images)
     assert isinstance(expected, type(error)), (error, expected)
     assert_one_line(error, message)
-    if "more than 1 value" not in message and "small" not in message:  # which show only further on
-        assert all(torch.equal(buffer, before[name]) for name, buffer in efficient.named_buffers())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in efficient.named_buffers())
 
 
 def assert_one_line(error, message):
@@ -99,25 +98,27 @@ PARTS = ["conv0", "norm0", "denseblock1.denselayer2", "denseblock1.denselayer2.n
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_on_another_device(backend, part, mode):
-    """Left behind when the model moved: nothing of their stage is computed, with or without a gradient."""
+    """Left behind when the model moved: no running statistics change, with or without a gradient."""
     _, efficient = make_pair(mode=mode, **FLOAT32)
     images = torch.zeros(2, 3, 33, 47)
     efficient.features.get_submodule(part).to("meta")
-    buffers = {name: buffer for name, buffer in efficient.named_buffers() if "denseblock2" in name}
+    buffers = {name: buffer for name, buffer in efficient.named_buffers() if buffer.device.type == "cpu"}
     before = copy.deepcopy(buffers)
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients):
             assert_one_line(error_of(efficient, images), r"same device.*cpu.*meta")
-    assert all(torch.equal(buffer, before[name]) for name, buffer in buffers.items() if buffer.device.type == "cpu")
+    assert all(torch.equal(buffer, before[name]) for name, buffer in buffers.items())
 
 
 def test_parts_of_another_dtype(backend):
-    """A convolution left in another dtype raises in the naive model, and so it does here."""
+    """A convolution left in another dtype raises in the naive model, and so it does here, before buffers change."""
     naive, efficient = make_pair(**FLOAT32)
     for model in (naive, efficient):
-        model.features.denseblock1.denselayer2.conv2.double()
+        model.features.denseblock2.denselayer2.conv2.double()
+    before = copy.deepcopy(dict(efficient.named_buffers()))
     images = make_images(2, 3, 33, 47, dtype=torch.float32)
     assert type(error_of(efficient, images)) is type(error_of(naive, images))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in efficient.named_buffers())
 
 
 @pytest.mark.parametrize("arguments", [{}, CIFAR, {"bottleneck": False}], ids=str)

@@ -12,6 +12,7 @@ from cases import (
     VARIANTS,
     assert_close,
     group_errors,
+    loss_of,
     make_images,
     make_pair,
     randomise,
@@ -147,6 +148,18 @@ def test_frozen_parameters(backend, dims, frozen):
         for name, parameter in block.named_parameters():
             parameter.requires_grad_(frozen not in name or "denselayer2" in name)
     assert_close(block_step(efficient, images), block_step(naive, images))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_one_convolution_alone_is_trained(backend, dims):
+    """Nothing in front of it needs a gradient."""
+    gradients = []
+    for block in block_pair(dims, True, "bottleneck", "train", dilations=(2, 2, 2)):
+        block.requires_grad_(False)
+        weight = block.denselayer1.conv2.weight.requires_grad_()
+        loss_of(block(make_images(2, 7, *(9, 6, 5)[:dims]))).backward()
+        gradients.append({"": weight.grad})
+    assert_close(*reversed(gradients))
 
 
 @other_dims
