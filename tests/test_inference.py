@@ -194,6 +194,13 @@ def take_a_fused_step_after_validation(model):
     torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
 
 
+def write_one_element_and_say_so(model):
+    """The sample of a tensor may miss it, as the README says, with the remedy."""
+    weight = model.features.denseblock1.denselayer2.conv1.weight
+    weight.data[1, 5] += 5
+    torch.autograd.graph.increment_version(weight)
+
+
 CHANGES = [
     scale_weight,
     take_an_optimizer_step,
@@ -213,6 +220,7 @@ CHANGES = [
     initialise_through_data,
     write_through_numpy,
     take_a_fused_step_after_validation,
+    write_one_element_and_say_so,
 ]
 
 
