@@ -52,6 +52,9 @@ uint64_t sample_of(const at::Tensor& tensor) {
   const auto bytes = static_cast<int64_t>(tensor.element_size());
   int64_t span = 0;  // in elements, from the first in memory to the last
   for (int64_t axis = 0; axis < tensor.dim(); ++axis) span += (tensor.size(axis) - 1) * tensor.stride(axis);
+  const int64_t end = (tensor.storage_offset() + span + 1) * bytes;
+  const bool is_there = first != nullptr && end <= static_cast<int64_t>(tensor.storage().nbytes());
+  if (!is_there) return 0;  // FSDP frees it between uses
   uint64_t hash = 0;
   for (int64_t index = 0; index < kSamples; ++index) {
     uint64_t bits = 0;

@@ -235,6 +235,22 @@ def test_a_change_of_the_model_shows(change):
     assert_equal_to_a_fresh_copy(model, images)
 
 
+@pytest.mark.parametrize("offset", [0, 3])
+def test_a_snapshot_of_a_weight_whose_memory_was_freed(offset):
+    """As FSDP frees it between uses: its values cannot be looked at, and come back as they were."""
+    from densenet_efficient._C import ModuleSnapshot
+
+    linear = nn.Linear(64, 64)
+    linear.weight = nn.Parameter(torch.zeros(offset + 64 * 64)[offset:].view(64, 64))
+    memory = linear.weight.untyped_storage()
+    size = memory.nbytes()
+    memory.resize_(0)
+    snapshot = ModuleSnapshot([linear], with_values=True)
+    assert snapshot.matches([linear])
+    memory.resize_(size)
+    assert not snapshot.matches([linear])
+
+
 def test_batch_statistics_are_not_prepared():
     naive, efficient = make_pair(mode="mixed")
     images = make_images(3, 3, 64, 64)
