@@ -245,9 +245,9 @@ class EfficientDenseNet121(EfficientDenseNet):
 
     architecture = "densenet121"
 
-    def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
+    def __init__(self, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 24, 16), 64, **kwargs)
-        self.load_torchvision(weights)
+        self.load_torchvision(weights, progress)
 
 
 class EfficientDenseNet161(EfficientDenseNet):
@@ -255,9 +255,9 @@ class EfficientDenseNet161(EfficientDenseNet):
 
     architecture = "densenet161"
 
-    def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
+    def __init__(self, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> None:
         super().__init__(48, (6, 12, 36, 24), 96, **kwargs)
-        self.load_torchvision(weights)
+        self.load_torchvision(weights, progress)
 
 
 class EfficientDenseNet169(EfficientDenseNet):
@@ -265,9 +265,9 @@ class EfficientDenseNet169(EfficientDenseNet):
 
     architecture = "densenet169"
 
-    def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
+    def __init__(self, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 32, 32), 64, **kwargs)
-        self.load_torchvision(weights)
+        self.load_torchvision(weights, progress)
 
 
 class EfficientDenseNet201(EfficientDenseNet):
@@ -275,9 +275,9 @@ class EfficientDenseNet201(EfficientDenseNet):
 
     architecture = "densenet201"
 
-    def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
+    def __init__(self, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 48, 32), 64, **kwargs)
-        self.load_torchvision(weights)
+        self.load_torchvision(weights, progress)
 
 
 class EfficientDenseNet264(EfficientDenseNet):
@@ -288,9 +288,9 @@ class EfficientDenseNet264(EfficientDenseNet):
 
     architecture = "densenet264"
 
-    def __init__(self, *, weights: Any = None, **kwargs: Any) -> None:
+    def __init__(self, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> None:
         super().__init__(32, (6, 12, 64, 48), 64, **kwargs)
-        self.load_torchvision(weights)
+        self.load_torchvision(weights, progress)
 
 
 def cifar_densenet(

@@ -54,6 +54,15 @@ def torchvision_pair(name, **arguments):
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
+def test_takes_the_arguments_of_torchvisions_builders(name):
+    arguments = {"weights": None, "progress": False, "bn_size": 2, "drop_rate": 0.1, "num_classes": 7}
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, name)(**arguments, memory_efficient=True).state_dict()
+        ours = create_model(name, **arguments, memory_efficient=True).state_dict()
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
 def test_trains_like_torchvision(native_backend, name):
     """The weights, their running statistics and num_batches_tracked after three steps, in float64."""
     theirs, ours = torchvision_pair(name)

@@ -123,7 +123,9 @@ def test_forward_intermediates_runs_blocks_and_transitions_as_one(monkeypatch):
     runs = []
     run_stage = operator_calls.run_stage
     for module in (operator_calls, modules):
-        monkeypatch.setattr(module, "run_stage", lambda *stage: runs.append(stage) or run_stage(*stage))
+        monkeypatch.setattr(
+            module, "run_stage", lambda *stage, **later: runs.append(stage) or run_stage(*stage, **later)
+        )
     ours.forward_intermediates(make_images(2, 3, 33, 47), indices=[1, 2])
     assert [type(stage_exit.consumer).__name__ for _, _, stage_exit, _ in runs] == [
         "DenseTransition",
