@@ -252,6 +252,14 @@ def test_a_block_refuses_an_unknown_level(level):
     assert copied.checkpointing == block.checkpointing == "bottleneck"
 
 
+def test_a_level_leaves_what_a_user_put_in_a_blocks_place_alone():
+    model = EfficientDenseNet(4, (2, 2), 6, checkpointing="bottleneck")
+    model.features.denseblock1 = torch.nn.Identity()
+    model.checkpointing = "none"
+    assert not hasattr(model.features.denseblock1, "checkpointing")
+    assert model.features.denseblock2.checkpointing == "none"
+
+
 def test_config_rebuilds_the_network():
     model = on_meta(EfficientDenseNet121, num_classes=7, in_channels=1, drop_rate=0.2, checkpointing="none")
     rebuilt = on_meta(EfficientDenseNet, **json.loads(json.dumps(model.config)))
