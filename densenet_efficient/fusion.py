@@ -241,8 +241,7 @@ def read_transition(transition: nn.Module) -> StageExit | None:
     norm, conv, rest = taken
     if len(rest) == 1 and _halves_by_average(rest[0], dims_of(conv)):
         return StageExit(TRANSITION, transition, norm, conv)
-    drops = len(rest) == 2 and (_is_plain(rest[0], Dropout) or _is_plain(rest[0], nn.Dropout))
-    if drops and _halves_by_maximum(rest[1]):
+    if len(rest) == 2 and _is_plain(rest[0], Dropout, nn.Dropout) and _halves_by_maximum(rest[1]):
         drop = cast(nn.Dropout, rest[0])
         return StageExit(TRANSITION_DOWN, transition, norm, conv, (drop.p, drop.training, False))
     return None
@@ -288,8 +287,8 @@ def is_class(module: object, source: str, name: str) -> bool:
     return type(module).__module__ == source and type(module).__name__ == name
 
 
-def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    return type(module) is kind and not is_observed(module)
+def _is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
+    return module is not None and type(module) in kinds and not is_observed(module)
 
 
 def is_plain_norm(module: nn.Module | None) -> bool:

@@ -92,8 +92,9 @@ def run_stage(
     """Runs a dense block, whose layers were read, and what consumes it within its stage.
 
     Returns the consumer's output (empty without one) and the block's features [N, C, H, W], which an inference leaves
-    empty where they need not be kept, and updates the running statistics of every norm, once, now or ``later``.
-    ``is_within_network``: the backward goes on through all stages before this one, and then the step is at an end.
+    empty where they need not be kept, and updates the running statistics of every norm, once; where ``later`` is given
+    the updates join it, for a caller who makes them when its whole network has been computed. ``is_within_network``:
+    the backward goes on through all stages before this one, and then the step is at an end.
     """
     if inference.applies(x):
         plan = inference.kept_plan(block, stage_exit.consumer) or _make_plan(block, layers, stage_exit, x)
@@ -140,7 +141,11 @@ def run_stage(
             group,
         )
     total = count if counts is None else counts.sum()
-    _make_updates(stage_updates(layers, exit_norm, statistics, bottleneck_statistics, total), later)
+    updates = stage_updates(layers, exit_norm, statistics, bottleneck_statistics, total)
+    if later is None:
+        update_running_statistics(updates)
+    else:
+        later += updates
     return out, features
 
 
@@ -166,10 +171,8 @@ def run_prepared(plan: inference.Plan, x: Tensor, keep_features: bool) -> tuple[
     return plan.run(as_compute_dtype(x, [plan.weight]), keep_features)
 
 
-def run_stem(
-    conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool, later: list[Update] | None = None
-) -> Tensor:
-    """Runs (conv, norm, relu, max pool) as one operator; updates the norm's running statistics, now or ``later``."""
+def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool, later: list[Update]) -> Tensor:
+    """Runs (conv, norm, relu, max pool) as one operator; the norm's update of its statistics joins ``later``."""
     check_images(conv, x)
     running = [] if fusion.uses_batch_statistics(norm) else running_of(norm)
     check_devices(x, (conv.weight, norm.weight, norm.bias, *running))
@@ -187,16 +190,8 @@ def run_stem(
     )  # fmt: skip
     if is_due(norm):
         total = count if counts is None else counts.sum()
-        _make_updates(updates_of([norm], [moments(statistics, total)], total), later)
+        later += updates_of([norm], [moments(statistics, total)], total)
     return out
-
-
-def _make_updates(updates: list[Update], later: list[Update] | None) -> None:
-    """Of running statistics: at once, or left to a caller who makes them when its whole network has been computed."""
-    if later is None:
-        update_running_statistics(updates)
-    else:
-        later += updates
 
 
 _announced: WeakSet[nn.Module] = WeakSet()
