@@ -2,13 +2,14 @@
 
 The roof is measured: the rate at which this CPU multiplies matrices that lie in its first caches, and the rate at
 which it copies memory. An operation's FLOPs are those of its convolution, padding counted; its bytes
-are those of every tensor that it reads or writes, each once.
+are those of every tensor that it reads or writes, each once, and twice where it adds to what a tensor holds.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import sys
 import time
 from collections import defaultdict
@@ -32,6 +33,11 @@ from . import results as results_file
 from .implementations import build
 
 REST = "the rest"  # torch's own operations and Python
+ADDED_TO = {  # by operation, the arguments that it always adds to
+    "batch_norm_gradients": ("slope", "offset"),
+    "bn_relu_conv1x1_backward": ("grad",),
+    "project_gradient": ("grad",),
+}
 
 
 @dataclass
@@ -116,6 +122,8 @@ def recorded(backend: ModuleType) -> Iterator[dict[tuple[str, int], Line]]:
 
 
 def _timed(name: str, operation: Callable[..., None], lines: dict[tuple[str, int], Line]) -> Callable[..., None]:
+    parameters = list(inspect.signature(getattr(kernels.reference, name)).parameters)
+
     def run(*arguments: Any) -> None:
         started = time.perf_counter()
         operation(*arguments)
@@ -125,10 +133,20 @@ def _timed(name: str, operation: Callable[..., None], lines: dict[tuple[str, int
         line = lines.setdefault((name, rows), Line(name, rows))
         line.calls += 1
         line.seconds += seconds
-        line.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        line.bytes += sum(map(_bytes, [*tensors, *_added_to(name, dict(zip(parameters, arguments, strict=True)))]))
         line.flops += _convolution_flops(name, rows, tensors)
 
     return run
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _added_to(name: str, arguments: dict[str, Any]) -> list[Tensor]:
+    """What an operation both reads and writes; those that may add or assign say which by ``accumulate``."""
+    names = ("grad",) if arguments.get("accumulate") else ADDED_TO.get(name, ())
+    return [arguments[name] for name in names if arguments[name] is not None]
 
 
 def _convolution_flops(name: str, rows: int, tensors: Sequence[Tensor]) -> float:

@@ -40,9 +40,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Native operators of densenet_efficient, registered as torch.ops.densenet_efficient.";
   module.def("build_info", &densenet_efficient::build_info);
   module.def("cpu_capability", &densenet_efficient::cpu_capability_name);
-  py::class_<densenet_efficient::ModuleSnapshot>(module, "ModuleSnapshot")
-      .def(py::init<const py::list&, bool>(), py::arg("modules"), py::kw_only(), py::arg("with_values"))
-      .def("matches", &densenet_efficient::ModuleSnapshot::matches);
+  densenet_efficient::define_module_snapshot(module);
 #if defined(CUDA_ARCHITECTURES)
   densenet_efficient::cuda::define_launch_tape(module);
 #endif

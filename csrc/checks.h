@@ -90,7 +90,8 @@ inline void* optional_grad_weight(const std::optional<at::Tensor>& grad_weight, 
   TORCH_CHECK(grad_weight->sizes() == weight.sizes() && is_contiguous_or_channels_last(*grad_weight) &&
                   grad_weight->scalar_type() == accumulation_dtype(like),
               "grad_weight must be contiguous or channels-last ", accumulation_dtype(like), " of shape ",
-              weight.sizes(), ", got ", grad_weight->scalar_type(), " of shape ", grad_weight->sizes());
+              weight.sizes(), ", got ", grad_weight->scalar_type(), " of shape ", grad_weight->sizes(), " and strides ",
+              grad_weight->strides());
   return grad_weight->data_ptr();
 }
 

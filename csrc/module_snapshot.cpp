@@ -64,9 +64,20 @@ uint64_t sample_of(const at::Tensor& tensor) {
   return hash;
 }
 
+// Those made in inference mode have no version, and sparse ones no address.
+int64_t version_of(const at::Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
+
+const void* address_of(const at::Tensor& tensor) { return tensor.has_storage() ? tensor.const_data_ptr() : nullptr; }
+
 // What of ``object`` is compared.
 PyObject* identity(PyObject* object, bool with_values) {
   return with_values || !is_tensor(object) ? object : reinterpret_cast<PyObject*>(Py_TYPE(object));
+}
+
+// The snapshot that ``self`` holds; null where the collector comes before it is made.
+ModuleSnapshot* made(PyObject* self) {
+  auto holder = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+  return holder.holder_constructed() ? holder.value_ptr<ModuleSnapshot>() : nullptr;
 }
 
 }  // namespace
@@ -77,8 +88,8 @@ ModuleSnapshot::ModuleSnapshot(const py::list& modules, bool with_values) : with
     entries_.push_back({py::reinterpret_borrow<py::object>(object), is_tensor(object), 0, nullptr, 0});
     if (is_tensor(object)) {
       const at::Tensor& tensor = THPVariable_Unpack(object);
-      entries_.back().version = tensor._version();
-      entries_.back().address = tensor.const_data_ptr();
+      entries_.back().version = version_of(tensor);
+      entries_.back().address = address_of(tensor);
       entries_.back().sample = sample_of(tensor);
     }
     return true;
@@ -93,10 +104,36 @@ bool ModuleSnapshot::matches(const py::list& modules) const {
     const Entry& known = *entry++;
     if (!known.has_value) return true;
     const at::Tensor& tensor = THPVariable_Unpack(object);
-    return tensor._version() == known.version && tensor.const_data_ptr() == known.address &&
+    return version_of(tensor) == known.version && address_of(tensor) == known.address &&
            sample_of(tensor) == known.sample;
   };
   return walk_all(modules, is_same) && entry == entries_.end();
+}
+
+int ModuleSnapshot::visit_objects(visitproc visit, void* argument) const {
+  for (const Entry& entry : entries_) {
+    if (const int result = visit(entry.object.ptr(), argument); result != 0) return result;
+  }
+  return 0;
+}
+
+void define_module_snapshot(py::module_& module) {
+  const auto collected = py::custom_type_setup([](PyHeapTypeObject* heap_type) {
+    PyTypeObject& type = heap_type->ht_type;
+    type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+    type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {  // as Py_VISIT has it
+      Py_VISIT(Py_TYPE(self));
+      const ModuleSnapshot* snapshot = made(self);
+      return snapshot == nullptr ? 0 : snapshot->visit_objects(visit, arg);
+    };
+    type.tp_clear = [](PyObject* self) {
+      if (ModuleSnapshot* snapshot = made(self)) snapshot->clear();
+      return 0;
+    };
+  });
+  py::class_<ModuleSnapshot>(module, "ModuleSnapshot", collected)
+      .def(py::init<const py::list&, bool>(), py::arg("modules"), py::kw_only(), py::arg("with_values"))
+      .def("matches", &ModuleSnapshot::matches);
 }
 
 }  // namespace densenet_efficient

@@ -21,6 +21,10 @@ class ModuleSnapshot {
   // Whether ``modules`` are now what those of the snapshot were.
   bool matches(const pybind11::list& modules) const;
 
+  // For Python's garbage collector: the objects may lead back to what holds the snapshot.
+  int visit_objects(visitproc visit, void* argument) const;
+  void clear() { entries_.clear(); }
+
  private:
   struct Entry {
     pybind11::object object;  // held, so that nothing new can come to its address
@@ -33,5 +37,7 @@ class ModuleSnapshot {
   bool with_values_;
   std::vector<Entry> entries_;
 };
+
+void define_module_snapshot(pybind11::module_& module);
 
 }  // namespace densenet_efficient

@@ -47,4 +47,4 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         """The maps by name, the finest first."""
-        return OrderedDict(run_named_children(dict(self.features.named_children()), self.names, x))
+        return OrderedDict(run_named_children(self.features._modules, self.names, x))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn.modules import module as module_hooks
@@ -171,7 +171,7 @@ def read_layer(modules: Mapping[str, nn.Module | None], drop_rate: float, traini
             if not _is_plain(modules.get(f"relu{index}"), nn.ReLU):
                 return f".relu{index} is replaced or observed"
         if not keeps_size(conv):
-            return f".conv{index} is replaced, observed or of another geometry"
+            return f".conv{index} {_what_is_wrong_with_convolution(conv)}"
     norms = [cast(BatchNorm, modules.get(name)) for name in ("norm1", "norm2")]
     convolutions = [cast(Convolution, modules.get(name)) for name in ("conv1", "conv2")]
     parts = LayerParts(norms[0], convolutions[0], norms[1], convolutions[1], drop_rate, training)
@@ -186,7 +186,28 @@ def read_layer(modules: Mapping[str, nn.Module | None], drop_rate: float, traini
 def _what_is_wrong_with(norm: nn.Module | None) -> str:
     if is_class(norm, *BATCH_NORM_WITH_ACTIVATION) and norm is not None:
         return f"holds a {type(norm._modules['act']).__name__}, is observed or incomplete; expected ReLU"
+    if isinstance(norm, BatchNorm) and _has_affine_map(norm) and not has_own_shape(norm):
+        return f"has parameters of {norm.weight.numel()} channels, its num_features are {norm.num_features}"
     return f"is a {type(norm).__name__}, observed or incomplete; expected BatchNorm1d, 2d or 3d with affine parameters"
+
+
+def _what_is_wrong_with_convolution(conv: nn.Module | None) -> str:
+    if type(conv) in PLAIN_CONVOLUTIONS and not has_own_shape(cast(Convolution, conv)):
+        return "has a weight of another shape than its out_channels, in_channels and kernel_size tell"
+    return "is replaced, observed or of another geometry"
+
+
+def has_own_shape(module: BatchNorm | Convolution) -> bool:
+    """Whether its weight has the shape that its attributes tell.
+
+    What runs as one operator is decided by them, while torch's forward reads the weight alone: a user may have put
+    another in its place, as the pruning of channels does.
+    """
+    if isinstance(module, Convolution):
+        shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+    else:
+        shape = (module.num_features,)
+    return isinstance(module.weight, Tensor) and module.weight.shape == shape
 
 
 def take_norm_relu(modules: list[nn.Module]) -> tuple[BatchNorm, list[nn.Module]] | None:
@@ -312,9 +333,16 @@ def holds_norm_and_relu(module: nn.Module | None) -> bool:
 
 
 def _is_whole(norm: BatchNorm) -> bool:
-    """Whether ``norm`` has gamma and beta (its flag tells whether it was made so), and both statistics or neither."""
-    has_affine_map = norm.weight is not None and norm.bias is not None
-    return has_affine_map and (norm.running_mean is None) == (norm.running_var is None)
+    """Whether ``norm`` has gamma and beta (its flag tells whether it was made so), and both statistics or neither.
+
+    For as many channels as it says.
+    """
+    has_statistics_or_not = (norm.running_mean is None) == (norm.running_var is None)
+    return _has_affine_map(norm) and has_statistics_or_not and has_own_shape(norm)
+
+
+def _has_affine_map(norm: BatchNorm) -> bool:
+    return norm.weight is not None and norm.bias is not None
 
 
 def _is_plain_conv(module: nn.Module | None) -> bool:
@@ -327,6 +355,7 @@ def _is_plain_conv(module: nn.Module | None) -> bool:
         and conv.groups == 1
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
+        and has_own_shape(conv)
     )
 
 

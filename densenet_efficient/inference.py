@@ -9,15 +9,16 @@ the kernels apply its map while they load, one multiply-add per element.
 from __future__ import annotations
 
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import fusion, kernels
 from .dimensions import BatchNorm, Convolution
 from .fusion import StageExit
+from .kept import beside
 from .layout import as_rows, channels_last
 from .stage import HEAD, NO_EXIT, TRANSITION_DOWN, pooling_window
 
@@ -59,7 +60,11 @@ class Plan:
 
         self.norms, self.convolutions, self.exit = stage.norms, stage.convolutions, stage.exit
         self.snapshot = ModuleSnapshot([stage.block, stage.exit.consumer], with_values=True)
-        self.weight = stage.convolutions[0].weight
+        last = [] if self.exit.conv is None else [self.exit.conv]
+        by_dtype: dict[torch.dtype, Tensor] = {}
+        for conv in [*self.convolutions, *last]:
+            by_dtype.setdefault(conv.weight.dtype, conv.weight)
+        self.weights = [*by_dtype.values()]  # the first of each dtype: as much as all of them say of the input's
         has_bottleneck = self.convolutions[0].kernel_size == (1, 1)
         self.bottleneck_channels = self.convolutions[0].out_channels if has_bottleneck else 0
         layers = len(self.convolutions) // (2 if has_bottleneck else 1)
@@ -105,10 +110,14 @@ class Plan:
 
 
 def applies(x: Tensor) -> bool:
-    """Whether a forward of ``x`` is wanted for its values alone (no gradient, trace or hook), on the native backend."""
+    """Whether a forward of ``x`` is wanted for its values alone, on the native backend.
+
+    That is without a gradient, a tangent, a trace or a hook.
+    """
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0  # else any tensor may have a tangent
         and type(x) is Tensor
         and x.device.type == "cpu"
         and torch._C._get_tracing_state() is None
@@ -119,13 +128,12 @@ def applies(x: Tensor) -> bool:
     )
 
 
-_plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
-
-
 def kept_plan(block: nn.Module, consumer: nn.Module | None) -> Plan | None:
     """The plan kept for ``block`` with this consumer, where it is still valid."""
-    plan = _plans.get(block)
-    return plan if plan is not None and plan.snapshot.matches([block, consumer]) else None
+    kept = beside(block)
+    if kept.plan is not None and not kept.plan.snapshot.matches([block, consumer]):
+        kept.plan = None
+    return kept.plan
 
 
 def forget_plan(block: nn.Module) -> None:
@@ -134,7 +142,7 @@ def forget_plan(block: nn.Module) -> None:
     It needs no memory then, and FSDP gathers new weights into the same tensors without a new version.
     """
     if not torch.compiler.is_compiling():
-        _plans.pop(block, None)
+        beside(block).plan = None
 
 
 def make_plan(stage: StageModules) -> Plan | None:
@@ -143,8 +151,9 @@ def make_plan(stage: StageModules) -> Plan | None:
         return None
     if any(tensor.is_inference() for tensor in stage.every_tensor):
         return None  # made under torch.inference_mode: nothing tells when they change
-    plan = _plans[stage.block] = Plan(stage)
-    return plan
+    kept = beside(stage.block)  # before the plan's snapshot is taken
+    kept.plan = Plan(stage)
+    return kept.plan
 
 
 def _pack(conv: Convolution, dtype: torch.dtype) -> Tensor:

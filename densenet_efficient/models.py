@@ -120,7 +120,7 @@ class EfficientDenseNet(PretrainedNetwork):
     def _find_free_bottlenecks(self) -> None:
         from .planning.free_bottlenecks import find_free_bottlenecks  # which counts what models hold
 
-        find_free_bottlenecks(list(self.features.children()))
+        find_free_bottlenecks([child for child in self.features._modules.values() if child is not None])
 
     def _initialise(self) -> None:
         for module in self.modules():

@@ -8,7 +8,7 @@ parametrization, another module class) runs through its modules instead, with th
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -208,23 +208,26 @@ class Features(nn.Sequential):
 
     def pooled(self, x: Tensor) -> Tensor:
         """relu(forward(x)) averaged over each image, [N, C]; the last norm joins the last block's stage."""
-        if fusion.is_observed(self) or fusion.any_global_hook():
+        is_own = type(self).forward is Features.forward and not fusion.is_observed(self)
+        if not is_own or fusion.any_global_hook():
             return global_average(self(x))
         out, is_pooled = self._run(x, with_head=True)
         return out if is_pooled else global_average(out)
 
     def _run(self, x: Tensor, with_head: bool) -> tuple[Tensor, bool]:
-        return run_children(list(self.children()), x, with_head)
+        return run_children(list(self), x, with_head)  # children() gives a module that comes twice once
 
 
-def run_named_children(children: Mapping[str, nn.Module], wanted: Container[str], x: Tensor) -> dict[str, Tensor]:
+def run_named_children(
+    children: Mapping[str, nn.Module | None], wanted: Container[str], x: Tensor
+) -> dict[str, Tensor]:
     """Runs a sequence, as many children as one operator takes at a time; the outputs of those ``wanted``, by name.
 
     The stem's inner outputs are computed where one of them is wanted.
     """
     outputs: dict[str, Tensor] = {}
     later: list[Update] = []
-    remaining = list(children.items())
+    remaining = list(cast(Mapping[str, nn.Module], children).items())
     while remaining:
         results = _run_some(remaining, wanted, x, later)
         for (name, _), x in zip(remaining, results, strict=False):
@@ -241,7 +244,7 @@ def _run_some(
     """The outputs of as many children as one operator takes; what lies inside a stem repeats its input."""
     names, modules = [name for name, _ in remaining], [module for _, module in remaining]
     if fusion.tracer(x, modules[0].training):
-        return [modules[0](x)]
+        return [_run_alone(modules[0], x, later)]
     stage = take_stage(modules, with_head=False)
     if stage is not None:
         out, features = run_stage(*stage, x, later=later)
@@ -249,7 +252,7 @@ def _run_some(
     stem = fusion.take_stem(modules)
     inside = len(modules) - len(stem[2]) - 1 if stem is not None else 0
     if stem is None or any(name in wanted for name in names[:inside]):
-        return [modules[0](x)]
+        return [_run_alone(modules[0], x, later)]
     return [x] * inside + [run_stem(stem[0], stem[1], x, saves_conv(modules), later)]
 
 
@@ -288,8 +291,22 @@ def _run_children(children: list[nn.Module], x: Tensor, with_head: bool, later: 
             if stage[2].kind == HEAD:
                 return x, True
         else:
-            x, children = children[0](x), children[1:]
+            x, children = _run_alone(children[0], x, later), children[1:]
     return x, False
+
+
+def _run_alone(module: nn.Module, x: Tensor, later: list[Update]) -> Tensor:
+    """The output of ``module`` by its own forward, which updates its running statistics at once.
+
+    Where it shares some with what came before, as a block that comes twice does, those updates come first.
+    """
+    if later:
+        own = set(map(id, module.buffers()))
+        if any(id(norm._buffers.get("running_mean")) in own for norm, _ in later):
+            update_running_statistics(later)
+            later.clear()
+    output: Tensor = module(x)
+    return output
 
 
 def _kept_plan(children: list[nn.Module], with_head: bool, x: Tensor) -> inference.Plan | None:

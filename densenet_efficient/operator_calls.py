@@ -55,14 +55,15 @@ class StageBlock(nn.Module):
         check_level(level)
         self._checkpointing = level
 
-    def saved_bottlenecks(self, layers: int, device: str, is_within_network: bool) -> int:
-        """Of how many of its layers, the last ones, a forward keeps the bottlenecks for the backward."""
-        if not torch.is_grad_enabled():
-            return 0
+    def saved_bottlenecks(self, reached: int, device: str, is_within_network: bool) -> int:
+        """Of how many of its layers, the last ones, a forward keeps the bottlenecks for a backward.
+
+        It runs through ``reached`` of them.
+        """
         if self.checkpointing == "none":
-            return layers
+            return reached
         # A user may have taken layers away since these were counted.
-        return min(self.free_bottlenecks.get(device, 0), layers) if is_within_network else 0
+        return min(self.free_bottlenecks.get(device, 0), reached) if is_within_network else 0
 
     def read(self) -> list[LayerParts] | str:
         """The layers as the operator takes them, or what is in the way."""
@@ -136,7 +137,7 @@ def run_stage(
             [layer.dilation for layer in layers],
             stage_exit.kind,
             drop_rate,
-            block.saved_bottlenecks(len(layers), x.device.type, is_within_network),
+            block.saved_bottlenecks(_reached_layers(len(layers), parameters, x), x.device.type, is_within_network),
             counts,
             group,
         )
@@ -147,6 +148,16 @@ def run_stage(
     else:
         later += updates
     return out, features
+
+
+def _reached_layers(layers: int, parameters: list[Tensor], x: Tensor) -> int:
+    """Through how many layers, the last ones, the backward of a forward of ``x`` runs."""
+    if not torch.is_grad_enabled():
+        return 0
+    if x.requires_grad:
+        return layers
+    frozen = next((index for index, parameter in enumerate(parameters) if parameter.requires_grad), len(parameters))
+    return layers - frozen * layers // len(parameters)
 
 
 def _make_plan(block: StageBlock, layers: list[LayerParts], stage_exit: StageExit, x: Tensor) -> inference.Plan | None:
@@ -167,8 +178,8 @@ def run_prepared(plan: inference.Plan, x: Tensor, keep_features: bool) -> tuple[
     check_input(plan.norms[0], dims_of(plan.convolutions[0]), x)
     if plan.exit.kind in (TRANSITION, TRANSITION_DOWN):
         check_poolable(plan.exit.norm, x)
-    check_devices(x, [plan.weight])
-    return plan.run(as_compute_dtype(x, [plan.weight]), keep_features)
+    check_devices(x, plan.weights)
+    return plan.run(as_compute_dtype(x, plan.weights), keep_features)
 
 
 def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool, later: list[Update]) -> Tensor:
@@ -184,9 +195,12 @@ def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool, lat
         check_count([norm], count, x)
     # An operator's first call imports the compiler, which takes as long as torch itself; nothing sees an inference's.
     run: Callable[..., Any] = operators.compute_stem if inference.applies(x) else operators.stem
+    has_backward = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (x, conv.weight, norm.weight, norm.bias)
+    )
     out, statistics, _ = run(
         x, conv.weight, norm.weight, norm.bias, running, list(conv.stride), list(conv.padding), norm.eps,
-        save_conv and torch.is_grad_enabled(), counts, group,
+        save_conv and has_backward, counts, group,
     )  # fmt: skip
     if is_due(norm):
         total = count if counts is None else counts.sum()

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
 from . import fusion, kernels
 from .fusion import LayerParts
+from .kept import beside
 
 if TYPE_CHECKING:
     from ._C import ModuleSnapshot
     from .operator_calls import StageBlock
 
-_readings: WeakKeyDictionary[StageBlock, tuple[ModuleSnapshot, list[LayerParts]]] = WeakKeyDictionary()
+
+class Reading(NamedTuple):
+    """What was read of a block, and what it holds for."""
+
+    snapshot: ModuleSnapshot
+    holders: list[dict[str, Any]]  # the dictionaries of the convolutions where their weights lie
+    shapes: list[torch.Size]  # of these weights, of which the snapshot knows but the class
+    layers: list[LayerParts]
+
+    def holds(self, block: StageBlock) -> bool:
+        """Whether all is still the same: a weight may have come in the place of another, with fewer channels."""
+        return self.snapshot.matches([block]) and _shapes(self.holders) == self.shapes
+
+
+def _holder(conv: nn.Module) -> dict[str, Any]:
+    """Asked for its weight, a module would take several times as long as its dictionary."""
+    return next(held for held in (conv._parameters, conv._buffers, vars(conv)) if "weight" in held)
+
+
+def _shapes(holders: list[dict[str, Any]]) -> list[torch.Size]:
+    return [held["weight"].shape for held in holders]
 
 
 def read_once(block: StageBlock) -> list[LayerParts] | str:
-    """``block.read()``, anew only where a module, a setting or a hook of the block is another than it was.
+    """``block.read()``, anew only where a module, a setting, a hook or a shape of the block is another than it was.
 
     A hundred layers take longer to read than to run on a small image.
     """
@@ -26,10 +47,12 @@ def read_once(block: StageBlock) -> list[LayerParts] | str:
         return block.read()
     from ._C import ModuleSnapshot  # there, because the native backend is
 
-    kept = _readings.get(block)
-    if kept is not None and kept[0].matches([block]):
-        return kept[1]
+    kept = beside(block)
+    if kept.reading is not None and kept.reading.holds(block):
+        return kept.reading.layers
+    kept.reading = None
     layers = block.read()
     if not isinstance(layers, str):
-        _readings[block] = ModuleSnapshot([block], with_values=False), layers
+        holders = [_holder(conv) for layer in layers for conv in layer.convolutions]
+        kept.reading = Reading(ModuleSnapshot([block], with_values=False), holders, _shapes(holders), layers)
     return layers

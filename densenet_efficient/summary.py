@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -113,14 +113,16 @@ def summarize(model: DenseNet, input_shape: Sequence[int], dtype: torch.dtype = 
     stem = _stem_row(model.features, shape, itemsize)
     rows = [stem]
     shape = stem.output_shape
-    for name, module in model.features.named_children():
+    seen = set()
+    for name, module in model.features._modules.items():
         if name.startswith("denseblock"):
             stage_rows = _block_rows(name, module, shape, itemsize)
         elif name.startswith("transition"):
             stage_rows = [_transition_row(name, module, shape, itemsize)]
         else:
             continue
-        rows += stage_rows
+        rows += map(_without_parameters, stage_rows) if module in seen else stage_rows
+        seen.add(module)
         shape = stage_rows[0].output_shape
     return [*rows, _head_row(model, shape, itemsize)]
 
@@ -152,7 +154,8 @@ def _checked_shape(model: DenseNet, input_shape: Sequence[int]) -> Shape:
 
 def minimum_size(model: DenseNet) -> int:
     """The smallest length of an axis that leaves one pixel at the head."""
-    windows = [m for m in model.features.modules() if isinstance(m, Convolution | MaxPool | AvgPool)]
+    every = (module for _, module in model.features.named_modules(remove_duplicate=False))
+    windows = [module for module in every if isinstance(module, Convolution | MaxPool | AvgPool)]
     size = 1
     for window in reversed(windows):
         kernel, stride, padding = _window(window)
@@ -181,9 +184,9 @@ def _stem_row(features: Any, shape: Shape, itemsize: int) -> SummaryRow:
     return _stage_row("stem", shape, pool_shape, costs)
 
 
-def _block_rows(name: str, block: nn.Module, shape: Shape, itemsize: int) -> list[SummaryRow]:
+def _block_rows(name: str, block: Any, shape: Shape, itemsize: int) -> list[SummaryRow]:
     layers = [
-        _layer_row(f"{name}.{layer_name}", layer, shape, itemsize) for layer_name, layer in block.named_children()
+        _layer_row(f"{name}.{layer_name}", layer, shape, itemsize) for layer_name, layer in block._modules.items()
     ]
     channels = shape[1] + sum(row.output_shape[1] for row in layers)
     costs = sum((row.costs for row in layers), Costs())
@@ -191,7 +194,7 @@ def _block_rows(name: str, block: nn.Module, shape: Shape, itemsize: int) -> lis
 
 
 def _layer_row(name: str, layer: nn.Module, block_input: Shape, itemsize: int) -> SummaryRow:
-    convolutions = [module for module in layer.children() if isinstance(module, Convolution)]
+    convolutions = [module for module in layer._modules.values() if isinstance(module, Convolution)]
     channels = convolutions[0].in_channels
     growth_rate = convolutions[-1].out_channels
     bottleneck = convolutions[0].out_channels if len(convolutions) == 2 else None
@@ -247,6 +250,11 @@ def _stage_row(name: str, input_shape: Shape, output_shape: Shape, costs: Costs)
         output_shape=output_shape,
         costs=costs,
     )
+
+
+def _without_parameters(row: SummaryRow) -> SummaryRow:
+    """A row of a stage that comes again: its parameters were counted where it came first."""
+    return replace(row, costs=replace(row.costs, parameters=0))
 
 
 def _parameters(module: nn.Module) -> int:

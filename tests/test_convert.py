@@ -30,8 +30,9 @@ from test_exactness import assert_errors_at_most_twice, low_precision_step
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from densenet_efficient import convert, inference, revert
+from densenet_efficient import convert, revert
 from densenet_efficient.conversion.modules import ConvertedBlock
+from densenet_efficient.kept import beside
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nan_memory")
 
@@ -103,7 +104,7 @@ def test_inference_is_prepared_once(native_backend, name):
     for _ in range(2):
         with torch.no_grad():
             assert_close({"": converted(images)}, {"": original(images)})
-        assert all(block in inference._plans for block in blocks_of(converted))
+        assert all(beside(block).plan is not None for block in blocks_of(converted))
         for model in (original, converted):  # a plan may not outlive what it was made of
             torch.manual_seed(0)
             [nn.init.normal_(parameter) for parameter in model.parameters()]

@@ -134,6 +134,26 @@ def test_layouts(backend, level, layout, small_inputs):
     assert_same_steps(pair, LAYOUTS[layout]())
 
 
+WEIGHT_LAYOUTS = {
+    "of Keras": lambda weight: weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1),
+    "slices": lambda weight: torch.cat([weight, weight], 1)[:, : weight.shape[1]],
+    "expanded": lambda weight: weight[:1].clone().expand_as(weight),
+}
+
+
+@every_level
+@pytest.mark.parametrize("bottleneck", [True, False])
+@pytest.mark.parametrize("layout", WEIGHT_LAYOUTS)
+def test_layouts_of_weights(backend, level, bottleneck, layout):
+    pair = make_pair(checkpointing=level, bottleneck=bottleneck)
+    for model in pair:
+        for conv in model.modules():
+            if isinstance(conv, nn.Conv2d):
+                conv.weight = nn.Parameter(WEIGHT_LAYOUTS[layout](conv.weight.detach()))
+                assert not conv.weight.is_contiguous() or 1 in conv.weight.shape
+    assert_same_steps(pair, make_images(2, 3, 33, 47))
+
+
 @every_level
 @pytest.mark.parametrize("small_inputs", [True, False])
 def test_channels_last_models(backend, level, small_inputs):

@@ -1,8 +1,10 @@
 """Frozen parameters: only the gradients asked for, and no work for the others."""
 
 import pytest
+import torch
 from cases import LEVELS, assert_close, count_calls, loss_of, make_images, make_pair
 
+from densenet_efficient import Backbone, operators
 from densenet_efficient.planning.shapes import blocks_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nan_memory")
@@ -112,3 +114,71 @@ def test_gradients_of_frozen_first_layers_keep_no_graph(backend):
         parameter.requires_grad_(False)
     features = efficient.features[:6](make_images(*IMAGES))
     assert not features.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("trained", "with_input", "with_grad", "expected"),
+    [
+        ("nothing", False, True, [0, 0]),
+        ("nothing", True, True, [3, 2]),
+        ("nothing", True, False, [0, 0]),
+        ("classifier", False, True, [0, 0]),
+        ("norm5", False, True, [0, 0]),
+        ("last layer", False, True, [0, 1]),
+        ("transition norm", False, True, [0, 2]),
+        ("one bias", False, True, [2, 2]),
+        ("stem's norm", False, True, [3, 2]),
+    ],
+)
+@pytest.mark.parametrize("mode", ["train", "frozen"])
+def test_no_bottleneck_is_kept_that_no_backward_reads(
+    backend, monkeypatch, trained, with_input, with_grad, expected, mode
+):
+    _, model = make_pair(checkpointing="none", mode=mode)
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        parameter.requires_grad_(TRAINED[trained](index, name))
+    if trained == "one bias":  # and that of the second block's second layer
+        model.features.denseblock2.requires_grad_(False)
+    kept, run = [], operators.dense_stage
+
+    def count(*arguments):
+        outputs = run(*arguments)
+        kept.append(len(outputs[-1]))
+        return outputs
+
+    monkeypatch.setattr(operators, "dense_stage", count)
+    monkeypatch.setattr("densenet_efficient.inference.applies", lambda x: False)
+    with torch.set_grad_enabled(with_grad):
+        model(make_images(*IMAGES).requires_grad_(with_input))
+    assert kept == expected
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_stem_keeps_its_convolution_for_a_backward_alone(backend, monkeypatch, trains):
+    _, model = make_pair(checkpointing="none")
+    model.features[:2].requires_grad_(trains)
+    kept, run = [], operators.stem
+
+    def count(*arguments):
+        outputs = run(*arguments)
+        kept.append(outputs[-1].numel() > 0)
+        return outputs
+
+    monkeypatch.setattr(operators, "stem", count)
+    model(make_images(*IMAGES))
+    assert kept == [trains]
+
+
+@pytest.mark.parametrize("mode", ["train", "frozen"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_exit_that_nobody_uses_has_no_gradient(backend, level, mode):
+    """None, as from torch, and not zero: with it an optimizer's weight decay would change the weights."""
+    naive, efficient = make_pair(checkpointing=level, mode=mode)
+    outputs = [naive.features[:5](make_images(*IMAGES)), Backbone(efficient)(make_images(*IMAGES))["denseblock1"]]
+    for output in outputs:
+        loss_of(output).backward()
+    expected, gradients = (
+        {name: parameter.grad for name, parameter in model.named_parameters()} for model in (naive, efficient)
+    )
+    assert expected["features.transition1.conv.weight"] is None
+    assert_close({"": outputs[1], **gradients}, {"": outputs[0], **expected})

@@ -1,8 +1,10 @@
 """Inference without a gradient: what is prepared once gives the same results, and never outlives its sources."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from densenet_efficient import inference, operators
+from densenet_efficient.kept import beside
 from densenet_efficient.modules import DenseBlock
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
@@ -285,6 +288,7 @@ def test_a_hook_for_all_modules():
     assert set(norms_of(model)) <= set(seen)
 
 
+@pytest.mark.filterwarnings("ignore:a dense block runs layer by layer")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "place", ["denseblock1.denselayer2.conv1", "denseblock2.denselayer1.conv2", "transition1.conv"]
@@ -294,8 +298,31 @@ def test_a_weight_of_another_shape_is_refused(place, dtype):
     _, model = make_pair(dtype=dtype, mode="eval")
     conv = model.features.get_submodule(place)
     conv.weight = nn.Parameter(conv.weight[:, :-1].detach().clone())
-    with pytest.raises(RuntimeError, match="expected a weight of size"):
+    with pytest.raises(RuntimeError, match="weight of size"):
         logits_of(model, make_images(2, 3, 64, 64, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "place", ["denseblock1.denselayer2.conv1", "denseblock2.denselayer1.conv2", "transition1.conv"]
+)
+def test_a_convolution_of_another_dtype_is_refused_as_in_training(place, dtype):
+    """Also where it became so after an inference; under autocast every dtype is cast, and none is refused."""
+    _, model = make_pair(dtype=torch.float32, mode="eval")
+    images = make_images(2, 3, 64, 64, dtype=torch.float32)
+    logits_of(model, images)
+    model.features.get_submodule(place).to(dtype)
+    if dtype == torch.float32:
+        assert logits_of(model, images).dtype == dtype
+        return
+    with pytest.raises(RuntimeError, match="should be the same") as in_training:
+        model(images)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="should be the same") as error:
+            logits_of(model, images)
+        assert str(error.value) == str(in_training.value)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert logits_of(model, images).dtype == torch.bfloat16
 
 
 def test_parameters_made_in_inference_mode():
@@ -311,11 +338,67 @@ def test_parameters_made_in_inference_mode():
     assert not torch.allclose(logits_of(model, images), logits_of(naive, images))
 
 
+@pytest.mark.parametrize("make", [torch.ones, lambda size: torch.eye(size).to_sparse()], ids=["inference", "sparse"])
+def test_attributes_without_a_version_or_an_address(no_operator, make):
+    """They are told apart by their identity alone."""
+    _, efficient = make_pair(mode="eval")
+    images = make_images(2, 3, 33, 47)
+    expected = logits_of(efficient, images)
+    with torch.inference_mode():
+        efficient.features.denseblock1.seen = make(3)
+    for _ in range(2):
+        assert torch.equal(logits_of(efficient, images), expected)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("layer", ["denseblock2", "denseblock2.denselayer1", "denseblock2.denselayer1.conv2"])
+@pytest.mark.filterwarnings("ignore:a dense block runs layer by layer")
+def test_a_hook_that_leads_back_to_the_model_does_not_keep_it_alive(mode, layer):
+    """As those of Grad-CAM tools do."""
+
+    class Tool:
+        def __init__(self, model):
+            self.model = model
+            model.features.get_submodule(layer).register_forward_hook(self.see)
+
+        def see(self, module, inputs, output):
+            pass
+
+    def run(model):
+        with torch.set_grad_enabled(mode == "train"):
+            model(make_images(2, 3, 33, 47))
+
+    _, model = make_pair(mode=mode)
+    run(model)
+    tool = Tool(model)
+    run(model)
+    alive = weakref.ref(model)
+    del model, tool
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_an_attribute_that_leads_back_to_the_model_does_not_keep_it_alive(mode):
+    _, model = make_pair(mode=mode)
+    model.features.denseblock2.owner = [model]
+    with torch.set_grad_enabled(mode == "train"):
+        model(make_images(2, 3, 33, 47))
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
 def test_nothing_prepared_is_saved():
     _, model = make_pair(mode="eval")
     size = len(pickle.dumps(model))
     logits_of(model, make_images(2, 3, 64, 64))
-    assert len(pickle.dumps(model)) == size
+    saved = pickle.dumps(model)
+    assert len(saved) < size + 200  # the names of what is empty
+    for other in (pickle.loads(saved), copy.deepcopy(model)):
+        assert all(beside(block).plan is None for block in blocks_of(other))
+    assert all(beside(block).plan is not None for block in blocks_of(model))
 
 
 def test_features_alone(no_operator):

@@ -178,3 +178,22 @@ def test_forward_mode(make, mode, requires_grad):
             )
     assert results[0]["func"].any()
     assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_forward_mode_after_an_inference(backend, with_gradient):
+    """What was prepared for it knows no tangents; of images, and of a weight that became a dual number."""
+    results = []
+    images = make_images(2, 3, *SIZE)
+    for model in make_pair(mode="eval"):
+        with torch.no_grad():
+            model(images)
+        with torch.set_grad_enabled(with_gradient), forward_ad.dual_level():
+            of_images = model(forward_ad.make_dual(images, torch.ones_like(images)))
+            conv = model.features.denseblock1.denselayer2.conv1
+            weight = conv.weight.detach()
+            del conv.weight
+            conv.weight = forward_ad.make_dual(weight, weight)
+            of_weight = model(images)
+            results.append([forward_ad.unpack_dual(dual).tangent for dual in (of_images, of_weight)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)

@@ -41,6 +41,28 @@ def test_flops_of_the_convolutions(tiny: roofline.Roofline) -> None:
     assert sum(flops.values()) < tiny.step_flops  # stem, transition and classifier are torch's
 
 
+def test_bytes_of_what_is_updated_in_place(tiny: roofline.Roofline) -> None:
+    """It is read and written, as the copy whose rate they are compared with reads and writes."""
+    rows = 2 * 16 * 16
+    found = {(line.operation, line.rows): line.bytes for line in tiny.lines}
+    # Block 1 and its layers correct 8, 8 and 16 channels: a gradient twice and the features, and three vectors of each.
+    assert found["project_gradient", rows] == 4 * (8 + 8 + 16) * (3 * rows + 3)
+    widths = (16, 24)  # of what the layers read: its gradient twice and itself, the bottleneck and its gradient
+    matrices = sum(3 * rows * channels + 2 * rows * 32 for channels in widths)
+    vectors = sum(5 * channels + 3 * 32 + 2 * channels * 32 for channels in widths)
+    assert found["bn_relu_conv1x1_backward", rows] == 4 * (matrices + vectors)
+
+
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_bytes_of_what_is_updated_in_place_where_that_is_asked_for(accumulate: bool) -> None:
+    x, grad, vector = torch.zeros(6, 3), torch.zeros(6, 3), torch.zeros(3)
+    with roofline.recorded(kernels.cpu) as lines:
+        kernels.cpu.bn_relu_avg_pool_backward(
+            torch.zeros(1, 3), x, vector, vector, vector, 2, 3, 2, 3, grad, accumulate, vector, vector
+        )
+    assert lines["bn_relu_avg_pool_backward", 6].bytes == 4 * (3 + (3 if accumulate else 2) * 18 + 5 * 3)
+
+
 def test_gradients_that_nobody_needs_are_not_counted() -> None:
     network: Any = build("ours-none", "tiny")
     for parameter in network.features.parameters():

@@ -255,6 +255,25 @@ def test_more_pixels_than_kernels_count():
         backend.bn_relu_max_pool(out, mean, variance, 2**15, 2**16, torch.zeros(1, 1))
 
 
+@pytest.mark.parametrize("window", [(1, 1), (2, 2), (2**15, 2**16)], ids=str)
+def test_more_pixels_than_poolings_count(window):
+    """Of a stage whose norms all use their running statistics the pooling is what counts pixels first."""
+    size, vector = (2**15, 2**16), torch.zeros(1)
+    x, pooled = torch.zeros(1, 1).expand(2**31, 1), torch.zeros(1, 1).expand(2**31 // (window[0] * window[1]), 1)
+    with pytest.raises(RuntimeError, match=r"at most 2147481600 pixels, got 2147483648"):
+        backend.bn_relu_avg_pool(x, vector, vector, *size, *window, pooled)
+    with pytest.raises(RuntimeError, match=r"at most 2147481600 pixels, got 2147483648"):
+        backend.bn_relu_avg_pool_backward(
+            pooled, x, vector, vector, vector, *size, *window, None, False, vector, vector
+        )
+
+
+def test_more_pixels_than_the_backward_of_the_maximum_counts():
+    x, pooled, vector = torch.zeros(1, 1).expand(2**31, 1), torch.zeros(1, 1).expand(2**29, 1), torch.zeros(1)
+    with pytest.raises(RuntimeError, match=r"at most 2147481600 pixels, got 2147483648"):
+        backend.bn_relu_max_pool_backward(pooled, x, vector, vector, vector, 2**15, 2**16, x, vector, vector)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter multiplies in float32")
 @pytest.mark.parametrize("operation", [name for name in CONTRACT if "conv" in name])
 def test_tf32(operation, monkeypatch):

@@ -206,7 +206,9 @@ struct Backward {
 
   OptionalTensor like(const Tensor& weight, bool needed) const {
     if (!needed) return std::nullopt;
-    return empty_kept_strided(weight.sizes(), weight.strides(), weight.options().dtype(statistics.scalar_type()));
+    const auto options = weight.options().dtype(statistics.scalar_type());
+    if (!is_contiguous_or_channels_last(weight)) return empty_kept(weight.sizes(), options);  // as the kernels want it
+    return empty_kept_strided(weight.sizes(), weight.strides(), options);
   }
 };
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .. import fusion
+from .. import fusion, kept
 from ..fusion import LayerParts
 from ..modules import run_children, run_named_children, take_stage
 from ..operator_calls import StageBlock
@@ -50,7 +50,7 @@ def replace_class(module: nn.Module, role: type[Converted]) -> None:
 
 def restore_class(module: Converted) -> None:
     """Undoes `replace_class`."""
-    for name in ("_checkpointing", "free_bottlenecks"):
+    for name in ("_checkpointing", "free_bottlenecks", kept.ATTRIBUTE):
         vars(module).pop(name, None)
     module.__class__ = type(module).__bases__[1]
 
@@ -85,6 +85,7 @@ class ConvertedSequential(Converted):
         if (
             len(children) < 2
             or fusion.tracer(x, self.training)
+            or type(self).forward is not ConvertedSequential.forward
             or fusion.is_observed(self)
             or not fusion.is_last_norm(children[-1])
         ):
@@ -153,7 +154,7 @@ class ConvertedTimm(Converted):
 
         ends = self.feature_ends
         take, last = feature_take_indices(len(ends), indices)
-        modules = list(self.features.named_children())[: ends[last] + 1 if stop_early else None]
+        modules = list(self.features._modules.items())[: ends[last] + 1 if stop_early else None]
         wanted = {modules[ends[index]][0] for index in take if ends[index] < len(modules)}
         end = modules[-1][0]
         outputs = run_named_children(dict(modules), wanted | {end}, x)
@@ -237,7 +238,7 @@ class ConvertedCollector(Converted):
     return_layers: dict[str, Any]  # what each wanted output is called, by the name of its module
 
     def _features(self, x: Tensor) -> OrderedDict[Any, Tensor]:
-        outputs = run_named_children(dict(self.named_children()), self.return_layers, x)
+        outputs = run_named_children(self._modules, self.return_layers, x)
         return OrderedDict((self.return_layers[name], output) for name, output in outputs.items())
 
 

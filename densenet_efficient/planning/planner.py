@@ -107,7 +107,7 @@ def plan(
     if offload and (limit is None or given is not None):
         raise ValueError("storages are offloaded to keep within a budget: give one, and no levels of checkpointing")
 
-    usual = usual_shape(list(network.features.children()), device)
+    usual = usual_shape(list(network.features), device)
 
     def shapes(images: Sequence[int]) -> NetworkShape:
         return shape_of(network, images, computed, device, usual)

@@ -30,10 +30,17 @@ class Parameters:
     largest: int  # of one parameter
 
     @classmethod
-    def of(cls, modules: Sequence[nn.Module], weight_bytes: int, packed_bytes: int) -> Parameters:
-        """Of these modules together; ``weight_bytes`` and ``packed_bytes`` per element."""
-        own = [parameter for module in modules for parameter in module.parameters()]
-        buffers = [buffer for module in modules for buffer in module.buffers()]
+    def of(
+        cls, modules: Sequence[nn.Module], weight_bytes: int, packed_bytes: int, counted: set[nn.Module]
+    ) -> Parameters:
+        """Of these modules together, but for those that are ``counted``, which they join.
+
+        ``weight_bytes`` and ``packed_bytes`` per element.
+        """
+        new = [module for module in modules if module not in counted]
+        counted.update(new)
+        own = [parameter for module in new for parameter in module.parameters()]
+        buffers = [buffer for module in new for buffer in module.buffers()]
         weights = sum(parameter.numel() for parameter in own) * weight_bytes
         return cls(
             weights + sum(b.numel() * (weight_bytes if b.is_floating_point() else b.itemsize) for b in buffers),
@@ -118,10 +125,11 @@ def shape_of(
     rows = summarize(model, input_shape, dtype)
     stored = stored_dtype(model, dtype)
     element = dtype.itemsize
-    modules = dict(model.features.named_children())
+    modules = model.features._modules
+    counted: set[nn.Module] = set()  # a module may come twice
 
     def parameters(*chosen: nn.Module) -> Parameters:
-        return Parameters.of(chosen, stored.itemsize, element)
+        return Parameters.of(chosen, stored.itemsize, element, counted)
 
     stem_names = [name for name in ("conv0", "norm0", "relu0", "pool0") if name in modules]
     own = parameters(*(modules[name] for name in stem_names))

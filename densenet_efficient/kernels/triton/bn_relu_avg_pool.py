@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .activation import activate
 from .blocks import block_and_part
-from .launch import ceil_div, grid_of, kernel, on_device, pixel_tile
+from .launch import ceil_div, check_pixels, grid_of, kernel, on_device, pixel_tile
 
 ELEMENTS = 1024
 
@@ -50,6 +50,7 @@ def bn_relu_avg_pool(
 ) -> None:
     """Means of relu(x * scale + shift) over windows; a rest is left out."""
     pooled, channels = out.shape
+    check_pixels(x.shape[0])
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
     with on_device(x):
         bn_relu_avg_pool_kernel[grid_of(ceil_div(pooled, tile_rows), channels, columns)](

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .activation import activate, deposit, mask_gradient
 from .blocks import block_and_part
-from .launch import ceil_div, grid_of, kernel, on_device, pixel_tile
+from .launch import ceil_div, check_pixels, grid_of, kernel, on_device, pixel_tile
 from .statistics import finish_sums, store_sums
 
 ELEMENTS = 4096
@@ -59,6 +59,7 @@ def bn_relu_avg_pool_backward(
 ) -> None:
     """The sums, and ``grad = scale * masked gradient``, or added to what is there."""
     rows, channels = x.shape
+    check_pixels(rows)
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
     parts = ceil_div(rows, tile_rows)
     partials = sum_grad.new_empty(2, parts, channels)

@@ -7,7 +7,7 @@ from torch import Tensor
 from .activation import activate, deposit, mask_gradient
 from .blocks import block_and_part
 from .bn_relu_max_pool import ELEMENTS, maximum_of_window
-from .launch import ceil_div, grid_of, kernel, on_device, pixel_tile
+from .launch import ceil_div, check_pixels, grid_of, kernel, on_device, pixel_tile
 from .statistics import finish_sums, store_sums
 
 
@@ -77,6 +77,7 @@ def bn_relu_max_pool_backward(
 ) -> None:
     """The sums, and ``grad = scale * masked gradient``; a window's gradient goes to its first maximum."""
     (rows, channels), pooled = x.shape, out_grad.shape[0]
+    check_pixels(rows)
     tile_rows, columns = pixel_tile(channels, ELEMENTS)
     winners = torch.empty(pooled, channels, dtype=torch.uint8, device=x.device)
     parts = ceil_div(rows, tile_rows)

@@ -127,7 +127,7 @@ def programs_per_block(rows: int, tile_rows: int, blocks: int, programs: int) ->
 
 
 def check_pixels(pixels: int) -> None:
-    """Raises RuntimeError for more pixels than kernels count; where a stage or a stem begins."""
+    """Raises RuntimeError for more pixels than kernels count; where a stage or a stem begins, and in its poolings."""
     if pixels > MOST_PIXELS:
         raise RuntimeError(f"x must have at most {MOST_PIXELS} pixels, got {pixels}; use a smaller batch")
 
