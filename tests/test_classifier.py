@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning import Callback, Trainer
 from torch import nn
-from training_cases import fit, make_images, weights
+from training_cases import fails, fit, fit_arguments, make_images, weights
 
 from densenet_efficient.training.averaging import AveragedWeights
 from densenet_efficient.training.checkpoint import load_classifier, read_checkpoint
@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> FolderData:
     return FolderData(make_images(tmp_path / "images"), image_size=8, batch_size=4, num_workers=0)
 
 
-def train(module: Classifier, data: FolderData, *callbacks: Callback, epochs: int = 1) -> Trainer:
+def train(module: Classifier, data: FolderData, *callbacks: Callback, epochs: int = 1, **limits: int) -> Trainer:
     quiet: dict[str, Any] = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "logger"), False)
     trainer = Trainer(
         accelerator="cpu",
@@ -45,6 +45,7 @@ def train(module: Classifier, data: FolderData, *callbacks: Callback, epochs: in
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         **quiet,
+        **limits,
     )
     trainer.fit(module, datamodule=data)
     return trainer
@@ -117,6 +118,49 @@ def test_the_head_alone_then_everything(tmp_path: Path) -> None:
     assert changed(start, watch.states[0]) == {"classifier.weight", "classifier.bias"}
     assert changed(watch.states[0], watch.states[1]) == set(start)
     assert watch.decays == [0, 0.05]  # Adam, then AdamW
+
+
+@pytest.mark.parametrize(
+    ("limits", "head_batches"),
+    [
+        ({"epochs": 4}, 4),
+        ({"epochs": 30, "max_steps": 6}, 4),
+        ({"epochs": -1, "max_steps": 6}, 4),
+        ({"epochs": 30, "max_steps": 3, "accumulate_grad_batches": 2}, 4),
+        ({"epochs": 30, "max_steps": 3}, 3),
+    ],
+)
+def test_the_head_alone_has_its_rate_in_just_its_epochs(
+    limits: dict[str, int], head_batches: int, tmp_path: Path
+) -> None:
+    """Two of two batches each, however the run is limited."""
+
+    class Rates(Callback):
+        def __init__(self) -> None:
+            self.seen: list[tuple[float, bool]] = []
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            rates = {group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups}
+            self.seen.append((rates["head"], rates["stage 0"] > 0))
+
+    rates = Rates()
+    train(classifier(head_epochs=2, head_learning_rate=0.01, warmup=0.5), folder(tmp_path), rates, **limits)
+    assert len(rates.seen) >= head_batches
+    assert [seen == (0.01, False) for seen in rates.seen] == [
+        number < head_batches for number in range(len(rates.seen))
+    ]
+
+
+def test_a_run_without_an_end_needs_a_schedule_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = make_images(tmp_path / "images")
+    endless = ("--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:00:01")
+    error = fails(fit_arguments(images, tmp_path / "run", *endless), capsys)
+    assert (
+        "--trainer.max_epochs: --model.schedule cosine with --model.warmup 0.05 must know the end of the run" in error
+    )
+    assert "give --trainer.max_epochs or --trainer.max_steps" in error
+    assert not list((tmp_path / "run").glob("*.ckpt"))
+    assert fit(images, tmp_path / "run", *endless, "--model.schedule", "constant", "--model.warmup", "0") == 0
 
 
 def test_a_training_of_the_head_alone_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,15 +7,30 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.cbook import is_math_text
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from sklearn import metrics
-from training_cases import fit, make_images
+from training_cases import fails, fit, make_images, make_patients, write_table
 
+from densenet_efficient.cli import main
+from densenet_efficient.training import pictures
+from densenet_efficient.training.checkpoint import (
+    ENTRY,
+    check_fits,
+    describe_classifier,
+    load_classifier,
+    marks_of,
+    read_checkpoint,
+)
 from densenet_efficient.training.evaluation import (
     MAX_RESAMPLED_AREAS,
     Evaluation,
@@ -26,7 +41,7 @@ from densenet_efficient.training.evaluation import (
     summarise,
     worst_mistakes,
 )
-from densenet_efficient.training.pictures import draw_memory
+from densenet_efficient.training.pictures import Mistake, draw_memory
 from densenet_efficient.training.report import write_report
 
 
@@ -122,6 +137,27 @@ def test_a_class_without_images_is_not_defined() -> None:
     assert summary["balanced_accuracy"]["value"] == pytest.approx(summarise(one)["balanced_accuracy"]["value"])
 
 
+def test_resampled_images_without_a_rare_class_say_nothing_of_it() -> None:
+    """A class of two images is in none of about every seventh sample, where a perfect classifier does not give it."""
+    labels = np.eye(3)[[0] * 30 + [1] * 30 + [2] * 2]
+    summary = summarise(Evaluation(["a", "b", "rare"], False, 0.9 * labels + 0.03, labels, [], "test"))
+    perfect = {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert summary["macro_f1"] == perfect
+    assert [summary["classes"]["rare"][name] for name in ("precision", "f1")] == [perfect, perfect]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_class_that_neither_is_nor_was_given_counts_as_zero() -> None:
+    """As of scikit-learn's zero_division=0, also in samples without any class."""
+    labels = np.array([[1.0, 0.0], [0.0, 0.0]])
+    summary = summarise(Evaluation(["a", "none"], True, labels, labels, [], "test"))
+    assert summary["macro_f1"]["value"] == metrics.f1_score(labels, labels, average="macro", zero_division=0) == 0.5
+    assert summary["classes"]["none"]["f1"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    missed = np.array([[0.9, 0.1]] * 6)  # the second class is there, but is never given
+    summary = summarise(Evaluation(["a", "b"], False, missed, np.eye(2)[[0, 1] * 3], [], "test"))
+    assert summary["classes"]["b"]["precision"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
 def test_worst_mistakes_come_first() -> None:
     one = evaluation()
     mistakes = worst_mistakes(one, 5)
@@ -194,6 +230,36 @@ def test_the_report_of_several_labels_counts_what_is_missed(tmp_path: Path) -> N
     assert f"<tr><td>class 3</td>{row}</tr>" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_a_run_of_weights_of_another_type_has_its_report(precision: str, tmp_path: Path) -> None:
+    """With mistakes, since bright and dark are exchanged."""
+    make_images(tmp_path / "images" / "train", 4)
+    make_images(tmp_path / "images" / "val", 2, ("dark", "bright"))
+    options = ("--trainer.precision", precision, "--trainer.max_epochs", "1", "--report", "true")
+    assert fit(tmp_path / "images", tmp_path / "run", *options) == 0
+    assert {"report.html", "metrics.json", "mistakes.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+NAMES = [r"$\frac$", "x^{$ and $", "_private", "costs $5"]
+
+
+def test_names_are_drawn_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None as mathematics, none left out of a legend."""
+    figures: dict[str, Figure] = {}
+    save = pictures.save_figure
+    monkeypatch.setattr(
+        pictures, "save_figure", lambda figure, path: (figures.update({path.name: figure}), save(figure, path))
+    )
+    one = replace(evaluation(), class_names=NAMES)
+    mistakes = [Mistake(np.zeros((8, 8, 1), np.float32), np.zeros((8, 8), np.float32), name, name) for name in NAMES]
+    write_report(tmp_path, one, {"network": "any", "evaluation": summarise(one), "versions": {}}, mistakes, "")
+    for picture in ("confusion.png", "roc.png", "mistakes.png"):
+        texts = [text.get_text() for text in figures[picture].findobj(Text)]
+        assert not any(map(is_math_text, texts))
+        shown = [text.replace(r"\$", "$").strip("\u200b") for text in texts]
+        assert all(any(text.startswith(name) for text in shown) for name in NAMES)
+
+
 needs_chromium = pytest.mark.skipif(
     shutil.which("chromium") is None, reason="no chromium; Debian's package of this name brings it"
 )
@@ -248,3 +314,107 @@ def test_the_memory_picture_is_a_png(tmp_path: Path) -> None:
     )
     with Image.open(tmp_path / "a.png") as image:
         assert image.format == "PNG" and min(image.size) > 400
+
+
+# ---- what a checkpoint says of its training ----
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images of two classes, and a run of them."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_images(folder / "images", per_class=5)
+    assert fit(folder / "images", folder / "run", "--trainer.max_epochs", "1") == 0
+    return folder
+
+
+def claims_of_a_test(folder: Path, checkpoint: Path, *options: str) -> tuple[int | None, str]:
+    """How many images the model was trained on by metrics.json, and the first paragraph of the report."""
+    config = ("--config", str(folder / "run" / "config.yaml"), "--output", str(folder / "run"))
+    assert main(["test", *config, "--ckpt_path", str(checkpoint), "--report", "true", *options]) == 0
+    page = (folder / "run" / "test" / "report.html").read_text()
+    summary = json.loads((folder / "run" / "test" / "metrics.json").read_text())["evaluation"]
+    return summary["trained_on"], page[page.index("<p>Figures") : page.index("</p>")]
+
+
+def test_images_that_a_model_was_trained_on_are_counted(
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of a folder that has grown since and is elsewhere, so that the images are divided anew."""
+    folder = shutil.copytree(trained, tmp_path / "moved")
+    best, images = folder / "run" / "best.ckpt", ("--data.folder", str(folder / "images"))
+    count, sentence = claims_of_a_test(folder, best, *images)
+    assert count == 0 and "which the model was not trained on" in sentence
+    assert "the model was trained on" not in capfd.readouterr().err
+    for index in range(5, 13):
+        Image.new("RGB", (12 + index, 10)).save(folder / "images" / "dark" / f"a{index}.png")
+    count, sentence = claims_of_a_test(folder, best, *images, "--data.validation_fraction", "0.6")
+    assert count and f"<b>the model was trained on {count} of them</b>" in sentence and "not trained" not in sentence
+    assert f"the model was trained on {count} of the " in capfd.readouterr().err
+    config = ("--config", str(folder / "run" / "config.yaml"), "--ckpt_path", str(best))
+    assert main(["validate", *config, *images, "--data.validation_fraction", "0.6"]) == 0
+    assert f"the model was trained on {count} of the " in capfd.readouterr().err
+
+
+def test_of_an_earlier_checkpoint_nothing_is_claimed(trained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained, tmp_path / "earlier")
+    content = read_checkpoint(folder / "run" / "best.ckpt")
+    assert len(content[ENTRY].pop("trained_on")) == 8
+    torch.save(content, folder / "earlier.ckpt")
+    count, sentence = claims_of_a_test(folder, folder / "earlier.ckpt")
+    assert count is None and "trained on" not in sentence
+
+
+def test_a_continuation_with_another_split_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = make_patients(tmp_path / "images")
+    for row in rows:
+        row["split"] = "val" if row["path"].endswith(("8.png", "9.png")) else "train"
+    table, run = tmp_path / "images" / "table.csv", tmp_path / "run"
+    options = ("--data.split_column", "split")
+    assert fit(write_table(table, rows), run, *options, "--trainer.max_epochs", "1") == 0
+    for row in rows:
+        row["split"] = "val" if row["path"].endswith(("7.png", "8.png")) else "train"
+    write_table(table, rows)
+    assert fit(table, run, *options, "--trainer.max_epochs", "2", "--ckpt_path", "last") == 0
+    assert "the model was trained on 2 of the 4 images of the validation split" in capfd.readouterr().err
+    assert len(read_checkpoint(run / "last.ckpt")[ENTRY]["trained_on"]) == 18
+    assert fit(table, run, *options, "--trainer.max_epochs", "3", "--ckpt_path", "last") == 0
+    assert "the model was trained on 2 of the 4 images of the validation split" in capfd.readouterr().err
+
+
+def test_images_are_told_apart(tmp_path: Path) -> None:
+    """Files by their paths from the root and their sizes, others by their pixels; what is missing is no error."""
+    for name, content in (("a.png", b"1"), ("b.png", b"1"), ("c.png", b"12")):
+        (tmp_path / name).write_bytes(content)
+    sources = [str(tmp_path / name) for name in ("a.png", "b.png", "c.png", "missing.png")]
+    marks = marks_of(sources, tmp_path)
+    assert len(marks.unique()) == 4 and marks.dtype == torch.int64
+    (tmp_path / "c.png").write_bytes(b"1")
+    assert (marks_of(sources, tmp_path) == marks).tolist() == [True, True, False, True]
+    pixels = np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
+    assert torch.equal(marks_of(list(pixels), tmp_path), marks_of(pixels.copy(), tmp_path))
+    assert len(marks_of(pixels, tmp_path).unique()) == 3
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        (("--data.image_size", "16"), "(image_size 8, not 16); give"),
+        (("--data.stretch", "true"), "stretch False, not True"),
+        (("--data.mean", "[0.5, 0.5, 0.5]", "--data.std", "[1, 1, 1]"), "mean (0.485, 0.456, 0.406), not (0.5, "),
+    ],
+)
+def test_other_input_than_that_of_the_training_is_refused(
+    command: str, options: tuple[str, ...], difference: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = trained / "run" / "config.yaml"
+    error = fails([command, "--config", str(config), "--ckpt_path", "best", *options], capsys)
+    assert difference in error
+    assert f"give the --data options it was trained with, as --config {config} does" in error
+
+
+def test_other_labels_than_those_of_the_training_are_refused(trained: Path) -> None:
+    saved = load_classifier(trained / "run" / "best.ckpt")
+    with pytest.raises(ValueError, match=r"^best.ckpt: .* \(multi_label True, not False\); give the --data options"):
+        check_fits("best.ckpt", describe_classifier(replace(saved, multi_label=True)), saved)

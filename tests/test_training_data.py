@@ -16,32 +16,9 @@ from training_cases import LUMINANCE, make_cifar, make_images, make_patients, wr
 from densenet_efficient.training.data import CSVData, FolderData, ImageData
 from densenet_efficient.training.datasets import CIFARData, DigitsData, MedMNISTData, SVHNData
 from densenet_efficient.training.loading import EpochSampler
-from densenet_efficient.training.splits import stratified_split
+from densenet_efficient.training.samples import list_files
 
 SMALL: dict[str, Any] = {"image_size": 8, "batch_size": 4, "num_workers": 0}
-
-
-# ---- splits ----
-
-
-def test_each_split_has_its_share_of_each_class() -> None:
-    labels = np.eye(3)[[0] * 50 + [1] * 20 + [2] * 7]
-    parts = stratified_split(labels, (0.6, 0.2, 0.2), seed=0)
-    assert sorted(index for part in parts for index in part) == list(range(77))
-    for part, fraction in zip(parts, (0.6, 0.2, 0.2), strict=True):
-        assert np.abs(labels[part].sum(0) - fraction * labels.sum(0)).max() < 1
-    assert parts == stratified_split(labels, (0.6, 0.2, 0.2), seed=0)
-    assert parts != stratified_split(labels, (0.6, 0.2, 0.2), seed=1)
-
-
-def test_groups_stay_whole_and_several_labels_stay_balanced() -> None:
-    generator = np.random.default_rng(0)
-    labels = (generator.random((400, 4)) < (0.5, 0.3, 0.1, 0.05)).astype(float)
-    groups = [f"patient {number}" for number in generator.integers(0, 120, 400)]
-    parts = stratified_split(labels, (0.7, 0.3), seed=0, groups=groups)
-    assert not {groups[index] for index in parts[0]} & {groups[index] for index in parts[1]}
-    shares = labels[parts[1]].sum(0) / labels.sum(0)
-    assert np.abs(shares - 0.3).max() < 0.05
 
 
 # ---- folders ----
@@ -138,13 +115,39 @@ def test_folders_that_are_not_there(tmp_path: Path) -> None:
         FolderData(tmp_path, **SMALL)
 
 
+def test_splits_without_one_to_train_on(tmp_path: Path) -> None:
+    for name in ("trainset", "val", "test", ".hidden"):
+        make_images(tmp_path / name)
+    message = (
+        r"^/.*: found test, trainset, val, but no train beside them; expected train, val and, .* test, each with a "
+        r"subfolder of images per class; rename the one to train on, or give a single one itself$"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        FolderData(tmp_path, **SMALL)
+
+
+def test_hidden_folders_are_left_out_and_linked_ones_are_not(tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "images")
+    for name in (".ipynb_checkpoints", "visit/.cache"):
+        make_images(folder / "dark" / name, names=("copies",))
+    make_images(tmp_path, names=("elsewhere",), per_class=2)
+    (folder / "dark" / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "dark" / "linked again").symlink_to(tmp_path / "elsewhere")
+    (folder / "dark" / "visit" / "cycle").symlink_to(folder / "dark")
+    images, others = list_files(folder / "dark")
+    names = [str(path.relative_to(folder / "dark")) for path in images]
+    assert names == [*(f"{index}.png" for index in range(6)), "linked/0.png", "linked/1.png"] and not others
+    assert sum(map(len, FolderData(folder, **SMALL).splits.parts().values())) == 6 + 8
+
+
 @pytest.mark.parametrize(
     ("validation", "test", "message"),
     [
         (1.0, 0.0, "^validation_fraction: expected a number of at least 0 and below 1, got 1.0"),
-        (0.2, -0.1, "^test_fraction: expected a number of at least 0 and below 1, got -0.1"),
+        (0.2, -0.1, "^test_fraction: expected a number of at least 0 and below 1, or 1 to test with all, got -0.1"),
         (0.6, 0.4, "^validation_fraction must be above 0 and leave images to train on, together with test_fraction"),
         (0.0, 0.4, "^validation_fraction must be above 0"),
+        (0.0, 1.2, "^test_fraction: expected a number of at least 0 and below 1, or 1 to test with all, got 1.2"),
     ],
 )
 def test_fractions_that_leave_a_split_empty(validation: float, test: float, message: str, tmp_path: Path) -> None:
@@ -173,6 +176,13 @@ def test_table_that_names_the_splits(rows: list[dict[str, Any]], tmp_path: Path)
         row["split"] = "val"
     data = CSVData(write_table(tmp_path / "table.csv", rows), split_column="split", group_column="patient", **SMALL)
     assert [len(samples) for samples in data.splits.parts().values()] == [16, 4]
+
+
+def test_one_finding_is_a_table_of_two_classes(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    for index, row in enumerate(rows):
+        row["pneumonia"] = index % 2
+    data = CSVData(write_table(tmp_path / "table.csv", rows), label_column="pneumonia", **SMALL)
+    assert data.task.class_names == ["0", "1"] and not data.task.multi_label
 
 
 @pytest.mark.parametrize("layout", ["separator", "columns"])
@@ -217,6 +227,32 @@ def test_table_of_several_labels(layout: str, rows: list[dict[str, Any]], tmp_pa
             r"table.csv: no row of the validation split; name some val, or leave the split column out",
         ),
         (lambda rows: None, {"label_columns": ["patient"]}, "column patient must be 0 or 1, got 'bright 0'"),
+        (
+            lambda rows: [row.update(patient=index % 2) for index, row in enumerate(rows)],
+            {"label_columns": ["patient"]},
+            r"^/.*table.csv: expected at least 2 classes, found only patient; "
+            r"name it with --data.label_column patient instead of label_columns: then 0 and 1 are the classes$",
+        ),
+        (
+            lambda rows: [row.update(label="same") for row in rows],
+            {},
+            r"^/.*table.csv: expected at least 2 classes, found only same$",
+        ),
+        (
+            lambda rows: [row.update(label="" if index % 2 else "same") for index, row in enumerate(rows)],
+            {"label_separator": "|"},
+            r"expected at least 2 classes, found only same; to tell images with it from those without, name the two",
+        ),
+        (
+            lambda rows: [row.update(label="") for row in rows],
+            {"label_separator": "|"},
+            r"^/.*table.csv: expected at least 2 classes, found only none",
+        ),
+        (
+            lambda rows: rows[3].update(patient=" bright 1 ", split="val"),
+            {"split_column": "split", "group_column": "patient"},
+            r"group bright 1 is in the train and the validation split",
+        ),
     ],
 )
 def test_tables_that_cannot_be_trained_on(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from training_cases import LUMINANCE, make_images, make_patients, write_dicom, write_table
 
 from densenet_efficient.cli import main
@@ -105,6 +105,68 @@ def test_sixteen_bits_and_single_channels(tmp_path: Path) -> None:
         read_image(tmp_path / "deeper.tif", 1)
 
 
+@pytest.mark.parametrize("most", [4095, 65535])
+def test_deep_pgm(most: int, tmp_path: Path) -> None:
+    deep = np.array([[0, 1000], [2048, most]], dtype=">u2")
+    (tmp_path / "deep.pgm").write_bytes(b"P5\n2 2\n%d\n" % most + deep.tobytes())
+    np.testing.assert_allclose(read_image(tmp_path / "deep.pgm", 1)[0].numpy(), deep / most, atol=1e-5)
+
+
+def test_a_tiff_of_several_pages(tmp_path: Path) -> None:
+    pages = [Image.new("L", (9, 9), value) for value in (10, 20, 30)]
+    pages[0].save(tmp_path / "one.tif")
+    assert read_image(tmp_path / "one.tif", 1).unique().tolist() == [10]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(ValueError, match=r"^/.*pages.tif: expected a TIFF of one page, got 3; export the pages$"):
+        read_image(tmp_path / "pages.tif", 1)
+
+
+def test_a_tiff_whose_second_page_is_damaged(tmp_path: Path) -> None:
+    Image.new("L", (9, 9)).save(tmp_path / "whole.tif", save_all=True, append_images=[Image.new("L", (9, 9))])
+    width = b"\x00\x01\x04\x00\x01"  # tag 256, and how it is stored
+    first, _, second = (tmp_path / "whole.tif").read_bytes().rpartition(width)
+    assert first.count(width) == 1
+    (tmp_path / "damaged.tif").write_bytes(first + b"\x99" + width[1:] + second)
+    with pytest.raises(ValueError, match=r"damaged.tif: expected an undamaged image .* \(Missing dimensions\)$"):
+        read_image(tmp_path / "damaged.tif", 1)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_no_numbers(value: float, tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0.5, value], [value, 1]], dtype=np.float32)).save(tmp_path / "odd.tif")
+    message = r"^/.*odd.tif: expected numbers, got 2 of 4 values that are infinite or not a number; replace those$"
+    with pytest.raises(ValueError, match=message):
+        read_image(tmp_path / "odd.tif", 1, (0, 1))
+
+
+UPRIGHT = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_upright(orientation: int, kind: str, tmp_path: Path) -> None:
+    image = Image.fromarray(UPRIGHT).convert("RGB")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    options: dict[str, Any] = {"webp": {"lossless": True}}.get(kind, {})
+    image.save(tmp_path / f"image.{kind}", exif=exif, **options)
+    with Image.open(tmp_path / f"image.{kind}") as saved:
+        expected = np.asarray(ImageOps.exif_transpose(saved).convert("L"))
+    np.testing.assert_array_equal(read_image(tmp_path / f"image.{kind}", 1)[0].numpy(), expected)
+    assert (expected.shape == UPRIGHT.shape) == (orientation < 5)
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "jpg"])
+@pytest.mark.parametrize("exif", [b"garbagegarbage", b"Exif\0\0garbageg", b"II*\0\xff\xff\xff\xff", b"MM\0*"])
+def test_damaged_exif_data_leave_the_image_as_it_is(exif: bytes, kind: str, tmp_path: Path) -> None:
+    image = Image.fromarray(UPRIGHT).convert("RGB")
+    options: dict[str, Any] = {"webp": {"lossless": True}}.get(kind, {})
+    image.save(tmp_path / f"image.{kind}", exif=exif, **options)
+    image.save(tmp_path / f"plain.{kind}", **options)
+    whole, plain = (read_image(tmp_path / f"{name}.{kind}", 3) for name in ("image", "plain"))
+    assert torch.equal(whole, plain)
+
+
 def damage(folder: Path) -> list[str]:
     """An empty, a truncated and foreign files among the images of a folder; what the system left there is none."""
     whole = (folder / "dark" / "0.png").read_bytes()
@@ -171,6 +233,15 @@ def test_an_image_in_no_class_folder_is_named(tmp_path: Path) -> None:
     Image.new("L", (9, 9)).save(make_images(tmp_path) / "stray.png")
     (tmp_path / "README.txt").write_text("where these are from")
     with pytest.raises(ValueError, match=r"1 of 13 files .*stray.png: in no class folder\. "):
+        FolderData(tmp_path, **SMALL).setup("fit")
+
+
+def test_an_image_beside_the_splits_is_named(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        make_images(tmp_path / part)
+    Image.new("L", (9, 9)).save(tmp_path / "stray.png")
+    (tmp_path / "README.txt").write_text("where these are from")
+    with pytest.raises(ValueError, match=r"1 of 25 files .*stray.png: in no class folder\. "):
         FolderData(tmp_path, **SMALL).setup("fit")
 
 

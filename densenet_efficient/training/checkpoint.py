@@ -6,16 +6,20 @@ A checkpoint is Lightning's, of tensors and plain values only, with one entry mo
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import pickle
+import sys
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from densenet_efficient.files import atomic_write
 from densenet_efficient.models import EfficientDenseNet
@@ -32,6 +36,61 @@ LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 CHANGEABLE = {"drop_rate", "checkpointing", "norm_eps", "num_classes"}
 
 
+class TrainingImages:
+    """Which images a classifier was trained on: a mark of each. A classifier and its checkpoint's entry share it."""
+
+    def __init__(self, marks: Tensor | None = None) -> None:
+        self.marks = marks  # int64; None where it is not known, as of a checkpoint of an earlier version
+
+    def begin(self, trainer: Any) -> None:
+        """Before the first step: add what is trained on, and warn if an earlier part of the run trained on others."""
+        data = trainer.datamodule
+        if data is None or self.marks is None:
+            self.marks = None
+            return
+        added = marks_of(data.splits.train.sources, data.root)
+        # Without those that are still trained on: an image may be in a data set twice.
+        TrainingImages(self.marks[~torch.isin(self.marks, added)]).warn(trainer)
+        self.marks = torch.cat((self.marks, added)).unique()
+
+    def count(self, sources: Iterable[Any], root: Path) -> int | None:
+        """How many of these images are among them; None where it is not known."""
+        return None if self.marks is None else int(torch.isin(marks_of(sources, root), self.marks).sum())
+
+    def warn(self, trainer: Any) -> None:
+        """Say how many of the validation images are among them, if any."""
+        if trainer.datamodule is None or not trainer.is_global_zero:
+            return
+        sources = trainer.datamodule.splits.validation.sources
+        if count := self.count(sources, trainer.datamodule.root):
+            print(says_trained_on(count, len(sources), "validation"), file=sys.stderr)
+
+
+def says_trained_on(count: int, of: int, split: str) -> str:
+    return (
+        f"the model was trained on {count} of the {of} images of the {split} split, so its figures flatter it; "
+        "evaluate it on the images and the split that it was trained with, or on new images alone"
+    )
+
+
+def marks_of(sources: Iterable[Any], root: Path) -> Tensor:
+    """Eight bytes of a hash of each image, as int64 [N]."""
+    digests = (hashlib.blake2b(_identity(source, root), digest_size=8).digest() for source in sources)
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
+
+
+def _identity(source: Any, root: Path) -> bytes:
+    """Of an image in memory its pixels; of a file its path from `root`, which may move, and its size, since the images
+    of many a folder are just numbered."""
+    if not isinstance(source, str | Path):
+        return np.ascontiguousarray(source).tobytes()
+    try:
+        size = os.stat(source).st_size
+    except OSError:  # which reading it explains
+        size = 0
+    return os.fsencode(str(source).removeprefix(f"{root}{os.sep}")) + b"\0%d" % size
+
+
 @dataclass(frozen=True)
 class SavedClassifier:
     """A classifier as it is stored: its network, its classes, and how its input is made."""
@@ -40,16 +99,18 @@ class SavedClassifier:
     class_names: list[str]
     multi_label: bool
     preprocessing: Preprocessing
+    trained_on: TrainingImages = field(default_factory=TrainingImages)
 
 
 def describe_classifier(classifier: SavedClassifier) -> dict[str, Any]:
     """The entry of a checkpoint, in plain values."""
+    marks = classifier.trained_on.marks
     return {
         "config": classifier.model.config,
         "class_names": list(classifier.class_names),
         "multi_label": classifier.multi_label,
         "preprocessing": classifier.preprocessing.as_dict(),
-    }
+    } | ({} if marks is None else {"trained_on": marks})
 
 
 def load_classifier(path: str | Path) -> SavedClassifier:
@@ -69,6 +130,7 @@ def load_classifier(path: str | Path) -> SavedClassifier:
             list(entry["class_names"]),
             bool(entry["multi_label"]),
             Preprocessing.from_dict(entry["preprocessing"]),
+            TrainingImages(entry.get("trained_on")),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -142,7 +204,10 @@ def last_whole(folder: Path) -> Path:
 
 
 def check_fits(path: str | Path, theirs: dict[str, Any], ours: SavedClassifier) -> None:
-    """Raise ValueError if a checkpoint's entry is of other classes or of another network than the classifier."""
+    """Raise ValueError if a checkpoint's entry is of other classes, another network or other input than the classifier.
+
+    If it fits, the classifier is one that was trained on the checkpoint's images.
+    """
     _check_class_names(path, theirs["class_names"], ours.class_names)
     differences = [
         f"{name} {theirs['config'][name]}, not {value}"
@@ -153,6 +218,21 @@ def check_fits(path: str | Path, theirs: dict[str, Any], ours: SavedClassifier) 
         raise ValueError(
             f"{path}: a checkpoint of another network than was given ({'; '.join(differences)}); "
             "give the --model.network and --data.channels it was trained with, or train anew into another --output"
+        )
+    _check_input(path, theirs, ours)
+    marks = theirs.get("trained_on")
+    ours.trained_on.marks = None if marks is None else marks.cpu()
+
+
+def _check_input(path: str | Path, theirs: dict[str, Any], ours: SavedClassifier) -> None:
+    """The same image must become the same input, and the outputs must be read in the same way."""
+    was = Preprocessing.from_dict(theirs["preprocessing"]).as_dict() | {"multi_label": theirs["multi_label"]}
+    given = ours.preprocessing.as_dict() | {"multi_label": ours.multi_label}
+    differences = [f"{name} {was[name]}, not {value}" for name, value in given.items() if was[name] != value]
+    if differences:
+        raise ValueError(
+            f"{path}: a checkpoint of other input than was given ({'; '.join(differences)}); give the --data options "
+            f"it was trained with, as --config {Path(path).parent / 'config.yaml'} does"
         )
 
 

@@ -24,10 +24,19 @@ from torchvision.transforms import v2
 from densenet_efficient.dimensions import BatchNorm
 from densenet_efficient.models import create_model
 from densenet_efficient.summary import minimum_size
-from densenet_efficient.training.checkpoint import ENTRY, SavedClassifier, check_fits, describe_classifier, entry_of
+from densenet_efficient.training.checkpoint import (
+    BEST,
+    ENTRY,
+    SavedClassifier,
+    TrainingImages,
+    check_fits,
+    describe_classifier,
+    entry_of,
+)
+from densenet_efficient.training.continuation import check_options
 from densenet_efficient.training.data import Task
 from densenet_efficient.training.option_checks import check_above_zero, check_at_least_zero
-from densenet_efficient.training.parameter_groups import HEAD, optimizer_of, parameter_groups
+from densenet_efficient.training.parameter_groups import HEAD, parameter_groups
 from densenet_efficient.training.schedules import Schedule, rate_factor
 from densenet_efficient.training.sharding import shard
 from densenet_efficient.weights import load_weights
@@ -100,6 +109,7 @@ class Classifier(LightningModule):
         check_at_least_zero("--model.weight_decay", weight_decay)
         check_at_least_zero("--model.head_epochs", head_epochs)
         self.task, self.network, self.seed = task, network, seed
+        self.trained_on = TrainingImages(torch.empty(0, dtype=torch.int64))
         self.optimizer, self.learning_rate, self.momentum = optimizer, learning_rate, momentum
         self.weight_decay, self.decay_norms, self.layer_decay = weight_decay, decay_norms, layer_decay
         self.schedule, self.warmup, self.milestones = schedule, warmup, milestones
@@ -147,7 +157,8 @@ class Classifier(LightningModule):
     @property
     def saved(self) -> SavedClassifier:
         """What a checkpoint says of this classifier."""
-        return SavedClassifier(self.model, self.task.class_names, self.task.multi_label, self.task.preprocessing)
+        task = self.task
+        return SavedClassifier(self.model, task.class_names, task.multi_label, task.preprocessing, self.trained_on)
 
     # ---- steps ----
 
@@ -161,6 +172,7 @@ class Classifier(LightningModule):
 
     def on_train_start(self) -> None:
         """Before an epoch that is continued in its middle, too, whose start Lightning does not tell again."""
+        self.trained_on.begin(self.trainer)
         self._set_modes()
 
     def on_train_epoch_start(self) -> None:
@@ -186,6 +198,10 @@ class Classifier(LightningModule):
                 if isinstance(module, BatchNorm):
                     module.eval()
 
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self.trained_on.warn(self.trainer)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
         targets = labels
@@ -194,10 +210,17 @@ class Classifier(LightningModule):
         logits = self._training_logits(images)
         loss = self.loss(logits, targets, self.label_smoothing, self.class_weights)
         if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the training loss became {loss.item()}; lower --model.learning_rate")
+            raise FloatingPointError(f"the training loss became {loss.item()}; {self._remedy}")
         self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=len(images), sync_dist=True)
         self._log_metrics(self.train_metrics, logits.detach(), labels)
         return loss
+
+    @property
+    def _remedy(self) -> str:
+        """Of a run that has failed, which cannot go on with another learning rate."""
+        best = Path(self.trainer.default_root_dir, BEST)
+        start = f", which may start from the best weights so far with --model.weights {best}" if best.exists() else ""
+        return f"lower --model.learning_rate in a new run, into another --output{start}"
 
     def _training_logits(self, images: Tensor) -> Tensor:
         return self.model.forward_of_frozen_features(images) if self.trains_head_alone else self(images)
@@ -237,13 +260,31 @@ class Classifier(LightningModule):
         else:
             kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
             optimizer = kind(groups, self.learning_rate, weight_decay=self.weight_decay)
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
-        head = round(total * self.head_epochs / (self.trainer.max_epochs or 1)) if self.head_epochs else 0
+        total, head = self._total_steps(), self._head_steps()
         factors = [self._factor(group["name"].startswith(HEAD), head, total) for group in optimizer.param_groups]
         schedule = {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-    def _factor(self, is_head: bool, head_steps: int, total: int) -> Any:
+    def _total_steps(self) -> float:
+        """Of a run without an end infinitely many, which its schedule must allow."""
+        total = max(self.trainer.estimated_stepping_batches, 1)
+        if math.isinf(total) and (self.schedule != "constant" or self.warmup > 0):
+            raise ValueError(
+                f"--trainer.max_epochs: --model.schedule {self.schedule} with --model.warmup {self.warmup:g} must know "
+                "the end of the run, got one without; give --trainer.max_epochs or --trainer.max_steps, which "
+                "--trainer.max_time may cut short, or --model.schedule constant with --model.warmup 0"
+            )
+        return total
+
+    def _head_steps(self) -> int:
+        """Of the optimizer, in the epochs in which the head is trained alone."""
+        if self.head_epochs == 0 or self.trainer.limit_train_batches == 0:
+            return 0
+        self.trainer.fit_loop.setup_data()  # which counts the batches, if nothing else has yet
+        batches = self.trainer.num_training_batches
+        return self.head_epochs * math.ceil(batches / self.trainer.accumulate_grad_batches)
+
+    def _factor(self, is_head: bool, head_steps: int, total: float) -> Any:
         """The factor of a group's learning rate as a function of the step."""
 
         def factor(step: int) -> float:
@@ -263,12 +304,7 @@ class Classifier(LightningModule):
         path = self.trainer.ckpt_path or ""
         check_fits(path, entry_of(path, checkpoint), self.saved)
         for state in checkpoint.get("optimizer_states", []):
-            theirs = optimizer_of(state["param_groups"][0])
-            if theirs != self.optimizer:
-                raise ValueError(
-                    f"{path}: a checkpoint of --model.optimizer {theirs}, which cannot go on with {self.optimizer}; "
-                    f"give {theirs}, or start another --output from its weights alone with --model.weights {path}"
-                )
+            check_options(path, state["param_groups"], self)
 
 
 def _metrics(task: Task, prefix: str, ranking: bool) -> MetricCollection:

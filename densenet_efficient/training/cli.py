@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 import signal
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import register_type
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
@@ -42,6 +44,7 @@ from densenet_efficient.training.checkpoint import (
 )
 from densenet_efficient.training.classifier import Classifier
 from densenet_efficient.training.command_errors import say_what_is_wrong
+from densenet_efficient.training.continuation import BestCheckpoint, StopEarly, is_own_checkpoint
 from densenet_efficient.training.data import FolderData, ImageData
 from densenet_efficient.training.finish import report_run
 from densenet_efficient.training.history import History
@@ -107,8 +110,33 @@ def check_data(arguments: list[str]) -> int:
     """Examine data, print what was found, and return 1 if anything in it must be put right."""
     parser = Parser(prog="densenet-efficient check-data", description=DESCRIPTIONS["check-data"], exit_on_error=False)
     parser.add_subclass_arguments(ImageData, "data", required=True)
-    data: ImageData = parser.instantiate(parser.parse_args(arguments)).data
+    data: ImageData = parser.instantiate(parser.parse_args(_with_data_of_configs(arguments))).data
     return print_data_report(examine_data(data.splits, data.read_source), in_memory=data.in_memory)
+
+
+def _with_data_of_configs(arguments: Sequence[str]) -> list[str]:
+    """Each --config, which may be a recipe or a run's config.yaml, as the options of data that it holds."""
+    result: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        path = next(rest, None) if argument == "--config" else None
+        result += [argument] if path is None else _data_of_config(Path(path))
+    return result
+
+
+def _data_of_config(path: Path) -> list[str]:
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: expected YAML, got a file that is none ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"--config {path}: expected options as of densenet-efficient fit, got {config}")
+    if "data" not in config:
+        return []
+    data, seed = config["data"], config.get("seed_everything", True)
+    # The splits follow from the seed. One that is true stands for any.
+    seeded = [] if isinstance(seed, bool) or seed is None else ["--data.seed", str(seed)]
+    return ["--data", data if isinstance(data, str) else json.dumps(data, default=str), *seeded]
 
 
 class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -208,9 +236,9 @@ class TrainingCLI(LightningCLI):
             )
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
-        if self.command != "fit" or self.config.ckpt_path is not None or self.config.overwrite:
-            return
         output = Path(self.config.output)
+        if self.command != "fit" or self.config.overwrite or is_own_checkpoint(self.config.ckpt_path, output):
+            return
         if any((output / name).exists() for name in (LAST, BEST)):
             raise FileExistsError(
                 f"{output} holds an earlier run; continue it with --ckpt_path last, replace it with --overwrite true, "
@@ -275,12 +303,14 @@ class TrainingCLI(LightningCLI):
         config, output = self.config, Path(self.config.output)
         self.history = History()
         mode = "min" if config.monitor.endswith("loss") else "max"
-        callbacks = [*self._progress(), LearningRateMonitor("step"), self.history]
+        callbacks = [*self._progress(), self.history]
+        if config.trainer.logger is None or config.trainer.logger:
+            callbacks.append(LearningRateMonitor("step"))
         if config.ema_decay is not None:
             callbacks.append(AveragedWeights(decay=config.ema_decay))
         if config.patience is not None:
-            callbacks.append(EarlyStopping(config.monitor, patience=config.patience, mode=mode))
-        best = ModelCheckpoint(
+            callbacks.append(StopEarly(config.monitor, patience=config.patience, mode=mode))
+        best = BestCheckpoint(
             output,
             Path(BEST).stem,
             config.monitor,
@@ -403,7 +433,7 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         output = Path(trainer.default_root_dir)
-        if self.config.overwrite and self.config.ckpt_path is None:
+        if self.config.overwrite and not is_own_checkpoint(self.config.ckpt_path, output):
             for name in (LAST, PREVIOUS, BEST):
                 (output / name).unlink(missing_ok=True)
         write_text(output / "config.yaml", self.parser.dump(self.config))

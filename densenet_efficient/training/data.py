@@ -52,7 +52,7 @@ class ImageData(LightningDataModule, ABC):
         mean: of each channel, of images in [0, 1]; None means the data set's own, or ImageNet's.
         std: the standard deviation likewise.
         value_range: the two values that become black and white in images deeper than 8 bits, in Hounsfield units for
-            CT; None means a DICOM file's own window, and the range of 16 bits.
+            CT; None means a DICOM file's own window, and the range of 16 bits, to which PGM files of fewer are brought.
         class_weights: weigh the loss of a class by the inverse of its frequency.
         weighted_sampling: draw the images of rare classes as often as the others.
         bad_files: before training, read every image file once and refuse to train if one is damaged, empty or no image;
@@ -66,6 +66,7 @@ class ImageData(LightningDataModule, ABC):
     recorded_size: int | None = None  # through which every image goes, to look like those of the data set
     own_normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     in_memory = False
+    root = Path()  # what the paths of the images are told from
 
     def __init__(
         self,
@@ -126,13 +127,19 @@ class ImageData(LightningDataModule, ABC):
         multi_label = train.labels.dim() == 2
         counts = train.indicators(len(self.splits.class_names)).sum(0)
         weights = None
-        if self.balance_loss:  # scikit-learn's "balanced"; of several labels, how much a positive weighs
+        # scikit-learn's "balanced"; of several labels, how much a positive weighs
+        if self.balance_loss and not self.splits.only_test:
             others = len(train) - counts if multi_label else torch.full_like(counts, len(train) / len(counts))
             weights = others / counts
         return Task(self.splits.class_names, multi_label, self.preprocessing, weights)
 
     def setup(self, stage: str) -> None:
         """Before training, check every file once."""
+        if self.splits.only_test and stage != "test":
+            raise ValueError(
+                "--data: all images are of the test split, by --data.test_fraction 1 or the split column; "
+                "evaluate them with the command test, or name images to train on and to validate by"
+            )
         if stage == "fit":
             self._check_files()
 
@@ -251,13 +258,14 @@ class FolderData(ImageData):
     Args:
         folder: where the images are.
         validation_fraction: of each class, where there is no val folder.
-        test_fraction: likewise; 0 for none.
+        test_fraction: likewise; 0 for none, 1 for images to test with only, such as another hospital's.
     """
 
     def __init__(
         self, folder: Path, validation_fraction: float = 0.2, test_fraction: float = 0.0, **kwargs: Any
     ) -> None:
-        self.folder, self.fractions = Path(folder), (validation_fraction, test_fraction)
+        self.folder = self.root = Path(folder)
+        self.fractions = (validation_fraction, test_fraction)
         super().__init__(**kwargs)
 
     def read(self) -> Splits:
@@ -277,7 +285,7 @@ class CSVData(ImageData):
         group_column: such as the patient: no group falls in two splits.
         split_column: says train, val or test for each row; None splits by the fractions.
         validation_fraction: of each class, where no column names the split.
-        test_fraction: likewise; 0 for none.
+        test_fraction: likewise; 0 for none, 1 for images to test with only, such as another hospital's.
     """
 
     def __init__(

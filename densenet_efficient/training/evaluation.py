@@ -34,6 +34,7 @@ class Evaluation:
     sources: Sequence[Any]  # N paths, or images as arrays
     split: str  # which images these are
     chose_epoch: bool = False  # whether the best epoch was chosen by them
+    trained_on: int | None = None  # how many of them the model was trained on, where it is known
 
     @cached_property
     def decisions(self) -> Array:
@@ -69,6 +70,7 @@ def summarise(evaluation: Evaluation, seed: int = 0) -> dict[str, Any]:
     return {
         "split": evaluation.split,
         "chose_epoch": evaluation.chose_epoch,
+        "trained_on": evaluation.trained_on,
         "images": len(evaluation.labels),
         "multi_label": evaluation.multi_label,
         **overall,
@@ -124,16 +126,21 @@ def _interval(value: float, samples: Array) -> dict[str, float | None]:
 def figures(evaluation: Evaluation, weights: Array) -> dict[str, Array]:
     """Those of decisions: [B, 1] of all classes, [B, K] of each.
 
-    The recall of a class without images is NaN, the precision of one that was never given 0, as is the F1 of one that
-    neither is nor was given.
+    The recall of a class without images is NaN, the precision of one that was never given 0. The precision and the F1
+    of a class that neither is nor was given are 0 where that is so of all images, and NaN where it is so of a sample
+    alone, which says nothing of the class.
     """
     hits, given, right = weights @ evaluation.hits, weights @ evaluation.decisions, weights @ evaluation.labels
-    recall, f1 = _divide(hits, right), np.nan_to_num(_divide(2 * hits, given + right))
+    recall = _divide(hits, right)
+    seen = (given + right > 0) | ~(evaluation.decisions + evaluation.labels).any(0)
+    precision, f1 = (
+        np.where(seen, np.nan_to_num(_divide(*parts)), np.nan) for parts in ((hits, given), (2 * hits, given + right))
+    )
     result = {
         "accuracy": weights @ evaluation.correct / weights.sum(1, keepdims=True),
-        "macro_f1": f1.mean(1, keepdims=True),
+        "macro_f1": _divide(np.nansum(f1, 1, keepdims=True), seen.sum(1, keepdims=True)),
         "recall": recall,
-        "precision": np.nan_to_num(_divide(hits, given)),
+        "precision": precision,
         "f1": f1,
     }
     if not evaluation.multi_label:

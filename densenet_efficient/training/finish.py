@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from densenet_efficient.argument_checks import levels_of
+from densenet_efficient.training.checkpoint import says_trained_on
 from densenet_efficient.training.classifier import Classifier
 from densenet_efficient.training.comparison import (
     CURVE_INPUT_SHAPE,
@@ -92,6 +94,7 @@ def evaluate(trainer: Trainer, classifier: Classifier, data: ImageData) -> Evalu
         list(data.test_samples.sources),
         "validation" if splits.test is None else "test",
         splits.test is None or splits.test is splits.validation,
+        classifier.trained_on.count(data.test_samples.sources, data.root),
     )
 
 
@@ -112,6 +115,8 @@ def report_run(
     console = Console()
     summary = summarise(evaluation)
     console.print(_summary_table(summary))
+    if evaluation.trained_on:
+        print(says_trained_on(evaluation.trained_on, summary["images"], evaluation.split), file=sys.stderr)
     metrics: dict[str, Any] = {"network": classifier.network, "config": classifier.model.config, "history": history}
     metrics |= {"evaluation": summary, "versions": versions()}
     written = []

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import Image as ImageTensor
@@ -20,6 +20,16 @@ IMAGE_SUFFIXES = frozenset(
 )
 DICOM_MAGIC = b"DICM"  # at byte 128
 UNREADABLE = "expected an undamaged image such as PNG, JPEG, TIFF or DICOM"
+# What makes an image upright, by its EXIF orientation.
+TURNS: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MAY_BE_EMPTY = ("WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept")  # in DICOM files, as if not there
 
 ValueRange = Sequence[float] | None  # the values that become 0 and 1
@@ -40,7 +50,7 @@ def read_image(path: str | Path, channels: int, value_range: ValueRange = None) 
     it they are the window that a DICOM file names, else the darkest and the brightest value there is, and of other
     files the range of 16 bits.
 
-    Raises OSError if the file is missing, ValueError if it is damaged, empty or no image.
+    Raises OSError if the file is missing, ValueError if it is damaged, empty, no image or several.
     """
     with open(path, "rb") as file:
         head = file.read(132)
@@ -49,15 +59,18 @@ def read_image(path: str | Path, channels: int, value_range: ValueRange = None) 
         file.seek(0)
         try:
             image: Image.Image = Image.open(file)
+            pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
             image.load()
         except UnidentifiedImageError as error:  # which names the file a second time
             raise ValueError(f"{path}: {UNREADABLE}") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path}: {UNREADABLE} ({error})") from error
-    image = ImageOps.exif_transpose(image)
+    if pages > 1:
+        raise ValueError(f"{path}: expected a TIFF of one page, got {pages}; export the pages")
     if image.mode[0] in "IF":
-        return _with_channels(torch.from_numpy(_scaled(path, image, value_range))[None], channels)
-    return F.to_image(image.convert("L" if channels == 1 else "RGB"))
+        values = _scaled(path, _upright(image), value_range or _range_of(path, image))
+        return _with_channels(torch.from_numpy(values)[None], channels)
+    return F.to_image(_upright(image).convert("L" if channels == 1 else "RGB"))
 
 
 def what_is_wrong(path: str | Path, error: OSError | ValueError) -> str:
@@ -65,15 +78,38 @@ def what_is_wrong(path: str | Path, error: OSError | ValueError) -> str:
     return f"{path}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
 
 
-def _scaled(path: str | Path, image: Image.Image, value_range: ValueRange) -> NDArray[np.float32]:
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data tell; as it is where they are damaged, which leaves the pixels whole."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow raises many kinds for damaged EXIF data
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _range_of(path: str | Path, image: Image.Image) -> tuple[float, float]:
+    """The range of a single-channel image's values, which a file of 16 bits tells."""
+    is_deep_pgm = image.format == "PPM" and image.mode == "I"  # which Pillow brings to 16 bits from whatever it has
+    if not (is_deep_pgm or image.mode.startswith("I;16")):
+        raise ValueError(
+            f"{path}: an image of 32 bits (PIL mode {image.mode}) does not tell its range; give value_range"
+        )
+    return 0, 65535
+
+
+def _scaled(path: str | Path, image: Image.Image, value_range: Sequence[float]) -> NDArray[np.float32]:
     """A single-channel image of 16 or 32 bits, with the range of its values brought to [0, 1]."""
-    if value_range is None:
-        if not image.mode.startswith("I;16"):
-            raise ValueError(
-                f"{path}: an image of 32 bits (PIL mode {image.mode}) does not tell its range; give value_range"
-            )
-        value_range = (0, 65535)
-    return _unit(np.asarray(image), *value_range)
+    values = np.asarray(image)
+    _require_finite(path, values)
+    return _unit(values, *value_range)
+
+
+def _require_finite(path: str | Path, values: NDArray[Any]) -> None:
+    if count := values.size - np.count_nonzero(np.isfinite(values)):
+        raise ValueError(
+            f"{path}: expected numbers, got {count} of {values.size} values that are infinite or not a number; "
+            "replace those"
+        )
 
 
 def _unit(values: NDArray[Any], low: float, high: float) -> NDArray[np.float32]:
@@ -112,6 +148,7 @@ def _read_dicom(path: str | Path, value_range: ValueRange) -> Tensor:
         colours = pixels if pixels.dtype == np.uint8 else _unit(pixels, 0, 2**bits - 1)
         return torch.from_numpy(np.ascontiguousarray(colours[..., :3])).permute(2, 0, 1)
     values = apply_modality_lut(pixels, dataset)
+    _require_finite(path, values)
     low, high = value_range or _window(dataset) or (float(values.min()), float(values.max()))
     scaled = _unit(values, low, high)
     if dataset.PhotometricInterpretation == "MONOCHROME1":  # the lowest value is white

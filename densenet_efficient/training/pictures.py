@@ -57,7 +57,7 @@ def draw_learning_rates(rates: Sequence[float], losses: Sequence[float], suggest
 
 def draw_confusion(evaluation: Evaluation, path: Path) -> None:
     """The confusion matrix of single labels: counts, coloured by their share of the row."""
-    counts, names = confusion(evaluation), evaluation.class_names
+    counts, names = confusion(evaluation), [literal(name) for name in evaluation.class_names]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(2 + 0.42 * len(names), 14)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
@@ -85,7 +85,7 @@ def draw_roc(evaluation: Evaluation, areas: Mapping[str, float | None], path: Pa
     for area, name in defined[:MAX_CURVES]:
         column = evaluation.class_names.index(name)
         false, true = roc_curve(evaluation.probabilities[:, column], evaluation.labels[:, column])
-        axes.plot(false, true, linewidth=1.6, label=f"{name}  {area:.3f}", drawstyle="steps-post")
+        axes.plot(false, true, linewidth=1.6, label=literal(f"{name}  {area:.3f}"), drawstyle="steps-post")
     title = "ROC, each class against the others"
     finish(axes, title if len(defined) <= MAX_CURVES else f"{title}: the {MAX_CURVES} hardest", "false positive rate")
     axes.set_ylabel("true positive rate")
@@ -132,7 +132,7 @@ def draw_mistakes(mistakes: Sequence[Mistake], path: Path) -> None:
             axes.imshow(mistake.image.squeeze(), cmap="gray", vmin=0, vmax=1)
             if overlay:
                 axes.imshow(mistake.activation, cmap="inferno", alpha=0.5, vmin=0, vmax=1)
-        grid[row, 2 * column].set_title(mistake.caption, loc="left", size=8)
+        grid[row, 2 * column].set_title(literal(mistake.caption), loc="left", size=8)
     save_figure(figure, path)
 
 
@@ -153,6 +153,14 @@ def draw_memory(mib_per_image: Mapping[int, Mapping[str, float]], checkpointing:
     axes.set_ylim(bottom=0)
     axes.margins(x=0.15)
     save_figure(figure, path)
+
+
+def literal(text: str) -> str:
+    """A text of the user's as matplotlib is to be given it, which sets `$...$` as mathematics otherwise.
+
+    It leaves a label that begins with an underscore out of its legends; a space without width goes before it.
+    """
+    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def finish(axes: Axes, title: str, x_label: str) -> None:

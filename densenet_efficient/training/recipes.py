@@ -18,8 +18,11 @@ def describe_recipes() -> str:
 
 
 def recipe_path(name: str) -> str:
-    """The path of a config file: this one, if there is such a file, else that of the recipe of this name."""
-    if Path(name).exists():
+    """The path of a config file: this one, if there is such a file, else that of the recipe of this name.
+
+    A folder is none, but a pipe is, such as that of a shell's <(...).
+    """
+    if Path(name).exists() and not Path(name).is_dir():
         return name
     if name in recipe_names():
         return str(FOLDER / f"{name}.yaml")

@@ -77,8 +77,8 @@ def collect_mistakes(classifier: Classifier, data: ImageData, evaluation: Evalua
     images = torch.stack([transform(data.read_source(evaluation.sources[image])) for image, _, _ in chosen])
     classes = torch.tensor([given for _, given, _ in chosen])
     model = classifier.model.eval()
-    device = next(model.parameters()).device
-    maps = grad_cam(model, images.to(device), classes=classes.to(device))[:, None]
+    weight = next(model.parameters())  # of another type than the images after --trainer.precision 64-true and its like
+    maps = grad_cam(model, images.to(weight), classes=classes.to(weight.device))[:, None].float()
     activations = F.interpolate(maps, images.shape[2:], mode="bilinear")[:, 0].cpu().numpy()
     visible = _denormalised(images, data.preprocessing)
     return [

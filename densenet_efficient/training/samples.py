@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,14 @@ class Splits:
         test = None if self.test is None else function(self.test)
         return replace(self, train=function(self.train), validation=function(self.validation), test=test)
 
+    @property
+    def only_test(self) -> bool:
+        """Whether there is nothing but images to test with, such as another hospital's."""
+        return self.test is not None and not len(self.train) and not len(self.validation)
+
     def parts(self) -> dict[str, Samples]:
+        if self.test is not None and self.only_test:
+            return {"test": self.test}
         parts = {"train": self.train, "validation": self.validation}
         return parts if self.test is None else parts | {"test": self.test}
 
@@ -79,11 +86,15 @@ def split(
 ) -> Splits:
     """Divide the samples, which are `where`, so that each split has its share of each class, and groups stay whole.
 
-    Raises ValueError if a class would be missing in the training or the validation images.
+    A `test_fraction` of 1 makes test images of all, whatever the other fraction. Raises ValueError if a class would be
+    missing in the training or the validation images.
     """
-    for name, fraction in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
+    if test_fraction == 1:
+        return _only_to_test(class_names, samples)
+    or_all = {"validation_fraction": "", "test_fraction": ", or 1 to test with all"}
+    for (name, other), fraction in zip(or_all.items(), (validation_fraction, test_fraction), strict=True):
         if not 0 <= fraction < 1:
-            raise ValueError(f"{name}: expected a number of at least 0 and below 1, got {fraction}")
+            raise ValueError(f"{name}: expected a number of at least 0 and below 1{other}, got {fraction}")
     if not 0 < validation_fraction + test_fraction < 1 or validation_fraction == 0:
         raise ValueError(
             "validation_fraction must be above 0 and leave images to train on, together with test_fraction"
@@ -96,6 +107,16 @@ def split(
     splits = Splits(class_names, train, validation, test if test_fraction else None)
     require_every_class(splits, where, "more images (or patients) of it, or another validation_fraction")
     return splits
+
+
+def _only_to_test(class_names: list[str], samples: Samples) -> Splits:
+    none = samples.subset([])
+    return Splits(class_names, none, none, samples)
+
+
+def _require_several_classes(where: object, names: list[str], remedy: str = "") -> None:
+    if len(names) < 2:
+        raise ValueError(f"{where}: expected at least 2 classes, found only {', '.join(names) or 'none'}{remedy}")
 
 
 def require_every_class(splits: Splits, where: object, remedy: str) -> None:
@@ -113,18 +134,24 @@ def require_every_class(splits: Splits, where: object, remedy: str) -> None:
 def read_folder(folder: Path, validation_fraction: float, test_fraction: float, seed: int) -> Splits:
     """One subfolder of images per class, either directly in `folder` or in its subfolders train, val and test.
 
-    Raises FileNotFoundError if there is no such folder, ValueError for a class without images or one that is missing
-    in val or test.
+    Raises FileNotFoundError if there is no such folder, or of train, val and test only some; ValueError for a class
+    without images or one that is missing in val or test.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected one with a subfolder of images per class")
     folders = _split_folders(folder)
+    if folders and "train" not in folders:
+        raise FileNotFoundError(
+            f"{folder}: found {', '.join(path.name for path in _visible_folders(folder))}, but no train beside them; "
+            "expected train, val and, if there is such, test, each with a subfolder of images per class; "
+            "rename the one to train on, or give a single one itself"
+        )
     train_folder = folders.pop("train", None)
     names, train, strays = _list_classes(train_folder or folder)
-    if len(names) < 2:
-        raise ValueError(f"{folder}: expected at least 2 classes, found only {names[0]}")
+    _require_several_classes(folder, names)
     if train_folder is None:
         return replace(split(names, train, validation_fraction, test_fraction, seed, folder), strays=strays)
+    strays |= _stray_images(folder)
     parts = {}
     for part, path in folders.items():
         other_names, parts[part], others = _list_classes(path)
@@ -161,14 +188,18 @@ def _require_same_classes(train: Path, names: list[str], other: Path, other_name
         raise ValueError(f"{other}: class {', '.join(missing)} of {train} is missing; add images of it")
 
 
+def _visible_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path))
+
+
 def _list_classes(folder: Path) -> tuple[list[str], Samples, dict[str, str]]:
     """Class names in alphabetical order, the images of each class in order of their paths, and why others are none."""
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    classes = _visible_folders(folder)
     if not classes:
         raise ValueError(f"{folder}: expected one subfolder of images per class, found none")
     paths: list[str] = []
     labels: list[int] = []
-    strays = {str(path): f"{path}: in no class folder" for path in sorted(folder.iterdir()) if _is_stray_image(path)}
+    strays = _stray_images(folder)
     for label, directory in enumerate(classes):
         if directory.name.encode(errors="ignore").decode() != directory.name:  # of no use in a report's pictures
             raise ValueError(f"{folder}: class folder {os.fsencode(directory.name)!r}: not a name in UTF-8; rename it")
@@ -181,9 +212,10 @@ def _list_classes(folder: Path) -> tuple[list[str], Samples, dict[str, str]]:
     return [path.name for path in classes], Samples(paths, torch.tensor(labels)), strays
 
 
-def _is_stray_image(path: Path) -> bool:
-    """Whether a file beside the class folders is an image. (Beside them there may well be other files.)"""
-    return path.is_file() and not _is_hidden(path) and is_image(path)
+def _stray_images(folder: Path) -> dict[str, str]:
+    """Why the images beside the class folders are left out. (Beside them there may well be other files.)"""
+    files = (path for path in sorted(folder.iterdir()) if path.is_file() and not _is_hidden(path))
+    return {str(path): f"{path}: in no class folder" for path in files if is_image(path)}
 
 
 def _is_hidden(path: Path) -> bool:
@@ -197,11 +229,24 @@ def list_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """
     images: list[Path] = []
     others: list[Path] = []
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(_walk(folder)):
         leads_nowhere = path.is_symlink() and not path.exists()
-        if not _is_hidden(path) and (leads_nowhere or path.is_file()):
+        if leads_nowhere or path.is_file():
             (images if leads_nowhere or is_image(path) else others).append(path)
     return images, others
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """What lies below `folder` and is no folder. Links to folders are followed, but to each folder once: no cycle."""
+    seen: set[str] = set()
+    for directory, subfolders, names in os.walk(folder, followlinks=True):
+        actual = os.path.realpath(directory)
+        if actual in seen:
+            subfolders.clear()
+            continue
+        seen.add(actual)
+        subfolders[:] = sorted(name for name in subfolders if not _is_hidden(Path(name)))
+        yield from (path for path in (Path(directory, name) for name in names) if not _is_hidden(path))
 
 
 # ---- tables ----
@@ -233,13 +278,14 @@ def read_table(
 ) -> Splits:
     """A CSV table with a header: paths relative to `root`, labels, and if wanted groups and splits.
 
-    Raises OSError if the table cannot be read, and ValueError for a column that it lacks, an empty cell, or a label
-    that no training image has.
+    Raises OSError if the table cannot be read, and ValueError for a column that it lacks, an empty cell, a label that
+    no training image has, or a single class.
     """
     rows = read_rows(table, columns.used)
     row_classes = [_classes_of(place, row, columns) for place, row in rows.items()]
     parts = [_part_of(place, row, columns) for place, row in rows.items()]
-    training = {name for classes, part in zip(row_classes, parts, strict=True) if part == "train" for name in classes}
+    naming = "test" if set(parts) == {"test"} else "train"  # the part whose labels are the classes
+    training = {name for classes, part in zip(row_classes, parts, strict=True) if part == naming for name in classes}
     names = list(columns.indicators) or sorted(training)
     for place, classes, part in zip(rows, row_classes, parts, strict=True):
         if unknown := [name for name in classes if name not in training]:
@@ -247,13 +293,23 @@ def read_table(
                 f"{place}: label {', '.join(unknown)} of the {part} split is in no training row; "
                 "correct it, or add training images of it"
             )
+    _require_several_classes(table, names, _remedy_of_one(columns))
     paths = [str(root / filled(place, row, columns.path)) for place, row in rows.items()]
     labels = _labels(row_classes, names, columns.multi_label)
-    groups = [filled(place, row, columns.group) for place, row in rows.items()] if columns.group else None
+    groups = [filled(place, row, columns.group).strip() for place, row in rows.items()] if columns.group else None
     if columns.split is not None:
         return _as_told(table, names, Samples(paths, labels, groups), parts)
     # Without groups the rows of one file are one, so that no split falls between them.
     return split(names, Samples(paths, labels, groups or paths), validation_fraction, test_fraction, seed, table)
+
+
+def _remedy_of_one(columns: Columns) -> str:
+    if not columns.multi_label:
+        return ""
+    if not columns.indicators:
+        return "; to tell images with it from those without, name the two classes in the cells, without a separator"
+    name = columns.indicators[0]
+    return f"; name it with --data.label_column {name} instead of label_columns: then 0 and 1 are the classes"
 
 
 def read_rows(table: Path, needed: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -345,6 +401,8 @@ def _as_told(table: Path, names: list[str], samples: Samples, parts: list[str]) 
         for part in ("train", "validation", "test")
         if part in parts
     }
+    if set(chosen) == {"test"}:
+        return _only_to_test(names, samples)
     if "validation" not in chosen:
         raise ValueError(f"{table}: no row of the validation split; name some val, or leave the split column out")
     splits = Splits(names, chosen["train"], chosen["validation"], chosen.get("test"))

@@ -1,0 +1,89 @@
+"""What the training commands make of configs, recipes and loggers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from training_cases import fails, fit, make_images
+
+from densenet_efficient.cli import main
+from densenet_efficient.training import cli
+from densenet_efficient.training.check import examine_data
+from densenet_efficient.training.checkpoint import read_checkpoint
+from densenet_efficient.training.data import ImageData
+from densenet_efficient.training.recipes import FOLDER, recipe_names, recipe_path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return make_images(tmp_path / "images")
+
+
+@pytest.fixture
+def examined(monkeypatch: pytest.MonkeyPatch) -> list[ImageData]:
+    """The data that check-data examines."""
+    seen: list[ImageData] = []
+
+    def examine(splits: object, read_source: object) -> object:
+        seen.append(read_source.__self__)  # type: ignore[attr-defined]
+        return examine_data(splits, read_source)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cli, "examine_data", examine)
+    return seen
+
+
+def test_check_data_takes_the_data_of_a_recipe(images: Path, examined: list[ImageData]) -> None:
+    """The command line wins, as in a training."""
+    assert main(["check-data", "--config", "lung-disease", "--data", str(images), "--data.batch_size", "2"]) == 0
+    data = examined[0]
+    assert (data.preprocessing.image_size, data.preprocessing.stretch, data.batch_size) == (320, True, 2)
+    assert data.splits.test is not None
+
+
+def test_check_data_takes_the_data_of_a_run(images: Path, tmp_path: Path, examined: list[ImageData]) -> None:
+    """With its seed, from which the splits follow."""
+    options = ("--seed_everything", "5", "--trainer.max_epochs", "1", "--trainer.fast_dev_run", "false")
+    assert fit(images, tmp_path / "run", *options) == 0
+    assert main(["check-data", "--config", str(tmp_path / "run" / "config.yaml")]) == 0
+    assert (examined[0].seed, examined[0].preprocessing.image_size) == (5, 8)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("data: {class_path: DigitsData, init_args: {batch_sise: 4}}", "--data.batch_sise: DigitsData has no such"),
+        ("data: [", "expected YAML, got a file that is none"),
+        ("digits", "expected options as of densenet-efficient fit, got digits"),
+        ("model: {network: densenet121}", "the following arguments are required: --data"),
+    ],
+)
+def test_a_config_from_which_check_data_learns_nothing(
+    config: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(config)
+    error = fails(["check-data", "--config", str(tmp_path / "mine.yaml")], capsys)
+    assert message in error and str(tmp_path / "mine.yaml") in error
+
+
+def test_check_data_takes_a_kind_of_data_by_name(tmp_path: Path, examined: list[ImageData]) -> None:
+    (tmp_path / "mine.yaml").write_text("data: DigitsData\nseed_everything: true\n")
+    assert main(["check-data", "--config", str(tmp_path / "mine.yaml"), "--data.batch_size", "4"]) == 0
+    assert (examined[0].batch_size, examined[0].seed) == (4, 0)
+
+
+def test_a_run_without_a_logger(images: Path, tmp_path: Path) -> None:
+    assert fit(images, tmp_path / "run", "--trainer.logger", "false", "--trainer.max_epochs", "1") == 0
+    assert read_checkpoint(tmp_path / "run" / "last.ckpt")["callbacks"]["History"]["records"]
+    assert not (tmp_path / "run" / "logs").exists()
+
+
+def test_a_folder_of_a_recipes_name_is_not_its_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (*recipe_names(), "other"):
+        (tmp_path / name).mkdir()
+    assert [recipe_path(name) for name in recipe_names()] == [str(FOLDER / f"{name}.yaml") for name in recipe_names()]
+    with pytest.raises(FileNotFoundError, match="--config other: no such file, and no such recipe"):
+        recipe_path("other")
+    (tmp_path / "mine.yaml").touch()
+    assert recipe_path("mine.yaml") == "mine.yaml"

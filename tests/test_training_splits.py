@@ -1,0 +1,119 @@
+"""Which images are to train on, to validate by and to test with: splits by class and patient, and test images only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training_cases import fails, fit, make_images, write_table
+
+from densenet_efficient.cli import main
+from densenet_efficient.training.splits import stratified_split
+
+
+def test_each_split_has_its_share_of_each_class() -> None:
+    labels = np.eye(3)[[0] * 50 + [1] * 20 + [2] * 7]
+    parts = stratified_split(labels, (0.6, 0.2, 0.2), seed=0)
+    assert sorted(index for part in parts for index in part) == list(range(77))
+    for part, fraction in zip(parts, (0.6, 0.2, 0.2), strict=True):
+        assert np.abs(labels[part].sum(0) - fraction * labels.sum(0)).max() < 1
+    assert parts == stratified_split(labels, (0.6, 0.2, 0.2), seed=0)
+    assert parts != stratified_split(labels, (0.6, 0.2, 0.2), seed=1)
+
+
+def test_groups_stay_whole_and_several_labels_stay_balanced() -> None:
+    generator = np.random.default_rng(0)
+    labels = (generator.random((400, 4)) < (0.5, 0.3, 0.1, 0.05)).astype(float)
+    groups = [f"patient {number}" for number in generator.integers(0, 120, 400)]
+    parts = stratified_split(labels, (0.7, 0.3), seed=0, groups=groups)
+    assert not {groups[index] for index in parts[0]} & {groups[index] for index in parts[1]}
+    shares = labels[parts[1]].sum(0) / labels.sum(0)
+    assert np.abs(shares - 0.3).max() < 0.05
+
+
+def random_patients(generator: np.random.Generator) -> tuple[np.ndarray, list[str]]:
+    """Classes of 3 to 6 patients with 3 to 11 images each, and a few patients with images of two classes."""
+    classes = int(generator.integers(2, 6))
+    held = [[name] for name in range(classes) for _ in range(generator.integers(3, 7))]
+    held += [list(generator.choice(classes, 2, replace=False)) for _ in range(generator.integers(0, 3))]
+    rows = [
+        (name, str(patient)) for patient, names in enumerate(held) for name in names * int(generator.integers(3, 12))
+    ]
+    return np.eye(classes)[[name for name, _ in rows]], [patient for _, patient in rows]
+
+
+# And the mean shares of the splits, each of which must have one of a class's 3 to 6 patients.
+PATIENTS_DIVIDED = [
+    ((0.7, 0.15, 0.15), (0.6, 0.2, 0.2)),
+    ((0.8, 0.2, 0.0), (0.8, 0.2, 0.0)),
+    ((0.98, 0.01, 0.01), (0.6, 0.2, 0.2)),
+    ((0.1, 0.8, 0.1), (0.2, 0.6, 0.2)),
+]
+
+
+@pytest.mark.parametrize(("fractions", "expected"), PATIENTS_DIVIDED)
+def test_every_split_gets_a_class_of_which_there_are_patients_enough(
+    fractions: tuple[float, ...], expected: tuple[float, ...]
+) -> None:
+    shares = []
+    for seed in range(300):
+        labels, patients = random_patients(np.random.default_rng(seed))
+        parts = stratified_split(labels, fractions, seed, patients)
+        assert parts == stratified_split(labels, fractions, seed, patients)
+        held = [{patients[index] for index in part} for part in parts]
+        assert sum(map(len, held)) == len(set().union(*held)) == len(set(patients))
+        used = [part for part, fraction in zip(parts, fractions, strict=True) if fraction]
+        assert all(labels[part].any(0).all() for part in used)
+        shares.append([len(part) / len(labels) for part in parts])
+    assert np.abs(np.mean(shares, 0) - expected).max() < 0.03
+
+
+@pytest.mark.parametrize("images", [(2, 5), (5, 2), (1, 40)])
+def test_two_patients_are_divided(images: tuple[int, int]) -> None:
+    patients = ["first"] * images[0] + ["second"] * images[1]
+    for seed in range(4):
+        parts = stratified_split(np.ones((len(patients), 1)), (0.8, 0.2, 0.0), seed, patients)
+        assert [len({patients[index] for index in part}) for part in parts] == [1, 1, 0]
+
+
+# ---- images to test with only ----
+
+
+@pytest.fixture(scope="module")
+def hospital(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, in run/, and the images of another hospital, in images/, with a table of them."""
+    folder = tmp_path_factory.mktemp("hospitals")
+    one_epoch = ("--trainer.max_epochs", "1", "--data.class_weights", "true")
+    assert fit(make_images(folder / "first"), folder / "run", *one_epoch) == 0
+    images = make_images(folder / "images", per_class=3)
+    rows = [{"path": path.relative_to(images), "label": path.parent.name} for path in sorted(images.rglob("*.png"))]
+    write_table(images / "table.csv", [row | {"split": "test"} for row in rows])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("images", ("--data.test_fraction", "1")),
+        ("images", ("--data.test_fraction", "1", "--data.bad_files", "skip")),
+        ("images/table.csv", ("--data.split_column", "split")),
+        ("images/table.csv", ("--data.test_fraction", "1")),
+    ],
+)
+def test_all_images_of_another_hospital_are_tested(
+    name: str, options: tuple[str, ...], hospital: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data", str(hospital / name), "--data.image_size", "8", "--data.num_workers", "0", *options]
+    model = ["--model.network", "densenet-bc-40-12", "--data.class_weights", "true", "--trainer.accelerator", "cpu"]
+    checkpoint = ["--ckpt_path", str(hospital / "run" / "best.ckpt"), "--output", str(tmp_path / "out")]
+    assert main(["test", *data, *model, *checkpoint]) == 0
+    tested = json.loads((tmp_path / "out" / "test" / "metrics.json").read_text())["evaluation"]
+    assert (tested["images"], tested["split"], tested["chose_epoch"]) == (6, "test", False)
+    assert "6 images of the test split" in capsys.readouterr().out
+    assert main(["check-data", *data]) == 0
+    assert "train" not in capsys.readouterr().out
+    for command in ("fit", "validate"):
+        error = fails([command, *data, *model, *checkpoint], capsys)
+        assert "all images are of the test split" in error and "evaluate them with the command test" in error
