@@ -10,6 +10,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Not compiled to bytecode: most of 17,000 modules are never imported.
 PIP_INSTALL := $(BIN)/pip --disable-pip-version-check install --no-compile --constraint constraints.txt
+# But written once they are: in a process that may not, importing torch takes two seconds more, every time.
+unexport PYTHONDONTWRITEBYTECODE
 NATIVE_SOURCES := $(shell find csrc -type f)
 
 .PHONY: venv demo test lint docs bench soak coverage evidence gpu readme clean

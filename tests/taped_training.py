@@ -211,8 +211,8 @@ def test_frozen_parameters(monkeypatch):
 def test_running_statistics(monkeypatch):
     model = make_model(checkpointing="none").eval()
     assert_same_bits(monkeypatch, model, batches(3))
-    model.requires_grad_(False)
-    assert_same_bits(monkeypatch, model, batches(1))
+    model.requires_grad_(False)  # then no bottleneck is kept for a backward: another loop
+    assert_same_bits(monkeypatch, model, batches(3))
     assert Tape.repetitions == 2 + 1
 
 
