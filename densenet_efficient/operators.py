@@ -6,9 +6,7 @@ autograd formula stand beside it. Running statistics are updated outside, once p
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -437,44 +435,3 @@ def _refuse_double_backward(ctx: Any, *grads: Any) -> Any:
 
 dense_stage_backward.register_autograd(_refuse_double_backward, setup_context=_save_nothing)
 stem_backward.register_autograd(_refuse_double_backward, setup_context=_save_nothing)
-
-
-AUTOGRADS_LEVEL = 1  # of the vmap by which autograd itself runs ``is_grads_batched``; nothing nests it
-_batched = torch.library.Library(NAMESPACE, "FRAGMENT")  # what is registered by it ends with it
-
-
-def _take_batches(name: str, backward: Any, count: int) -> None:
-    """Lets ``backward`` take batches of its first ``count`` arguments, the outputs' gradients: it runs for each.
-
-    They come from `torch.vmap` and from autograd's ``is_grads_batched``. What was saved is never batched.
-    """
-
-    def run_each(dims: Sequence[int | None], arguments: Sequence[Any]) -> list[Tensor]:
-        grads = zip(arguments[:count], dims[:count], strict=True)
-        each = [itertools.repeat(grad) if dim is None else grad.unbind(dim) for grad, dim in grads]
-        results = [backward(*some, *arguments[count:]) for some in zip(*each, strict=False)]
-        return [torch.stack(of_each) for of_each in zip(*results, strict=True)]
-
-    def by_vmap(info: Any, dims: Sequence[int | None], *arguments: Any) -> tuple[list[Tensor], list[int]]:
-        gradients = run_each(dims, arguments)
-        return gradients, [0] * len(gradients)
-
-    def by_autograd(*arguments: Any) -> list[Tensor]:
-        dims = [0 if _is_autograds_batch(grad) else None for grad in arguments[:count]]
-        grads = [
-            grad if dim is None else torch._remove_batch_dim(grad, AUTOGRADS_LEVEL, 0, dim)
-            for grad, dim in zip(arguments[:count], dims, strict=True)
-        ]
-        gradients = run_each(dims, [*grads, *arguments[count:]])
-        return [torch._add_batch_dim(gradient, 0, AUTOGRADS_LEVEL) for gradient in gradients]
-
-    backward.register_vmap(by_vmap)
-    _batched.impl(name, by_autograd, "Batched")
-
-
-def _is_autograds_batch(grad: Tensor | None) -> bool:
-    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
-
-
-_take_batches("dense_stage_backward", dense_stage_backward, 2)
-_take_batches("stem_backward", stem_backward, 1)

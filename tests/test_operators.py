@@ -10,7 +10,7 @@ import torch
 from cases import LEVELS, MODES, VARIANTS, assert_close, loss_of, make_images, make_pair, needs_native, state_of, step
 from kernel_cases import Factory, cast
 
-from densenet_efficient import Backbone, EfficientDenseNet
+from densenet_efficient import EfficientDenseNet
 from densenet_efficient import stem as stem_module
 from densenet_efficient.kernels import CONTRACT
 from densenet_efficient.operators import dense_stage, dense_stage_backward, stem, stem_backward
@@ -372,60 +372,6 @@ def test_a_second_derivative_of_the_parameters_is_refused(backend):
     gradients = torch.autograd.grad(loss_of(model(make_images(2, 3, 33, 47))), parameters, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         sum(gradient.square().sum() for gradient in gradients).backward()
-
-
-def by_autograd(outputs, inputs, batch):
-    return torch.autograd.grad(outputs, inputs, batch, is_grads_batched=True, retain_graph=True, allow_unused=True)
-
-
-def by_vmap(outputs, inputs, batch):
-    def gradients(*some):
-        return torch.autograd.grad(outputs, inputs, some, retain_graph=True)
-
-    return torch.vmap(gradients)(*batch)
-
-
-def maps_of(model, images):
-    """What a block's transition and the head read, from our operators where ``model`` has any."""
-    if isinstance(model, EfficientDenseNet):
-        return list(Backbone(model)(images).values())
-    outputs = {}
-    for name, child in model.features.named_children():
-        images = outputs[name] = child(images)
-    return [outputs["denseblock1"], outputs["norm5"]]
-
-
-@pytest.mark.parametrize("batched", [by_autograd, by_vmap])
-@pytest.mark.parametrize("with_features", [True, False])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_in_batches(backend, variant, with_features, batched):
-    """As they come for a Jacobian; of a block's features, and of what its transition makes of them, together."""
-    results = []
-    for model in make_pair(**VARIANTS[variant]):
-        images = make_images(2, 3, 33, 47).requires_grad_()
-        outputs = maps_of(model, images) if with_features else [model(images)]
-        batch = [make_images(3, *output.shape, seed=seed) for seed, output in enumerate(outputs)]
-        inputs = [images, *(model.features if with_features else model).parameters()]
-        results.append(dict(enumerate(batched(outputs, inputs, batch))))
-    assert_close(results[1], results[0], floor=1e-9)
-
-
-def test_a_jacobian_of_all_outputs_at_once(backend):
-    naive, efficient = make_pair(mode="eval")
-    images = make_images(1, 3, 33, 47)
-    found = torch.autograd.functional.jacobian(efficient, images, vectorize=True)
-    expected = torch.autograd.functional.jacobian(naive, images)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_a_second_derivative_in_batches_is_refused(backend):
-    _, model = make_pair()
-    images = make_images(2, 3, 33, 47).requires_grad_()
-    logits = model(images)
-    batch = make_images(3, *logits.shape)
-    [gradients] = torch.autograd.grad(logits, images, batch, is_grads_batched=True, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
-        gradients.square().sum().backward()
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 201), (2, 3, 71, 45), (2, 3, 37, 33, 35)])
