@@ -4,8 +4,8 @@ import types
 
 import pytest
 import torch
-import torchvision
-from cases import assert_close, make_images, make_pair, randomise, step
+from cases import assert_close, make_images, make_pair, step
+from conversion_cases import make_models
 from torch import nn
 
 from densenet_efficient import convert
@@ -58,16 +58,11 @@ def test_of_a_model(backend, place, change):
 @pytest.mark.parametrize("change", [doubled_by_class, doubled_by_instance])
 @pytest.mark.parametrize("place", PLACES)
 def test_of_a_converted_model(backend, place, change):
-    models = []
-    for is_converted in (False, True):
-        torch.manual_seed(0)
-        model = torchvision.models.DenseNet(4, (3, 2), 6, 3, num_classes=5).double()
-        randomise(model)
-        if is_converted:
-            convert(model)
+    original, converted = make_models("torchvision")
+    convert(converted)
+    for model in (original, converted):
         with_forward(model, place, change)
-        models.append(model)
-    assert_same(models[1], models[0])
+    assert_same(converted, original)
 
 
 def test_a_subclass_without_a_forward_of_its_own_stays_one_operator(backend):

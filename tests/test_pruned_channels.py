@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-import torchvision
-from cases import LEVELS, MODES, assert_close, make_images, make_pair, randomise, set_mode, step
+from cases import LEVELS, MODES, assert_close, make_images, make_pair, set_mode, step
+from conversion_cases import make_models
 from torch import nn
 
 from densenet_efficient import convert
@@ -121,16 +121,11 @@ def test_pruned_channels(backend, prune, mode, level, runs_before):
 
 @pytest.mark.parametrize("prune", PRUNINGS)
 def test_a_converted_model(backend, prune):
-    models = []
-    for is_converted in (False, True):
-        torch.manual_seed(0)
-        model = torchvision.models.DenseNet(4, (3, 2), 6, 3, num_classes=5).double()
-        randomise(model)
-        if is_converted:
-            convert(model)
+    original, converted = make_models("torchvision")
+    convert(converted)
+    for model in (original, converted):
         prune(model)
-        models.append(model)
-    assert_same_steps_and_inferences(models[1], models[0])
+    assert_same_steps_and_inferences(converted, original)
 
 
 @pytest.mark.parametrize("is_norm", [False, True])
