@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from training_cases import fails, fit, make_images
+from training_cases import fails, fit, fit_arguments, make_images
 
 from densenet_efficient.cli import main
 from densenet_efficient.training import cli
@@ -87,3 +87,14 @@ def test_a_folder_of_a_recipes_name_is_not_its_config(tmp_path: Path, monkeypatc
         recipe_path("other")
     (tmp_path / "mine.yaml").touch()
     assert recipe_path("mine.yaml") == "mine.yaml"
+
+
+@pytest.mark.parametrize("command", ["fit", "find-learning-rate", "find-batch-size"])
+def test_images_to_test_with_alone_are_refused_before_a_word_of_training(
+    command: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = fit_arguments(images, tmp_path / "run", "--data.test_fraction", "1")
+    assert main([command, *arguments[1:]]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("error: --data: all images are of the test split") and error.count("\n") == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_cases import fails, fit_arguments, make_images
+from training_cases import fails, fit_arguments, make_images, write_table
 
 from densenet_efficient.cli import main
 from densenet_efficient.models import create_model
@@ -51,7 +51,15 @@ def test_the_batch_size_finder(
         return (10 + batch) * 2**20
 
     monkeypatch.setattr(batch_size, "peak_memory", peak_memory)
-    arguments = fit_arguments(images, tmp_path / "run", "--ema_decay", "0.9", "--trainer.precision", "bf16-mixed")
+    rows = [  # enough that the memory is what limits the batch
+        {"path": images / name / f"{index}.png", "label": name, "split": part}
+        for index, part, count in ((0, "train", 100), (1, "val", 1))
+        for name in ("bright", "dark")
+        for _ in range(count)
+    ]
+    table = write_table(tmp_path / "many.csv", rows)
+    more = ("--data.split_column", "split", "--ema_decay", "0.9", "--trainer.precision", "bf16-mixed")
+    arguments = fit_arguments(table, tmp_path / "run", *more)
     assert main(["find-batch-size", *arguments[1:], "--memory", str(100 / 1024)]) == 0
     network = create_model("densenet-bc-40-12", num_classes=2)
     copies = 3 * 4 * sum(parameter.numel() for parameter in network.parameters())
@@ -59,6 +67,34 @@ def test_the_batch_size_finder(
     assert f"--data.batch_size {batch}: a step takes 0.10 of 0.10 GiB on cpu" in capsys.readouterr().out
     assert {(shape, options["dtype"]) for shape, _, options in asked} == {((3, 8, 8), "bfloat16")}
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("processes", "batch"), [(1, 10), (2, 5)])
+def test_a_batch_is_no_larger_than_the_training_data(
+    processes: int,
+    batch: int,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of ten images: with such a batch fit trains."""
+    monkeypatch.setattr(batch_size, "peak_memory", lambda *given, **_: given[3] * 2**20)
+    devices = ("--trainer.devices", str(processes))
+    assert main(["find-batch-size", *fit_arguments(images, tmp_path, *devices)[1:], "--memory", "1"]) == 0
+    said = capsys.readouterr().out
+    assert f"--data.batch_size {batch} (there are no more images to train on): a step takes 0.01 of 1.00 GiB" in said
+    assert processes > 1 or main(fit_arguments(images, tmp_path / "run", "--data.batch_size", str(batch))) == 0
+
+
+def test_a_batch_size_needs_images_to_train_on(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more, message in (
+        (("--data.test_fraction", "1"), "all images are of the test split"),
+        (("--trainer.devices", "6"), "expected at least 2 images to train on for each process, so that a batch has a"),
+    ):
+        assert message in fails(["find-batch-size", *fit_arguments(images, tmp_path, *more)[1:]], capsys)
 
 
 def test_memory_of_a_container(tmp_path: Path) -> None:
@@ -80,6 +116,7 @@ def test_the_largest_batch_is_found_from_smaller_ones() -> None:
     assert largest_batch(lambda batch: 100 + 7 * batch, 1000) == (128, 996)
     steps = largest_batch(lambda batch: 100 + 7 * batch + (30 if batch > 100 else 0), 1000)
     assert steps[0] in (123, 124) and steps[1] <= 1000
+    assert largest_batch(lambda batch: 100 + 7 * batch, 1000, images=50) == (50, 450)
     with pytest.raises(ValueError, match="not even 2 images fit into"):
         largest_batch(lambda batch: 100 + 7 * batch, 110)
     model = create_model("densenet-bc-40-12")

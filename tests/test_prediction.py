@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
+import json
 import os
+import signal
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from training_cases import fit, make_images, write_dicom
 from densenet_efficient.cli import main
 from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier, read_checkpoint
 from densenet_efficient.training.images import read_image
-from densenet_efficient.training.prediction import Predictor, views_of
+from densenet_efficient.training.prediction import CSVWriter, Predictor, views_of
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +188,136 @@ def test_a_table_is_of_one_model_alone(
     for given in ((checkpoint, "--views", "mirror"), (tmp_path / "other.ckpt",)):
         assert predict(given[0], folder / "images", "--output", output, *given[1:]) == 2
         assert "holds predictions of other weights or --views (out.csv.json" in capsys.readouterr().err
+    assert output.read_bytes() == whole
+
+
+@pytest.fixture
+def table(folder: Path, tmp_path: Path) -> Path:
+    """A table of the images that lies elsewhere."""
+    paths = sorted((folder / "images").rglob("*.png"))
+    (tmp_path / "lists").mkdir()
+    lines = ["image", *(str(path.relative_to(folder / "images")) for path in paths)]
+    (tmp_path / "lists" / "table.csv").write_text("\n".join(lines))
+    return tmp_path / "lists" / "table.csv"
+
+
+def test_paths_are_relative_to_a_root(
+    table: Path, folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The remedy of the errors, without another --output. A path that is absolute stays as it is."""
+    output = tmp_path / "out.csv"
+    assert predict(checkpoint, table, "--output", output) == 2
+    assert f"{table}: no column path; it has image; name another with --path_column\n" in capsys.readouterr().err
+    given = (table, "--path_column", "image", "--output", output)
+    assert predict(checkpoint, *given) == 2
+    error = capsys.readouterr().err
+    assert f"{table}: none of the 12 files that are listed is there, such as {table.parent}/bright/0.png; say" in error
+    table.write_text(table.read_text() + f"\n{folder / 'images' / 'dark' / '0.png'}")
+    rooted = (*given, "--root", folder / "images")
+    assert predict(checkpoint, *rooted) == 0
+    assert [row["path"] for row in rows_of(output)] == sorted(map(str, (folder / "images").rglob("*.png")))
+    whole = output.read_bytes()
+    output.write_bytes(whole[: len(whole) // 2])
+    assert predict(checkpoint, *rooted) == 0
+    assert output.read_bytes() == whole
+
+
+def test_a_table_is_of_one_root_alone(
+    table: Path,
+    folder: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A relative one is another in another working directory."""
+    output = tmp_path / "out.csv"
+    given = (table, "--path_column", "image", "--output", output)
+    monkeypatch.chdir(folder)
+    assert predict(checkpoint, *given, "--root", "images") == 0
+    whole = output.read_bytes()
+    theirs = f"{output}: holds predictions with --root images (in {folder}), not"
+    for root in (("--root", folder / "images"), ()):
+        assert predict(checkpoint, *given, *root) == 2
+        ours = f"with --root {root[1]}" if root else "without --root"
+        assert f"{theirs} {ours}; give the same, or name another --output\n" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert predict(checkpoint, *given, "--root", "images") == 2
+    assert f"{theirs} with --root images (in {tmp_path}); give" in capsys.readouterr().err
+    assert output.read_bytes() == whole
+    monkeypatch.chdir(folder)
+    assert predict(checkpoint, *given, "--root", "images/") == 0
+
+
+def test_a_table_of_no_root_takes_none_later(
+    folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So too one that an earlier version has begun, which is continued without."""
+    output = tmp_path / "out.csv"
+    assert predict(checkpoint, folder / "images", "--output", output) == 0
+    assert set(json.loads((tmp_path / "out.csv.json").read_text())) == {"weights_sha256", "views"}
+    assert predict(checkpoint, folder / "images", "--output", output, "--root", tmp_path) == 2
+    assert f"holds predictions without --root, not with --root {tmp_path}; give the" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_prediction_that_is_told_to_stop(
+    number: signal.Signals,
+    workers: int,
+    folder: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """At once, with the shell's status; the handlers are then as they were."""
+    output = tmp_path / "out.csv"
+    before = [signal.getsignal(other) for other in (signal.SIGTERM, signal.SIGINT)]
+    arguments = (folder / "images", "--output", output, "--batch_size", 2, "--num_workers", workers)
+    own = CSVWriter.write
+
+    def write(self: CSVWriter, paths: list[str], probabilities: torch.Tensor) -> None:
+        own(self, paths, probabilities)
+        if len(rows_of(output)) == 4:
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CSVWriter, "write", write)
+        assert predict(checkpoint, *arguments) == 128 + number
+    assert capsys.readouterr().err.endswith("Interrupted; the same command goes on\n")
+    assert len(rows_of(output)) == 4
+    assert [signal.getsignal(other) for other in (signal.SIGTERM, signal.SIGINT)] == before
+    assert predict(checkpoint, *arguments) == 0
+    assert [row["path"] for row in rows_of(output)] == sorted(map(str, (folder / "images").rglob("*.png")))
+
+
+def test_a_full_disk(
+    folder: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "out.csv"
+    arguments = (folder / "images", "--output", output, "--batch_size", 5)
+    assert predict(checkpoint, *arguments) == 0
+    whole = output.read_bytes()
+    output.write_bytes(whole[: len(whole) * 2 // 3])
+    own = CSVWriter._open
+
+    def open_full(self: CSVWriter, mode: Any) -> TextIO:
+        file = own(self, mode)
+        file.write("half a r")
+        file.close()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CSVWriter, "_open", open_full)
+        assert predict(checkpoint, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.endswith(f"error: {output}: No space left on device; make room, and the same command goes on\n")
+    assert predict(checkpoint, *arguments) == 0
     assert output.read_bytes() == whole
 
 

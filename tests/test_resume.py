@@ -21,7 +21,7 @@ import pytest
 import torch
 from training_cases import assert_same_bits, fails, fit, fit_arguments, make_images, stopping_at, weights
 
-from densenet_efficient.files import atomic_write, prepare_directory
+from densenet_efficient.files import SILENCE, atomic_write, prepare_directory, remove_left_over
 from densenet_efficient.training.checkpoint import AtomicCheckpointIO, is_whole, last_whole, read_checkpoint
 from densenet_efficient.training.finish import CollectOutputs
 from densenet_efficient.training.interruption import SIGNALS
@@ -236,6 +236,47 @@ def test_a_signal_to_the_whole_group_saves_too(images: Path, whole: Path, tmp_pa
     assert process.wait(120) == 128 + signal.SIGTERM
     assert fit(images, tmp_path, *AVERAGED, "--ckpt_path", "last") == 0
     assert_same_bits(weights(tmp_path), weights(whole))
+
+
+def left_half_written(path: Path) -> Path:
+    """What a process leaves that is killed as it writes the file."""
+    lines = (
+        "import os, pathlib, signal, sys",
+        "from densenet_efficient.files import atomic_write",
+        "with atomic_write(pathlib.Path(sys.argv[1])) as file:",
+        "    file.write(b'half')",
+        "    os.kill(os.getpid(), signal.SIGKILL)",
+    )
+    killed = subprocess.Popen([sys.executable, "-c", "\n".join(lines), str(path)])
+    assert killed.wait() == -signal.SIGKILL
+    return path.with_name(f".{path.name}.{os.uname().nodename}.{killed.pid}")
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(images: Path, whole: Path, tmp_path: Path) -> None:
+    """By one that continues the run or replaces it; not by one that is refused."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    for name, more in (("last.ckpt", ("--ckpt_path", "last")), ("best.ckpt", ("--overwrite", "true"))):
+        left = left_half_written(run / name)
+        assert left.exists()
+        assert fit(images, run, *AVERAGED) == 2
+        assert left.exists()
+        assert fit(images, run, *AVERAGED, *more, "--trainer.max_epochs", "4") == 0
+        assert not list(run.glob(".*"))
+
+
+def test_what_may_still_be_written_is_not_removed(tmp_path: Path) -> None:
+    """By a process of this machine that lives, or of another one, by whatever number; nor files of other names."""
+    here, mine, other = os.uname().nodename, os.getpid(), os.getppid()
+    long_ago = time.time() - SILENCE - 60
+    fresh = {".last.ckpt.node.7.1234567", ".last.ckpt.77"}
+    kept = {f".last.ckpt.{here}.{other}", ".other.ckpt.77", ".last.ckpt.x", "last.ckpt"}
+    removed = {f".last.ckpt.{here}.{mine}", ".last.ckpt.node.7.1234568", ".last.ckpt.78"}
+    for name in fresh | kept | removed:
+        (tmp_path / name).write_bytes(b"half")
+        if name not in fresh:
+            os.utime(tmp_path / name, (long_ago, long_ago))
+    remove_left_over([tmp_path / "last.ckpt", tmp_path / "best.ckpt"])
+    assert {path.name for path in tmp_path.iterdir()} == fresh | kept
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_previous_one(

@@ -226,6 +226,16 @@ def test_table_of_several_labels(layout: str, rows: list[dict[str, Any]], tmp_pa
             {"split_column": "split"},
             r"table.csv: no row of the validation split; name some val, or leave the split column out",
         ),
+        (
+            lambda rows: None,
+            {"label_column": "diagnosis", "group_column": "name"},
+            r"no column diagnosis, name; it has .*; name another with --data.label_column, --data.group_column$",
+        ),
+        (
+            lambda rows: None,
+            {"label_columns": ["patient"], "label_separator": "|"},
+            "both tell of several .* choose one",
+        ),
         (lambda rows: None, {"label_columns": ["patient"]}, "column patient must be 0 or 1, got 'bright 0'"),
         (
             lambda rows: [row.update(patient=index % 2) for index, row in enumerate(rows)],
@@ -264,6 +274,26 @@ def test_tables_that_cannot_be_trained_on(
         CSVData(table, **options, **SMALL)
 
 
+def test_a_table_of_files_that_are_elsewhere(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    """The remedy that is named works."""
+    (tmp_path / "lists").mkdir()
+    table = write_table(tmp_path / "lists" / "table.csv", rows)
+    message = (
+        rf"^{table}: none of the 20 files that are listed is there, such as {table.parent}/bright/0.png; "
+        "say with --data.root what the paths are relative to$"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        CSVData(table, **SMALL)
+    assert len(CSVData(table, root=tmp_path, **SMALL).splits.train) == 16
+
+
+def test_spaces_around_the_names_of_columns(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    lines = [f"{row['path']}, {row['label']}" for row in rows]
+    (tmp_path / "table.csv").write_text("\n".join(["path, label", *lines]))
+    data = CSVData(tmp_path / "table.csv", **SMALL)
+    assert data.task.class_names == ["bright", "dark"] and len(data.splits.train) == 16
+
+
 def test_a_table_without_rows(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("path,label\n")
     with pytest.raises(ValueError, match=r"table.csv: no row below its header"):
@@ -288,12 +318,13 @@ def test_a_table_without_rows(tmp_path: Path) -> None:
             r"table.csv:4: expected 2 cells, as in the header, got 1; complete or remove the row",
         ),
         (b"path,label\n0,5.png,dark\n", r"table.csv:2: expected 2 cells, .*got 3; .* quote a cell that holds a comma$"),
+        (b"path,label,label\n", "table.csv: expected each column once, got label again; rename all but one$"),
         (
             b"path,label\n" + b"0" * 200_000,
             r"table.csv: expected a table of cells with commas between them \(field larger than",
         ),
     ],
-    ids=["empty", "Latin-1", "semicolons", "tabs", "short row", "long row", "no table"],
+    ids=["empty", "Latin-1", "semicolons", "tabs", "short row", "long row", "repeated column", "no table"],
 )
 def test_files_that_are_no_tables(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_bytes(content)
@@ -419,6 +450,32 @@ def test_medmnist(name: str, channels: int, classes: int, tmp_path: Path) -> Non
     assert images.shape == (4, channels, 28, 28) and labels.shape == ((4, 14) if classes == 14 else (4,))
     with pytest.raises(ValueError, match="expected one of pathmnist"):
         MedMNISTData("mnist", root=tmp_path, download=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "options"),
+    [(CIFARData, "CIFAR10", {}), (SVHNData, "SVHN", {}), (MedMNISTData, "MedMNIST's pathmnist", {"name": "pathmnist"})],
+)
+def test_a_public_data_set_that_is_not_to_be_had(
+    kind: Any, name: str, options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the folder, nor over a network."""
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError("no\nnetwork")
+
+    where = rf"^{name}: not to be had in --data.root {tmp_path} "
+    with pytest.raises(RuntimeError, match=rf"{where}\(Dataset not found.*\); --data.download true fetches it$"):
+        kind(root=tmp_path, download=False, **options)
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    with pytest.raises(RuntimeError, match=rf"{where}\(.*\); put its files there, or try again with a network$"):
+        kind(root=tmp_path, **options)
+
+
+def test_medmnist_that_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "pathmnist.npz").write_bytes(b"PK\3\4 cut short")
+    with pytest.raises(RuntimeError, match=r"^MedMNIST's pathmnist: not to be had in .* \(File is not a zip file\); "):
+        MedMNISTData("pathmnist", root=tmp_path, download=False)
 
 
 def test_medmnist_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageOps
+from pydicom import dcmread, uid
+from pydicom.encaps import encapsulate
+from pydicom.pixels.decoders.base import get_decoder
 from training_cases import LUMINANCE, make_images, make_patients, write_dicom, write_table
 
 from densenet_efficient.cli import main
@@ -79,6 +82,67 @@ def test_dicom_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = write_dicom(tmp_path / "slice", PIXELS)
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(ValueError, match=r"slice: DICOM needs pydicom; pip install pydicom"):
+        read_image(path, 1)
+
+
+# Of transfer syntaxes that pydicom does not decode by itself: the name, what is to be done.
+ENCAPSULATED = [
+    (uid.JPEGLosslessSV1, "no decoder of .*, is installed; pip install python-gdcm, or 'pylibjpeg\\[all\\]'"),
+    (uid.JPEGLSLossless, "no decoder of .*, is installed; pip install python-gdcm, or 'pylibjpeg\\[all\\]'"),
+    (uid.JPEGExtended12Bit, "no decoder of .*, is installed; pip install python-gdcm, or 'pylibjpeg\\[all\\]'"),
+    (uid.HTJ2KLossless, "no decoder of .*, is installed; pip install 'pylibjpeg\\[all\\]'"),
+    (uid.MPEG2MPML, "its transfer syntax, .*, is none that pydicom decodes; convert the file to an uncompressed one"),
+    (uid.JPEG2000Lossless, r"expected an undamaged image .* \(Unable to decode .*\)"),
+    (uid.RLELossless, r"expected an undamaged image .* \(Unable to decode .*\)"),
+]
+
+
+@pytest.fixture
+def without_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what pydicom brings, and Pillow, wherever further ones are installed."""
+    for syntax, _ in ENCAPSULATED[:-3]:
+        decoder = get_decoder(syntax)
+        for plugin in set(decoder.available_plugins) - {"pydicom", "pillow"}:
+            monkeypatch.setitem(decoder._unavailable, plugin, ("another package",))
+            monkeypatch.delitem(decoder._available, plugin)
+
+
+def write_encapsulated(path: Path, syntax: uid.UID) -> Path:
+    """A DICOM file of a transfer syntax, whose compressed image is none."""
+    dataset = dcmread(write_dicom(path, PIXELS))
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.PixelData = encapsulate([b"\xff\xd8\xff\xd9"])
+    dataset.save_as(path)
+    return path
+
+
+@pytest.mark.parametrize(("syntax", "message"), ENCAPSULATED, ids=[syntax.keyword for syntax, _ in ENCAPSULATED])
+def test_dicom_of_a_transfer_syntax_without_a_decoder(
+    syntax: uid.UID, message: str, without_decoders: None, tmp_path: Path
+) -> None:
+    path = write_encapsulated(tmp_path / "slice", syntax)
+    with pytest.raises(ValueError, match=f"^{path}: {message}$") as error:
+        read_image(path, 1)
+    assert "\n" not in str(error.value)
+    assert message.startswith("expected") or f"{syntax.name} ({syntax})" in str(error.value)
+
+
+def test_check_data_names_files_without_a_decoder(
+    without_decoders: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_encapsulated(make_images(tmp_path) / "dark" / "slice.dcm", uid.JPEGLosslessSV1)
+    assert main(["check-data", "--data", str(tmp_path)]) == 1
+    unreadable = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Unreadable")]
+    assert len(unreadable) == 1 and unreadable[0].startswith(f"Unreadable: {path}: no decoder of its transfer syntax")
+    with pytest.raises(ValueError, match=f"1 of 13 files .*{path}: no decoder .* pip install python-gdcm"):
+        FolderData(tmp_path, **SMALL).setup("fit")
+
+
+def test_a_dicom_file_without_a_transfer_syntax(tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "slice", PIXELS)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(uid.ExplicitVRLittleEndian.encode(), b" " * len(uid.ExplicitVRLittleEndian), 1))
+    with pytest.raises(ValueError, match=r"slice: expected an undamaged image such as PNG, JPEG, TIFF or DICOM \("):
         read_image(path, 1)
 
 
@@ -243,6 +307,32 @@ def test_an_image_beside_the_splits_is_named(tmp_path: Path) -> None:
     (tmp_path / "README.txt").write_text("where these are from")
     with pytest.raises(ValueError, match=r"1 of 25 files .*stray.png: in no class folder\. "):
         FolderData(tmp_path, **SMALL).setup("fit")
+
+
+def test_images_in_folders_beside_the_splits_are_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("train", "val"):
+        make_images(tmp_path / part)
+    make_images(tmp_path / "extra" / "more", names=("bright",))
+    write_dicom(tmp_path / "extra" / "slice", PIXELS)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README.txt").write_text("where these are from")
+    (tmp_path / "notes" / "locked").symlink_to(tmp_path / "none")
+    note = (
+        f"{tmp_path}: 7 images in other folders beside the splits are left out, in extra (7); "
+        "to use them, move them into the class folders of a split\n"
+    )
+    data = FolderData(tmp_path, **SMALL)
+    data.setup("fit")
+    assert note in capsys.readouterr().out
+    assert sum(map(len, data.splits.parts().values())) == 24
+    main(["check-data", "--data", str(tmp_path), "--data.bad_files", "skip"])
+    assert note in capsys.readouterr().out
+    for index in range(20):
+        make_images(tmp_path / f"more{index:02}", names=("bright",), per_class=1)
+    FolderData(tmp_path, **SMALL).setup("fit")
+    assert re.search(
+        r" 27 images .* in extra \(7\), more00 \(1\), .*, more08 \(1\), and 11 more; to ", capsys.readouterr().out
+    )
 
 
 def test_names_of_images(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,16 +15,22 @@ from densenet_efficient.models import EfficientDenseNet
 PROBES = (4, 12)  # batches that are measured to see what one more image takes
 
 
-def largest_batch(measure: Callable[[int], int], budget: int) -> tuple[int, int]:
-    """The largest batch whose peak, as `measure` gives it, is at most `budget` bytes, and this peak.
+def largest_batch(measure: Callable[[int], int], budget: int, images: int = sys.maxsize) -> tuple[int, int]:
+    """The largest batch whose peak, as `measure` gives it, is at most `budget` bytes, and this peak; of all `images` at
+    most.
 
     Memory grows in proportion to the batch, so that two probes foretell it; the answer is then measured itself, and
-    lowered as long as it does not hold. Raises ValueError if not even two images fit.
+    lowered as long as it does not hold. Raises ValueError if there are less than two images, or not even two fit.
     """
+    if images < 2:
+        raise ValueError(
+            f"--data: expected at least 2 images to train on for each process, so that a batch has a variance, got "
+            f"{images}; add images, or lower --trainer.devices"
+        )
     smaller, larger = PROBES
     low, high = measure(smaller), measure(larger)
     per_image = max((high - low) / (larger - smaller), 1.0)
-    batch = int(smaller + (budget - low) / per_image)
+    batch = min(int(smaller + (budget - low) / per_image), images)
     while batch >= 2:
         peak = measure(batch)
         if peak <= budget:

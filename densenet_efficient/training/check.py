@@ -23,6 +23,7 @@ from densenet_efficient.training.samples import Samples, Splits, require_every_c
 MAX_NAMED = 20  # files that a message lists
 
 Read = Callable[[Any], Any]
+Find = Callable[[Sequence[str]], dict[str, str]]  # as `find_unreadable`
 
 
 def find_unreadable(paths: Sequence[str], read: Read) -> dict[str, str]:
@@ -41,13 +42,13 @@ def find_unreadable(paths: Sequence[str], read: Read) -> dict[str, str]:
         return {path: text for path, text in zip(paths, found, strict=True) if text is not None}
 
 
-def keep_readable(splits: Splits, read: Read, skip: bool) -> Splits:
-    """The splits without the files that cannot be read, each of which is named.
+def keep_readable(splits: Splits, find: Find, skip: bool) -> Splits:
+    """The splits without the files that cannot be read, which `find` gives, each of which is named.
 
     Raises ValueError naming them if they are not to be skipped, or if a class has no other image.
     """
     paths = [path for samples in splits.parts().values() for path in samples.sources]
-    bad = find_unreadable(paths, read) | dict(splits.strays)
+    bad = find(paths) | dict(splits.strays)
     if not bad:
         return splits
     count = len(paths) + len(splits.strays)
@@ -101,6 +102,7 @@ class DataReport:
     leaks: list[list[Occurrence]]  # the same file in more than one split
     contradictions: list[list[Occurrence]]  # the same file with different labels
     repeated: list[list[Occurrence]]  # the same file several times in one split, with one label
+    notes: Sequence[str] = ()  # of the splits
 
 
 def examine_data(splits: Splits, read: Read) -> DataReport:
@@ -112,7 +114,7 @@ def examine_data(splits: Splits, read: Read) -> DataReport:
     contradictions = [group for group in same if len({found.label for found in group}) > 1]
     repeated = [group for group in same if len({(found.part, found.label) for found in group}) == 1]
     counts = _counts(_without(splits, unreadable) if unreadable else splits)
-    return DataReport(counts, unreadable | dict(splits.strays), leaks, contradictions, repeated)
+    return DataReport(counts, unreadable | dict(splits.strays), leaks, contradictions, repeated, splits.notes)
 
 
 def _counts(splits: Splits) -> dict[str, dict[str, int]]:
@@ -170,6 +172,8 @@ def print_data_report(report: DataReport, in_memory: bool) -> int:
     for title, groups in kinds.items():
         for group in groups:
             print(printable(f"{title}: {' = '.join(map(str, group))}"))
+    for note in report.notes:
+        print(printable(note))
     for problem in report.unreadable.values():
         print(printable(f"Unreadable: {problem}"))
     print(

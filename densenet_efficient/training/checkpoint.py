@@ -21,7 +21,7 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from densenet_efficient.files import atomic_write
+from densenet_efficient.files import atomic_write, temporary_of
 from densenet_efficient.models import EfficientDenseNet
 from densenet_efficient.training.preprocessing import Preprocessing
 from densenet_efficient.weights.checkpoints import DAMAGED
@@ -252,7 +252,7 @@ def _check_class_names(path: str | Path, theirs: list[str], class_names: list[st
 
 def _keep_as_previous(last: Path) -> None:
     """A second name for the same file, which the next one will not overwrite but replace."""
-    link = last.with_name(f".{PREVIOUS}.{os.getpid()}")
+    link = temporary_of(last.with_name(PREVIOUS))
     try:
         os.link(last, link)
         os.replace(link, last.with_name(PREVIOUS))

@@ -26,7 +26,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.tuner.tuning import Tuner
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from densenet_efficient.files import naming_full_disk, prepare_directory
+from densenet_efficient.files import naming_full_disk, prepare_directory, remove_left_over
 from densenet_efficient.models import EfficientDenseNet
 from densenet_efficient.training import datasets  # noqa: F401, so that --data knows them
 from densenet_efficient.training.averaging import AveragedWeights
@@ -54,7 +54,7 @@ from densenet_efficient.training.pictures import draw_learning_rates
 from densenet_efficient.training.progress import Progress
 from densenet_efficient.training.quiet import quieten_lightning
 from densenet_efficient.training.recipes import describe_recipes
-from densenet_efficient.training.report import write_text
+from densenet_efficient.training.report import METRICS, PAGE, write_text
 from densenet_efficient.training.samples import Splits
 from densenet_efficient.training.sharding import FSDP, FullySharded
 from densenet_efficient.training.shorthands import DATA_NAMES, FORMS_OF_DATA, expand_shorthands
@@ -64,6 +64,7 @@ from densenet_efficient.training.synchronised import SynchronisedOnCPUs
 register_type(numbers.Number, serializer=lambda value: value, deserializer=float, type_check=isinstance)
 # With their limits. (As the parser's own types they would stand in checkpoints, which hold plain values only.)
 NUMBERS_ABOVE_ZERO = dict.fromkeys(("threads", "memory", "patience", "save_every_n_steps"), math.inf) | {"ema_decay": 1}
+CONFIG = "config.yaml"  # of a run, beside its checkpoints
 COPIES = {"adamw": 2, "adam": 2, "sgd": 1}  # of the parameters, that the optimizers keep
 DTYPES = {"32": "float32", "bf16": "bfloat16", "16": "float16", "64": "float64"}  # of --trainer.precision
 DESCRIPTIONS = {
@@ -103,6 +104,10 @@ def run(command: str, arguments: Sequence[str]) -> int:
     except SIGTERMException:  # Lightning's, in an evaluation
         print("Interrupted", file=sys.stderr)
         return 128 + signal.SIGTERM
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning makes a status of 1, without a word
+            raise KeyboardInterrupt from end
+        raise
     return 0
 
 
@@ -327,6 +332,7 @@ class TrainingCLI(LightningCLI):
     def run_fit(self) -> None:
         output, config = Path(self.config.output), self.config
         checkpoint = self._checkpoint()
+        self.datamodule.require_training_images()
         if self.trainer.is_global_zero:
             self._announce()
         with naming_full_disk(output):
@@ -372,6 +378,8 @@ class TrainingCLI(LightningCLI):
         print(f"--model.learning_rate {suggestion:.2g}; the losses are drawn in {picture}")
 
     def run_find_batch_size(self) -> None:
+        self.datamodule.require_training_images()
+        images = len(self.datamodule.splits.train) // (self.trainer.num_devices * self.trainer.num_nodes)
         device = str(self.trainer.strategy.root_device)
         budget = int(self.config.memory * 2**30) if self.config.memory else available_memory(device)
         precision = str(self.trainer.precision).partition("-")[0]
@@ -382,8 +390,10 @@ class TrainingCLI(LightningCLI):
             DTYPES[precision],
             COPIES[self.model.optimizer] + (self.config.ema_decay is not None),
         )
-        batch, peak = largest_batch(measure, budget)
-        print(f"--data.batch_size {batch}: a step takes {peak / 2**30:.2f} of {budget / 2**30:.2f} GiB on {device}")
+        batch, peak = largest_batch(measure, budget, images)
+        limit = " (there are no more images to train on)" if batch == images else ""
+        memory = f"{peak / 2**30:.2f} of {budget / 2**30:.2f} GiB on {device}"
+        print(f"--data.batch_size {batch}{limit}: a step takes {memory}")
 
     def _report(self, folder: Path, history: list[dict[str, float]], comparison: bool) -> None:
         text = self.parser.dump(self.config)
@@ -419,7 +429,8 @@ class TrainingCLI(LightningCLI):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the configuration beside the checkpoints, where `test` finds it; removes those of a run to be replaced.
+    """Writes the configuration beside the checkpoints, where `test` finds it; removes those of a run to be replaced,
+    and what a killed one left half written: the directory is this run's alone.
 
     It does so when the training really starts, so that what is refused before leaves an earlier run as it was.
     """
@@ -436,4 +447,5 @@ class SaveConfig(SaveConfigCallback):
         if self.config.overwrite and not is_own_checkpoint(self.config.ckpt_path, output):
             for name in (LAST, PREVIOUS, BEST):
                 (output / name).unlink(missing_ok=True)
-        write_text(output / "config.yaml", self.parser.dump(self.config))
+        remove_left_over(output / name for name in (LAST, PREVIOUS, BEST, CONFIG, METRICS, PAGE))
+        write_text(output / CONFIG, self.parser.dump(self.config))

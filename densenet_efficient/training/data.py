@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from densenet_efficient.training.check import keep_readable
+from densenet_efficient.training.check import find_unreadable, keep_readable, printable
 from densenet_efficient.training.images import read_image, what_is_wrong
 from densenet_efficient.training.interruption import end_with_the_run
 from densenet_efficient.training.loading import EpochSampler, LabelledImages, TrainingLoader
 from densenet_efficient.training.preprocessing import Preprocessing, Transform, normalisation
 from densenet_efficient.training.samples import Columns, Samples, Splits, read_folder, read_table
+from densenet_efficient.training.shared_check import find_unreadable_together
 
 Augmentation = Literal["none", "photograph", "medical", "small", "digits"] | list[v2.Transform]
 
@@ -135,18 +136,32 @@ class ImageData(LightningDataModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Before training, check every file once."""
-        if self.splits.only_test and stage != "test":
+        if stage != "test":
+            self.require_training_images()
+        if stage == "fit":
+            for note in self.splits.notes if self._process()[0] == 0 else ():
+                print(printable(note))
+            self._check_files()
+
+    def require_training_images(self) -> None:
+        """Raise ValueError if there are none, nor any to validate by."""
+        if self.splits.only_test:
             raise ValueError(
                 "--data: all images are of the test split, by --data.test_fraction 1 or the split column; "
                 "evaluate them with the command test, or name images to train on and to validate by"
             )
-        if stage == "fit":
-            self._check_files()
 
     def _check_files(self) -> None:
         if not self.checked:
-            self.splits = keep_readable(self.splits, self.read_source, skip=self.bad_files == "skip")
+            self.splits = keep_readable(self.splits, self._find_unreadable, skip=self.bad_files == "skip")
             self.checked = True
+
+    def _find_unreadable(self, paths: Sequence[str]) -> dict[str, str]:
+        """Of several processes each reads a share. (They know of each other only once there is a trainer.)"""
+        trainer = self.trainer
+        if trainer is None or trainer.world_size == 1:
+            return find_unreadable(paths, self.read_source)
+        return find_unreadable_together(paths, self.read_source, trainer.local_rank, trainer.num_devices)
 
     def train_dataloader(self) -> TrainingLoader:
         train = self.splits.train
@@ -304,6 +319,8 @@ class CSVData(ImageData):
     ) -> None:
         self.table = Path(table)
         self.root = self.table.parent if root is None else Path(root)
+        if label_columns and label_separator is not None:
+            raise ValueError("label_columns and label_separator both tell of several labels per image; choose one")
         self.columns = Columns(
             path_column, label_column, label_columns or (), label_separator, group_column, split_column
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +49,17 @@ class ArrayData(ImageData):
 
 def array_samples(images: Pixels, labels: Any) -> Samples:
     return Samples(images, torch.as_tensor(np.asarray(labels), dtype=torch.int64))
+
+
+@contextmanager
+def naming_data_set(name: str, root: Path, download: bool) -> Iterator[None]:
+    """Whatever fails while this block reads a data set, or fetches it, the error names it, its folder and a remedy."""
+    try:
+        yield
+    except Exception as error:  # torchvision and medmnist raise many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        remedy = "put its files there, or try again with a network" if download else "--data.download true fetches it"
+        raise RuntimeError(f"{name}: not to be had in --data.root {root} ({reason}); {remedy}") from error
 
 
 class DigitsData(ArrayData):
@@ -101,7 +114,8 @@ class CIFARData(ArrayData):
         from torchvision.datasets import CIFAR10, CIFAR100
 
         kind = CIFAR10 if self.classes == 10 else CIFAR100
-        train, test = (kind(self.root, train=part, download=self.download) for part in (True, False))
+        with naming_data_set(kind.__name__, self.root, self.download):
+            train, test = (kind(self.root, train=part, download=self.download) for part in (True, False))
         parts = [array_samples(part.data, part.targets) for part in (train, test)]
         return self.divide(list(train.classes), *parts)
 
@@ -135,8 +149,9 @@ class SVHNData(ArrayData):
         from torchvision.datasets import SVHN
 
         names = ["train", "extra"] if self.extra else ["train"]
-        train = [SVHN(self.root, split=name, download=self.download) for name in names]
-        test = SVHN(self.root, split="test", download=self.download)
+        with naming_data_set("SVHN", self.root, self.download):
+            train = [SVHN(self.root, split=name, download=self.download) for name in names]
+            test = SVHN(self.root, split="test", download=self.download)
         images = np.concatenate([part.data for part in train])
         labels = np.concatenate([part.labels for part in train])
         classes = [str(digit) for digit in range(10)]
@@ -182,11 +197,12 @@ class MedMNISTData(ArrayData):
             raise ValueError(f"--data.name {self.name}: expected one of {', '.join(flat)}")
         info = medmnist.INFO[self.name]
         kind = getattr(medmnist, info["python_class"])
-        self.root.mkdir(parents=True, exist_ok=True)
-        parts = [
-            kind(split=part, root=str(self.root), download=self.download, size=self.recorded)
-            for part in ("train", "val", "test")
-        ]
+        with naming_data_set(f"MedMNIST's {self.name}", self.root, self.download):
+            self.root.mkdir(parents=True, exist_ok=True)
+            parts = [
+                kind(split=part, root=str(self.root), download=self.download, size=self.recorded)
+                for part in ("train", "val", "test")
+            ]
         multi_label = info["task"].startswith("multi-label")
         samples = [
             Samples(part.imgs, torch.as_tensor(part.labels, dtype=torch.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ TURNS: dict[Any, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# What pydicom says of Pillow where another decoder is needed, which is not installed.
+BEYOND_PILLOW = re.compile("Pillow (does not support|cannot decode)")
 MAY_BE_EMPTY = ("WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept")  # in DICOM files, as if not there
 
 ValueRange = Sequence[float] | None  # the values that become 0 and 1
@@ -131,6 +134,7 @@ def _read_dicom(path: str | Path, value_range: ValueRange) -> Tensor:
         from pydicom.pixels.utils import pixel_array
     except ModuleNotFoundError as error:
         raise ValueError(f"{path}: DICOM needs pydicom; pip install pydicom") from error
+    dataset: Any = None
     try:
         dataset = dcmread(path)
         pixels = pixel_array(dataset)
@@ -141,7 +145,8 @@ def _read_dicom(path: str | Path, value_range: ValueRange) -> Tensor:
         if dataset.PhotometricInterpretation == "PALETTE COLOR":
             pixels, bits = apply_color_lut(pixels, dataset), dataset.RedPaletteColorLookupTableDescriptor[2]
     except Exception as error:  # pydicom raises many kinds for damaged files
-        raise ValueError(f"{path}: {UNREADABLE} ({error})") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: {_lacking_decoder(dataset, reason) or f'{UNREADABLE} ({reason})'}") from error
     if int(dataset.get("NumberOfFrames") or 1) > 1:
         raise ValueError(f"{path}: expected a DICOM file of one frame, got {dataset.NumberOfFrames}; export the frames")
     if pixels.ndim == 3:  # colours, as [H, W, 3], or 4 with opacity
@@ -154,6 +159,26 @@ def _read_dicom(path: str | Path, value_range: ValueRange) -> Tensor:
     if dataset.PhotometricInterpretation == "MONOCHROME1":  # the lowest value is white
         scaled = 1 - scaled
     return torch.from_numpy(scaled)[None]
+
+
+def _lacking_decoder(dataset: Any, reason: str) -> str | None:
+    """What would decode the pixels of a DICOM file, where nothing that is installed does; None if something does."""
+    from pydicom.pixels.decoders.base import get_decoder
+    from pydicom.uid import UID
+
+    syntax = getattr(dataset, "file_meta", {}).get("TransferSyntaxUID")
+    if not isinstance(syntax, UID) or not syntax:
+        return None
+    name = syntax.name if syntax.name == syntax else f"{syntax.name} ({syntax})"
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError:
+        return f"its transfer syntax, {name}, is none that pydicom decodes; convert the file to an uncompressed one"
+    if decoder.is_available and not BEYOND_PILLOW.search(reason):
+        return None
+    by_gdcm = any(text.startswith("gdcm") for text in decoder.missing_dependencies)
+    remedy = "pip install python-gdcm, or 'pylibjpeg[all]'" if by_gdcm else "pip install 'pylibjpeg[all]'"
+    return f"no decoder of its transfer syntax, {name}, is installed; {remedy}"
 
 
 def _window(dataset: Any) -> tuple[float, float] | None:

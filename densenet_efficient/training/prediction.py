@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
@@ -19,13 +19,15 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from densenet_efficient.files import atomic_write, prepare_directory
+from densenet_efficient.files import FULL_DISK, atomic_write, prepare_directory
 from densenet_efficient.training.check import listing, printable
 from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier
 from densenet_efficient.training.images import read_image, what_is_wrong
+from densenet_efficient.training.interruption import end_with_the_run
 from densenet_efficient.training.progress import Progress
-from densenet_efficient.training.samples import OTHER_TYPE, filled, list_files, read_rows
+from densenet_efficient.training.samples import OTHER_TYPE, filled, list_files, read_rows, require_a_file
 
+ORIGIN_OF_PATHS = ("root", "working_directory")  # of which the latter is empty where the former does not need it
 FIRST_COLUMNS = ("path", "prediction")
 
 
@@ -97,6 +99,7 @@ def predict(
     views: str = "none",
     batch_size: int = 32,
     path_column: str = "path",
+    root: Path | None = None,
     num_workers: int = 0,
     accelerator: str = "cpu",
     precision: Any = "32-true",
@@ -104,23 +107,31 @@ def predict(
 ) -> None:
     """Classify images, folders of images and those that CSV tables list; print lines, or write the CSV `output`.
 
+    The paths of a table are relative to `root`, or to the table's folder.
+
     What `output` already holds is not computed again. Raises OSError for a missing file and ValueError for one that is
     no image, unless such files are only to be named and left out; and ValueError for an `output` of another model.
     """
     classifier = load_classifier(checkpoint)
-    paths = list(dict.fromkeys(path for given in inputs for path in expand(given, path_column)))
+    paths = list(dict.fromkeys(path for given in inputs for path in expand(given, path_column, root)))
+    given_as = ", ".join(map(str, inputs))
     if not paths:
-        raise ValueError(f"{', '.join(map(str, inputs))}: found no image; expected image files, folders or CSV tables")
+        raise ValueError(f"{given_as}: found no image; expected image files, folders or CSV tables")
     writer: BasePredictionWriter = LineWriter(classifier, bad_files)
     if output is not None:
         prepare_directory(output.parent)
-        writer = CSVWriter(classifier, bad_files, output, views)
+        writer = CSVWriter(classifier, bad_files, output, views, root)
         paths = [path for path in paths if path not in writer.done]
         print(f"{len(writer.done)} predictions are in {output}; {len(paths)} to go")
     if not paths:
         return
+    require_a_file(given_as, paths, "--root")
     loader = DataLoader(
-        ImageFiles(paths, classifier), batch_size=batch_size, num_workers=num_workers, collate_fn=collate
+        ImageFiles(paths, classifier),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=collate,
+        worker_init_fn=end_with_the_run,
     )
     trainer = Trainer(
         accelerator=accelerator,
@@ -134,8 +145,9 @@ def predict(
     trainer.predict(Predictor(classifier, views), loader, return_predictions=False)
 
 
-def expand(given: Path, path_column: str) -> list[str]:
-    """The image files that a folder holds or a CSV table lists, relative to the table; any other file is an image.
+def expand(given: Path, path_column: str, root: Path | None = None) -> list[str]:
+    """The image files that a folder holds or a CSV table lists, relative to `root`, or to the table's folder; any other
+    file is an image.
 
     What a folder holds besides, such as an earlier table, is named.
     """
@@ -145,8 +157,9 @@ def expand(given: Path, path_column: str) -> list[str]:
             print(f"left out as {OTHER_TYPE}: {listing(map(str, others))}", file=sys.stderr)
         return [str(path) for path in images]
     if given.suffix.lower() == ".csv":
-        rows = read_rows(given, [path_column])
-        return [str(given.parent / filled(place, row, path_column)) for place, row in rows.items()]
+        rows = read_rows(given, {path_column: "--path_column"})
+        below = given.parent if root is None else root
+        return [str(below / filled(place, row, path_column)) for place, row in rows.items()]
     if not given.exists():
         raise FileNotFoundError(errno.ENOENT, "No such file; expected an image, a folder or a CSV table", str(given))
     return [str(given)]
@@ -194,48 +207,85 @@ class LineWriter(BasePredictionWriter):
 class CSVWriter(LineWriter):
     """Appends a row per image: its path, the decision, and the probability of each class.
 
-    A file beside it says by which weights and views, so that a table is of one model alone.
+    A file beside it says by which weights and views, so that a table is of one model alone, and below which root.
     """
 
-    def __init__(self, classifier: SavedClassifier, bad_files: str, path: Path, views: str) -> None:
+    def __init__(
+        self, classifier: SavedClassifier, bad_files: str, path: Path, views: str, root: Path | None = None
+    ) -> None:
         super().__init__(classifier, bad_files)
         self.path, self.header = path, [*FIRST_COLUMNS, *classifier.class_names]
         self.origin = {"weights_sha256": _fingerprint(classifier), "views": views}
+        self.origin_of_paths = _origin_of_paths(root)
         self.done = self._rows_so_far()
 
     def _rows_so_far(self) -> set[str]:
         """The paths of an earlier run's rows. A last row that was cut short is removed."""
         origin = self.path.with_name(f"{self.path.name}.json")
         if not self.path.exists() or self.path.stat().st_size == 0:
-            with atomic_write(origin) as file:
-                file.write(json.dumps(self.origin).encode())
-            with self._open("w") as file:
-                csv.writer(file).writerow(self.header)
-            return set()
+            return self._begin(origin)
         content = self.path.read_bytes()
         rows, end = _whole_records(content, len(self.header))
         if not rows or rows[0] != self.header:
             raise ValueError(
                 f"{self.path}: holds something else than predictions of these classes; name another --output"
             )
-        if not origin.exists() or json.loads(origin.read_bytes()) != self.origin:
+        if len(rows) == 1:
+            return self._begin(origin)
+        theirs = json.loads(origin.read_bytes()) if origin.exists() else {}
+        paths = {name: theirs.pop(name) for name in ORIGIN_OF_PATHS if name in theirs}
+        if theirs != self.origin:
             raise ValueError(
                 f"{self.path}: holds predictions of other weights or --views ({origin.name} beside it tells of which); "
                 "name another --output"
             )
+        if paths != self.origin_of_paths:
+            raise ValueError(
+                f"{self.path}: holds predictions {_as_given(paths)}, not {_as_given(self.origin_of_paths)}; "
+                "give the same, or name another --output"
+            )
         if end < len(content):
             os.truncate(self.path, end)
         return {row[0] for row in rows[1:] if row}
+
+    def _begin(self, origin: Path) -> set[str]:
+        with atomic_write(origin) as file:
+            file.write(json.dumps(self.origin | self.origin_of_paths).encode())
+        with self._open("w") as file:
+            csv.writer(file).writerow(self.header)
+        return set()
 
     def _open(self, mode: Literal["w", "a"]) -> TextIO:
         """Names that are not UTF-8 are written as the bytes that they are."""
         return open(self.path, mode, newline="", encoding="utf-8", errors="surrogateescape")
 
     def write(self, paths: list[str], probabilities: Tensor) -> None:
-        with self._open("a") as file:
-            rows = csv.writer(file)
-            for path, row in zip(paths, probabilities, strict=True):
-                rows.writerow([path, self.decision(row), *(f"{value:.6f}" for value in row.tolist())])
+        rows = [
+            [path, self.decision(row), *(f"{value:.6f}" for value in row.tolist())]
+            for path, row in zip(paths, probabilities, strict=True)
+        ]
+        try:
+            with self._open("a") as file:
+                csv.writer(file).writerows(rows)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            reason = f"{error.strerror}; make room, and the same command goes on"
+            raise OSError(error.errno, reason, str(self.path)) from error
+
+
+def _origin_of_paths(root: Path | None) -> dict[str, str]:
+    """What the rows' paths start with, and where that is. Without a root nothing, as in tables of earlier versions."""
+    if root is None:
+        return {}
+    return dict(zip(ORIGIN_OF_PATHS, (str(root), "" if root.is_absolute() else str(Path.cwd())), strict=True))
+
+
+def _as_given(paths: Mapping[str, str]) -> str:
+    if not paths:
+        return "without --root"
+    root, folder = (paths[name] for name in ORIGIN_OF_PATHS)
+    return f"with --root {root}" + (f" (in {folder})" if folder else "")
 
 
 def _whole_records(content: bytes, width: int) -> tuple[list[list[str]], int]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -26,10 +31,38 @@ def run_predict(arguments: Sequence[str]) -> int:
     options = given.as_dict()
     del options["config"]
     try:
-        predict(**options)
+        with stopped_by_signals():
+            predict(**options)
+    except Stopped as stop:
+        print(f"Interrupted{'' if given.output is None else '; the same command goes on'}", file=sys.stderr)
+        return stop.status
     except MisconfigurationException as error:  # such as of an accelerator that is not there
         raise ValueError(str(error)) from error
     return 0
+
+
+class Stopped(BaseException):
+    """The command was told to stop. The status is the shell's for the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.status = 128 + number
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """In this block SIGTERM and Ctrl-C raise `Stopped`, at once: by itself Lightning's `predict` goes on at a SIGTERM,
+    and at Ctrl-C ends the process without a word."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Stopped(number)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def build_parser() -> ArgumentParser:
@@ -47,6 +80,8 @@ def build_parser() -> ArgumentParser:
     add("--views", choices=("none", "mirror", "dihedral"), default="none", help=views)
     add("--batch_size", type=PositiveInt, default=32, help="images at once")
     add("--path_column", default="path", help="of a CSV table")
+    root = "what the paths of a CSV table are relative to; the table's folder if not given"
+    add("--root", type=Path, metavar="FOLDER", help=root)
     add("--num_workers", type=NonNegativeInt, default=0, help="processes that read images")
     add("--accelerator", default="auto", help="auto, cpu or gpu")
     add("--precision", default="32-true", help="such as 32-true, bf16-mixed, 16-mixed")

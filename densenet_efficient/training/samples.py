@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from densenet_efficient.training.images import is_image
 from densenet_efficient.training.splits import stratified_split
 
 SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # which file managers leave in folders of images
+MAX_FOLDERS_NAMED = 10  # by a note
 OTHER_TYPE = "of another type, by its name"
 SPLIT_NAMES = (
     dict.fromkeys(("train", "training"), "train")
@@ -59,6 +60,7 @@ class Splits:
     validation: Samples
     test: Samples | None = None
     strays: Mapping[str, str] = field(default_factory=dict, kw_only=True)  # why other files are left out, by path
+    notes: Sequence[str] = field(default=(), kw_only=True)  # what to say of the data, which is no error
 
     def map(self, function: Callable[[Samples], Samples]) -> Splits:
         test = None if self.test is None else function(self.test)
@@ -140,6 +142,7 @@ def read_folder(folder: Path, validation_fraction: float, test_fraction: float, 
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected one with a subfolder of images per class")
     folders = _split_folders(folder)
+    notes = _notes_on_others(folder, set(folders.values())) if folders else []
     if folders and "train" not in folders:
         raise FileNotFoundError(
             f"{folder}: found {', '.join(path.name for path in _visible_folders(folder))}, but no train beside them; "
@@ -161,7 +164,7 @@ def read_folder(folder: Path, validation_fraction: float, test_fraction: float, 
         raise FileNotFoundError(
             f"{folder}: found {train_folder.name}, but no val beside it; add one, or give {train_folder} itself"
         )
-    return Splits(names, train, **parts, strays=strays)
+    return Splits(names, train, **parts, strays=strays, notes=notes)
 
 
 def _split_folders(folder: Path) -> dict[str, Path]:
@@ -218,6 +221,28 @@ def _stray_images(folder: Path) -> dict[str, str]:
     return {str(path): f"{path}: in no class folder" for path in files if is_image(path)}
 
 
+def _notes_on_others(folder: Path, splits: Container[Path]) -> list[str]:
+    """What to say of the images in other folders beside those of the splits, if there are any."""
+    counts = {path.name: sum(map(_seems_image, _walk(path))) for path in _visible_folders(folder) if path not in splits}
+    found = [f"{name} ({count})" for name, count in counts.items() if count]
+    if not found:
+        return []
+    more = [f"and {len(found) - MAX_FOLDERS_NAMED} more"] if len(found) > MAX_FOLDERS_NAMED else []
+    where = ", ".join(found[:MAX_FOLDERS_NAMED] + more)
+    return [
+        f"{folder}: {sum(counts.values())} images in other folders beside the splits are left out, in {where}; "
+        "to use them, move them into the class folders of a split"
+    ]
+
+
+def _seems_image(path: Path) -> bool:
+    """Whether a file is an image; not, if it may not be read."""
+    try:
+        return path.is_file() and is_image(path)
+    except OSError:
+        return False
+
+
 def _is_hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name in SYSTEM_FILES
 
@@ -264,9 +289,12 @@ class Columns:
     split: str | None = None
 
     @property
-    def used(self) -> list[str]:
-        label = list(self.indicators) or [self.label]
-        return [name for name in (self.path, *label, self.group, self.split) if name]
+    def used(self) -> dict[str, str]:
+        """The columns that must be there, and by which option each is named."""
+        named: dict[str | None, str] = {self.path: "path_column"}
+        named |= dict.fromkeys(self.indicators, "label_columns") or {self.label: "label_column"}
+        named |= {self.group: "group_column", self.split: "split_column"}
+        return {name: f"--data.{option}" for name, option in named.items() if name}
 
     @property
     def multi_label(self) -> bool:
@@ -278,8 +306,8 @@ def read_table(
 ) -> Splits:
     """A CSV table with a header: paths relative to `root`, labels, and if wanted groups and splits.
 
-    Raises OSError if the table cannot be read, and ValueError for a column that it lacks, an empty cell, a label that
-    no training image has, or a single class.
+    Raises OSError if the table or all of its files cannot be found, and ValueError for a column that it lacks, an empty
+    cell, a label that no training image has, or a single class.
     """
     rows = read_rows(table, columns.used)
     row_classes = [_classes_of(place, row, columns) for place, row in rows.items()]
@@ -295,6 +323,7 @@ def read_table(
             )
     _require_several_classes(table, names, _remedy_of_one(columns))
     paths = [str(root / filled(place, row, columns.path)) for place, row in rows.items()]
+    require_a_file(table, paths, "--data.root")
     labels = _labels(row_classes, names, columns.multi_label)
     groups = [filled(place, row, columns.group).strip() for place, row in rows.items()] if columns.group else None
     if columns.split is not None:
@@ -312,15 +341,24 @@ def _remedy_of_one(columns: Columns) -> str:
     return f"; name it with --data.label_column {name} instead of label_columns: then 0 and 1 are the classes"
 
 
-def read_rows(table: Path, needed: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The rows of a CSV table, by where they stand, as FILE:LINE.
+def require_a_file(where: object, paths: Sequence[str], option: str) -> None:
+    """Raise FileNotFoundError if there is none of these files, so that they are looked for in a wrong place."""
+    if not any(map(os.path.lexists, paths)):
+        raise FileNotFoundError(
+            f"{where}: none of the {len(paths)} files that are listed is there, such as {paths[0]}; "
+            f"say with {option} what the paths are relative to"
+        )
+
+
+def read_rows(table: Path, needed: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """The rows of a CSV table, by where they stand, as FILE:LINE. Each column `needed` is named by an option.
 
     Raises ValueError for what is no such table, a missing column, or a row of more or fewer cells than the header.
     """
     try:
         with open(table, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
-            header = next(reader, [])
+            header = [name.strip() for name in next(reader, [])]
             rows = {f"{table}:{reader.line_num}": cells for cells in reader if cells}
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -340,15 +378,18 @@ def read_rows(table: Path, needed: Sequence[str]) -> dict[str, dict[str, str]]:
     return {place: dict(zip(header, cells, strict=True)) for place, cells in rows.items()}
 
 
-def _check_header(table: Path, header: list[str], needed: Sequence[str]) -> None:
+def _check_header(table: Path, header: list[str], needed: Mapping[str, str]) -> None:
     if not header:
         raise ValueError(f"{table}: its first line is empty; expected a header with {', '.join(needed)}")
-    missing = [name for name in needed if name not in header]
+    if repeated := [name for name in needed if header.count(name) > 1]:
+        raise ValueError(f"{table}: expected each column once, got {', '.join(repeated)} again; rename all but one")
+    missing = {name: option for name, option in needed.items() if name not in header}
     if not missing:
         return
     mark = next((mark for mark in (";", "\t") if mark in header[0]), None) if len(header) == 1 else None
-    remedy = f"; save it with commas between the cells, in place of {mark!r}" if mark else ""
-    raise ValueError(f"{table}: no column {', '.join(missing)}; it has {', '.join(header)}{remedy}")
+    options = ", ".join(dict.fromkeys(missing.values()))
+    remedy = f"save it with commas between the cells, in place of {mark!r}" if mark else f"name another with {options}"
+    raise ValueError(f"{table}: no column {', '.join(missing)}; it has {', '.join(header)}; {remedy}")
 
 
 def filled(place: str, row: Mapping[str, str], column: str) -> str:
