@@ -9,30 +9,33 @@ namespace densenet_efficient {
 namespace {
 
 namespace py = pybind11;
+using Kind = ModuleSnapshot::Kind;
 
 // By its class: isinstance would ask the metaclass of every object, in Python.
 bool is_tensor(PyObject* object) {
   return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass));
 }
 
-// Calls visit(object) for all that a module is made of, in order, until one is false; submodules come where they stand.
+// Calls visit(name, value) for each attribute of a module, and for what its dictionaries hold, in order; submodules
+// come where they stand, each behind its class, and a null name where a dictionary ends. The kind that visit answers
+// says how to go on: where it compares, it knows from the snapshot, and reads nothing of an object that is the same.
 template <typename Visit>
 bool walk(PyObject* module, const Visit& visit) {
-  if (!visit(reinterpret_cast<PyObject*>(Py_TYPE(module)))) return false;
+  if (visit(nullptr, reinterpret_cast<PyObject*>(Py_TYPE(module))) == Kind::kDifferent) return false;
   if (module == Py_None) return true;
   const auto attributes = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
   if (!attributes) throw py::error_already_set();
   PyObject *name, *value, *key, *item;
   for (Py_ssize_t outer = 0; PyDict_Next(attributes.ptr(), &outer, &name, &value);) {
-    if (!visit(name) || !visit(value)) return false;
-    if (!PyDict_Check(value)) continue;
-    const bool holds_modules = PyUnicode_CompareWithASCIIString(name, "_modules") == 0;
+    const Kind kind = visit(name, value);
+    if (kind == Kind::kDifferent) return false;
+    if (kind != Kind::kDictionary && kind != Kind::kModules) continue;
     for (Py_ssize_t inner = 0; PyDict_Next(value, &inner, &key, &item);) {
-      if (!visit(key) || !visit(item) || (holds_modules && !walk(item, visit))) return false;
+      if (visit(key, item) == Kind::kDifferent || (kind == Kind::kModules && !walk(item, visit))) return false;
     }
-    if (!visit(Py_None)) return false;  // where a dictionary ends
+    if (visit(nullptr, nullptr) == Kind::kDifferent) return false;
   }
-  return visit(Py_None);
+  return visit(nullptr, nullptr) != Kind::kDifferent;
 }
 
 template <typename Visit>
@@ -43,36 +46,71 @@ bool walk_all(const py::list& modules, const Visit& visit) {
   return true;
 }
 
+// What concerns files alone.
+bool is_of_state_dicts(PyObject* name) {
+  for (const char* other :
+       {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}) {
+    if (PyUnicode_CompareWithASCIIString(name, other) == 0) return true;
+  }
+  return false;
+}
+
+// Dictionaries within dictionaries are looked at as little as other objects.
+Kind kind_of(PyObject* name, PyObject* value) {
+  if (value == nullptr) return Kind::kOther;
+  if (is_tensor(value)) return Kind::kTensor;
+  if (name == nullptr || !PyUnicode_Check(name) || !PyDict_Check(value) || is_of_state_dicts(name)) return Kind::kOther;
+  return PyUnicode_CompareWithASCIIString(name, "_modules") == 0 ? Kind::kModules : Kind::kDictionary;
+}
+
 constexpr int64_t kSamples = 8;  // of a tensor: more would take longer than a hundredth of an inference of one image
 
-// A hash of elements spread evenly over a tensor; 0 where its memory cannot be read from here.
-uint64_t sample_of(const at::Tensor& tensor) {
-  if (!tensor.is_cpu() || !tensor.has_storage() || tensor.numel() == 0) return 0;
-  const auto* first = static_cast<const char*>(tensor.const_data_ptr());
-  const auto bytes = static_cast<int64_t>(tensor.element_size());
-  int64_t span = 0;  // in elements, from the first in memory to the last
+// Where elements spread evenly over a tensor lie in memory: the first, and how far the last is from it.
+struct Place {
+  const char* first;  // null where they cannot be read from here
+  int64_t span;       // in elements
+};
+
+Place place_of(const at::Tensor& tensor) {
+  if (!tensor.is_cpu() || !tensor.has_storage() || tensor.numel() == 0) return {};
+  int64_t span = 0;
   for (int64_t axis = 0; axis < tensor.dim(); ++axis) span += (tensor.size(axis) - 1) * tensor.stride(axis);
-  const int64_t end = (tensor.storage_offset() + span + 1) * bytes;
-  const bool is_there = first != nullptr && end <= static_cast<int64_t>(tensor.storage().nbytes());
-  if (!is_there) return 0;  // FSDP frees it between uses
+  const int64_t end = (tensor.storage_offset() + span + 1) * static_cast<int64_t>(tensor.element_size());
+  if (end > static_cast<int64_t>(tensor.storage().nbytes())) return {};  // FSDP frees it between uses
+  return {static_cast<const char*>(tensor.const_data_ptr()), span};
+}
+
+template <typename Element>
+uint64_t hash_of(const Place& place) {
   uint64_t hash = 0;
   for (int64_t index = 0; index < kSamples; ++index) {
-    uint64_t bits = 0;
-    std::memcpy(&bits, first + span * index / (kSamples - 1) * bytes, std::min<size_t>(bytes, sizeof bits));
+    Element bits;
+    std::memcpy(&bits, place.first + place.span * index / (kSamples - 1) * sizeof bits, sizeof bits);
     hash = (hash ^ bits) * 0x9E3779B97F4A7C15 + (hash >> 29);
   }
   return hash;
+}
+
+// Of a few elements, 0 where there are none.
+uint64_t sample_of(const at::Tensor& tensor) {
+  const Place place = place_of(tensor);
+  if (place.first == nullptr) return 0;
+  switch (tensor.element_size()) {
+    case 1:
+      return hash_of<uint8_t>(place);
+    case 2:
+      return hash_of<uint16_t>(place);
+    case 4:
+      return hash_of<uint32_t>(place);
+    default:
+      return hash_of<uint64_t>(place);  // no parameter has elements of more bytes
+  }
 }
 
 // Those made in inference mode have no version, and sparse ones no address.
 int64_t version_of(const at::Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
 
 const void* address_of(const at::Tensor& tensor) { return tensor.has_storage() ? tensor.const_data_ptr() : nullptr; }
-
-// What of ``object`` is compared.
-PyObject* identity(PyObject* object, bool with_values) {
-  return with_values || !is_tensor(object) ? object : reinterpret_cast<PyObject*>(Py_TYPE(object));
-}
 
 // The snapshot that ``self`` holds; null where the collector comes before it is made.
 ModuleSnapshot* made(PyObject* self) {
@@ -83,36 +121,43 @@ ModuleSnapshot* made(PyObject* self) {
 }  // namespace
 
 ModuleSnapshot::ModuleSnapshot(const py::list& modules, bool with_values) : with_values_(with_values) {
-  walk_all(modules, [this](PyObject* visited) {
-    PyObject* object = identity(visited, with_values_);
-    entries_.push_back({py::reinterpret_borrow<py::object>(object), is_tensor(object), 0, nullptr, 0});
-    if (is_tensor(object)) {
-      const at::Tensor& tensor = THPVariable_Unpack(object);
-      entries_.back().version = version_of(tensor);
-      entries_.back().address = address_of(tensor);
-      entries_.back().sample = sample_of(tensor);
+  walk_all(modules, [this](PyObject* name, PyObject* value) {
+    const Kind kind = kind_of(name, value);
+    PyObject* known = kind == Kind::kTensor && !with_values_ ? reinterpret_cast<PyObject*>(Py_TYPE(value)) : value;
+    entries_.push_back({py::reinterpret_borrow<py::object>(name), py::reinterpret_borrow<py::object>(known), kind});
+    if (kind == Kind::kTensor && with_values_) {
+      const at::Tensor& tensor = THPVariable_Unpack(value);
+      values_.push_back({version_of(tensor), address_of(tensor), sample_of(tensor)});
     }
-    return true;
+    return kind;
   });
 }
 
 bool ModuleSnapshot::matches(const py::list& modules) const {
   auto entry = entries_.begin();
-  const auto is_same = [&](PyObject* visited) {
-    PyObject* object = identity(visited, with_values_);
-    if (entry == entries_.end() || entry->object.ptr() != object) return false;
+  auto known_value = values_.begin();
+  const auto compare = [&](PyObject* name, PyObject* value) {
+    if (entry == entries_.end() || entry->name.ptr() != name) return Kind::kDifferent;
     const Entry& known = *entry++;
-    if (!known.has_value) return true;
-    const at::Tensor& tensor = THPVariable_Unpack(object);
-    return version_of(tensor) == known.version && address_of(tensor) == known.address &&
-           sample_of(tensor) == known.sample;
+    const bool by_class = known.kind == Kind::kTensor && !with_values_;
+    PyObject* object = by_class && value != nullptr ? reinterpret_cast<PyObject*>(Py_TYPE(value)) : value;
+    if (known.value.ptr() != object) return Kind::kDifferent;
+    if (known.kind != Kind::kTensor || by_class) return known.kind;
+    const at::Tensor& tensor = THPVariable_Unpack(value);
+    const Value& before = *known_value++;
+    const bool is_same = version_of(tensor) == before.version && address_of(tensor) == before.address &&
+                         sample_of(tensor) == before.sample;
+    return is_same ? known.kind : Kind::kDifferent;
   };
-  return walk_all(modules, is_same) && entry == entries_.end();
+  return walk_all(modules, compare) && entry == entries_.end();
 }
 
 int ModuleSnapshot::visit_objects(visitproc visit, void* argument) const {
   for (const Entry& entry : entries_) {
-    if (const int result = visit(entry.object.ptr(), argument); result != 0) return result;
+    for (PyObject* object : {entry.name.ptr(), entry.value.ptr()}) {
+      const int result = object == nullptr ? 0 : visit(object, argument);
+      if (result != 0) return result;
+    }
   }
   return 0;
 }

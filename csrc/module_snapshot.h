@@ -16,6 +16,8 @@ namespace densenet_efficient {
 // same object.
 class ModuleSnapshot {
  public:
+  enum class Kind : char { kOther, kTensor, kDictionary, kModules, kDifferent };
+
   ModuleSnapshot(const pybind11::list& modules, bool with_values);
 
   // Whether ``modules`` are now what those of the snapshot were.
@@ -27,8 +29,10 @@ class ModuleSnapshot {
 
  private:
   struct Entry {
-    pybind11::object object;  // held, so that nothing new can come to its address
-    bool has_value;
+    pybind11::object name, value;  // held, so that nothing new can come to their addresses
+    Kind kind;
+  };
+  struct Value {  // of a tensor
     int64_t version;
     const void* address;
     uint64_t sample;
@@ -36,6 +40,7 @@ class ModuleSnapshot {
 
   bool with_values_;
   std::vector<Entry> entries_;
+  std::vector<Value> values_;  // in the order of their entries
 };
 
 void define_module_snapshot(pybind11::module_& module);

@@ -58,7 +58,7 @@ struct Norm {
 struct Convolution {
   Norm norm;
   const void* packed;
-  int64_t outputs;
+  int64_t packed_bytes, outputs;
 };
 
 // What a stage makes of its input: two convolutions per layer, or one without a bottleneck, and its exit.
@@ -109,6 +109,14 @@ Forward forward_of(at::ScalarType dtype, const Rows& x, const Convolution& convo
   return arguments;
 }
 
+// Lets the weight of the convolution behind an operation come into the cache meanwhile.
+template <typename Forward>
+void set_next(Forward& arguments, const Convolution* next) {
+  if (next == nullptr) return;
+  arguments.next = next->packed;
+  arguments.next_bytes = next->packed_bytes;
+}
+
 template <typename Forward>
 void set_images(Forward& arguments, const Images& images) {
   arguments.images = images.number;
@@ -116,15 +124,18 @@ void set_images(Forward& arguments, const Images& images) {
   arguments.width = images.width;
 }
 
-void conv1x1(at::ScalarType dtype, int64_t rows, const Rows& x, const Convolution& convolution, const Rows& out) {
+void conv1x1(at::ScalarType dtype, int64_t rows, const Rows& x, const Convolution& convolution, const Rows& out,
+             const Convolution* next = nullptr) {
   auto arguments = forward_of<Conv1x1Forward>(dtype, x, convolution, out);
   arguments.rows = rows;
+  set_next(arguments, next);
   DISPATCH_CAPABILITY(arguments.dtype, bn_relu_conv1x1)(arguments);
 }
 
-void conv3x3(at::ScalarType dtype, const Images& images, const Rows& x, const Convolution& convolution,
-             const Rows& out) {
+void conv3x3(at::ScalarType dtype, const Images& images, const Rows& x, const Convolution& convolution, const Rows& out,
+             const Convolution* next) {
   auto arguments = forward_of<Conv3x3Forward>(dtype, x, convolution, out);
+  set_next(arguments, next);
   set_images(arguments, images);
   DISPATCH_CAPABILITY(arguments.dtype, bn_relu_conv3x3)(arguments);
 }
@@ -147,14 +158,20 @@ void copy_input(const Stage& stage, int64_t rows, const Rows& x, const Rows& fea
 }
 
 void run_layers(const Stage& stage, const Images& images, const Rows& features, const Rows& bottleneck) {
+  const auto after = [&](size_t index) {
+    if (index < stage.convolutions.size()) return &stage.convolutions[index];
+    return stage.exit_conv ? &*stage.exit_conv : nullptr;
+  };
   char* slot = features.data + stage.channels * stage.element;
   for (size_t index = 0; index < stage.convolutions.size(); slot += stage.growth_rate * stage.element) {
     const Rows* x = &features;
     if (stage.bottleneck_channels > 0) {
-      conv1x1(stage.dtype, images.rows(), features, stage.convolutions[index++], bottleneck);
+      conv1x1(stage.dtype, images.rows(), features, stage.convolutions[index], bottleneck, after(index + 1));
+      index++;
       x = &bottleneck;
     }
-    conv3x3(stage.dtype, images, *x, stage.convolutions[index++], {slot, features.stride});
+    conv3x3(stage.dtype, images, *x, stage.convolutions[index], {slot, features.stride}, after(index + 1));
+    index++;
   }
 }
 
@@ -232,7 +249,7 @@ Convolution make_convolution(const Tensor& affine, const Tensor& packed, int64_t
               "packed must be what packed_weight gives for ", x.scalar_type(), " and a weight [", outputs, ", ",
               channels, ", ", kernel, ", ", kernel, "]: ", bytes, " bytes, got ", packed.scalar_type(), " of shape ",
               packed.sizes());
-  return {make_norm(affine, channels, x), packed.const_data_ptr(), outputs};
+  return {make_norm(affine, channels, x), packed.const_data_ptr(), bytes, outputs};
 }
 
 }  // namespace

@@ -20,6 +20,9 @@ template <typename T>
 constexpr int64_t kMostRows = kProductRows<T> > 1 ? 64 : 72;  // of a tile
 constexpr int64_t kDepth = 512;  // channels per product: the activations of a tile stay in the second-level cache
 
+// A thread asks for its weight from this byte on: for what comes first, the operation before has asked.
+constexpr int64_t kAskedFor = 1 << 17;
+
 // The rows of a tile when ``rows`` are cut into an even number of tiles, about equal; few tiles are cut exactly.
 template <typename T>
 int64_t rows_of_a_tile(int64_t rows) {
@@ -81,6 +84,8 @@ void forward(const Conv1x1Forward& p) {
     Scratch<A> products(std::is_same_v<S, A> ? 0 : most_rows * outputs);
     Prefetch prefetch;
     const Multiplying<T> multiplying;
+    prefetch.add_bytes(p.packed, kAskedFor, layout.size() * sizeof(T));
+    prefetch.add_bytes(p.next, 0, p.next_bytes);
     for (int64_t tile; run.next(tile);) {
       const int64_t row = tile * tile_rows, rows = std::min(tile_rows, p.rows - row);
       S* tile_out = out + row * p.out_stride;

@@ -20,6 +20,8 @@ struct Conv1x1Forward {
   void* out;                  // [rows, outputs]
   int64_t out_stride;
   void *mean, *variance;  // [outputs], or null
+  const void* next;       // memory that the operation behind this one reads, or null
+  int64_t next_bytes;
 };
 
 struct Conv1x1Backward {

@@ -57,6 +57,7 @@ void forward(const Conv3x3Forward& p) {
     Scratch<A> products(pixels * p.outputs), compact(p.mean ? pixels * p.outputs : 0);
     Prefetch prefetch;
     const Multiplying<T> multiplying;
+    prefetch.add_bytes(p.next, 0, p.next_bytes);
     for (int64_t tile; run.next(tile);) {
       const int64_t rows = tiles.rows(tile), step = tiles.rows_of_a_product<T>(tile);
       for (int64_t index = 0; index < weight.chunks(); index++) {
@@ -97,40 +98,41 @@ void forward(const Conv3x3Forward& p) {
   if (p.mean) statistics.merge(static_cast<A*>(p.mean), static_cast<A*>(p.variance));
 }
 
+// Calls transformed() where a convolution of so many channels is, and direct.template operator()<S, T>() where it is
+// not.
+template <typename Transformed, typename Direct>
+void dispatch_convolution(c10::ScalarType dtype, int64_t channels, Transformed transformed, Direct direct) {
+  dispatch_product(dtype, [&]<typename S, typename T>() {
+    if (channels >= kLeastTransformed<T>) return transformed();
+    if constexpr (kLeastTransformed<T> > 0) direct.template operator()<S, T>();
+  });
+}
+
 }  // namespace
 
 int64_t conv3x3_packed_bytes(c10::ScalarType dtype, int64_t channels, int64_t outputs) {
   int64_t bytes = 0;
-  dispatch_product(dtype, [&]<typename S, typename T>() {
-    if constexpr (kTransforms<T>) {
-      bytes = transformed_conv3x3_bytes(channels, outputs);
-    } else {
-      bytes = ForwardWeight<T>::packed_size(outputs, channels) * sizeof(T) + Scratch<T>::kSlack;
-    }
-  });
+  dispatch_convolution(
+      dtype, channels, [&] { bytes = transformed_conv3x3_bytes(dtype, channels, outputs); },
+      [&]<typename S, typename T>() {
+        bytes = ForwardWeight<T>::packed_size(outputs, channels) * sizeof(T) + Scratch<T>::kSlack;
+      });
   return bytes;
 }
 
 void pack_conv3x3(c10::ScalarType dtype, const void* weight, int64_t channels, int64_t outputs, void* packed) {
-  dispatch_product(dtype, [&]<typename S, typename T>() {
-    const auto* values = static_cast<const Accumulate<S>*>(weight);
-    auto* const to = static_cast<T*>(packed);
-    if constexpr (kTransforms<T>) {
-      transform_conv3x3(values, channels, outputs, to);
-    } else {
-      ForwardWeight<T>::pack(values, outputs, channels, false, to);
-    }
-  });
+  dispatch_convolution(
+      dtype, channels, [&] { transform_conv3x3(dtype, weight, channels, outputs, packed); },
+      [&]<typename S, typename T>() {
+        const auto* values = static_cast<const Accumulate<S>*>(weight);
+        ForwardWeight<T>::pack(values, outputs, channels, false, static_cast<T*>(packed));
+      });
 }
 
 void bn_relu_conv3x3(const Conv3x3Forward& arguments) {
-  dispatch_product(arguments.dtype, [&]<typename S, typename T>() {
-    if constexpr (kTransforms<T>) {
-      bn_relu_conv3x3_winograd(arguments);
-    } else {
-      forward<S, T>(arguments);
-    }
-  });
+  dispatch_convolution(
+      arguments.dtype, arguments.channels, [&] { bn_relu_conv3x3_winograd(arguments); },
+      [&]<typename S, typename T>() { forward<S, T>(arguments); });
 }
 
 }  // namespace densenet_efficient::CPU_CAPABILITY

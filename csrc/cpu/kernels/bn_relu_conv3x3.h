@@ -21,6 +21,8 @@ struct Conv3x3Forward {
   void* out;                  // [images * height * width, outputs]
   int64_t out_stride;
   void *mean, *variance;  // [outputs], or null
+  const void* next;       // memory that the operation behind this one reads, or null
+  int64_t next_bytes;
 };
 
 struct Conv3x3Backward {

@@ -250,7 +250,7 @@ class Backward {
 
 void bn_relu_conv3x3_backward(const Conv3x3Backward& arguments) {
   dispatch_product(arguments.dtype, [&]<typename S, typename T>() {
-    if constexpr (kTransforms<T>) {
+    if constexpr (kTransformsGradients<T>) {
       bn_relu_conv3x3_backward_winograd(arguments);
     } else {
       Backward<S, T>(arguments).run();

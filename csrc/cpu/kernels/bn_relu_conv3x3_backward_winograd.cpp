@@ -36,12 +36,12 @@ struct Partials {
 
 // One thread's tiles.
 struct Workspace {
-  Transformed out_grad;     // of the patches of the outputs' gradient, or of its blocks
-  Transformed inputs;       // products that make the inputs' gradient, then the patches of the activations
-  int64_t transposed;       // blocks of a tile, in whole vectors
-  Scratch<float> gradient;  // of the outputs, transposed: [16, outputs, transposed]
-  int64_t channels;         // of a chunk, in whole vectors
-  Scratch<float> products;  // the activations' gradient, [pixels, channels]
+  Transformed<float> out_grad;  // of the patches of the outputs' gradient, or of its blocks
+  Transformed<float> inputs;    // products that make the inputs' gradient, then the patches of the activations
+  int64_t transposed;           // blocks of a tile, in whole vectors
+  Scratch<float> gradient;      // of the outputs, transposed: [16, outputs, transposed]
+  int64_t channels;             // of a chunk, in whole vectors
+  Scratch<float> products;      // the activations' gradient, [pixels, channels]
   Prefetch prefetch;
 
   Workspace(const BlockTiles& tiles, int64_t outputs, int64_t widest)
@@ -61,7 +61,7 @@ class Backward {
         tiles_(p_.images, p_.height, p_.width),
         chunks_(p_.channels),
         groups_(groups_of(tiles_.tiles())),
-        weight_data_(p_.sum_grad ? TransformedWeight::size(p_.outputs, p_.channels) : 0),
+        weight_data_(p_.sum_grad ? TransformedWeight<float>::size(p_.outputs, p_.channels) : 0),
         weight_(weight_data_.get(), p_.outputs, p_.channels),
         partials_(groups_, p_.outputs, p_.channels, p_.grad_weight != nullptr) {
     if (p_.sum_grad) weight_.transform_backward(static_cast<const float*>(p_.weight), p_.channels_last);
@@ -100,7 +100,7 @@ class Backward {
   // The gradient of the outputs as the left operands of the weight's gradient.
   void transform_out_grad(int64_t tile, Workspace& workspace) {
     const int64_t width = tiles_.width(), first = tiles_.first_row(tile);
-    const Transformed& blocks = workspace.out_grad;
+    const Transformed<float>& blocks = workspace.out_grad;
     for (int64_t row = first; row < tiles_.first_row(tile + 1); row++) {
       const S* upper = static_cast<const S*>(p_.out_grad) + tiles_.first_pixel(row) * p_.out_grad_stride;
       const int64_t height = tiles_.height_of(row), block = (row - first) * tiles_.blocks_per_row();
@@ -215,7 +215,7 @@ class Backward {
   ChannelChunks<float> chunks_;
   int64_t groups_;
   Scratch<float> weight_data_;
-  TransformedWeight weight_;
+  TransformedWeight<float> weight_;
   Partials partials_;
 };
 
@@ -223,7 +223,7 @@ class Backward {
 
 void bn_relu_conv3x3_backward_winograd(const Conv3x3Backward& arguments) {
   dispatch_storage(arguments.dtype, [&]<typename S>() {
-    if constexpr (kTransforms<Operand<S>>) Backward<S>(arguments).run();
+    if constexpr (kTransformsGradients<Operand<S>>) Backward<S>(arguments).run();
   });
 }
 

@@ -155,28 +155,31 @@ class BackwardWeight : public ChannelChunks<T> {
 
 // A weight transformed for winograd.h: sixteen right operands, [channels, outputs] in the forward, [outputs, channels]
 // (of flipped taps) for the gradient of the input.
+template <typename T>
 class TransformedWeight {
  public:
-  TransformedWeight(float* data, int64_t outputs, int64_t channels)
-      : data_(data), outputs_(outputs), channels_(channels) {}
+  TransformedWeight(T* data, int64_t outputs, int64_t channels) : data_(data), outputs_(outputs), channels_(channels) {}
 
   static int64_t size(int64_t outputs, int64_t channels) { return kElements * distance(outputs, channels); }
-  float* at(int64_t element) const { return data_ + element * distance(outputs_, channels_); }
+  T* at(int64_t element) const { return data_ + element * distance(outputs_, channels_); }
 
   void transform_forward(const float* weight, bool channels_last) const {
-    constexpr int64_t block = 16;
+    constexpr int64_t block = 16;  // channels, in whole pairs
     at::parallel_for(0, ceil_div(channels_, block), 1, [&](int64_t begin, int64_t end) {
       TapsFirst<float> taps(weight, channels_, channels_last, outputs_, block);
-      const Scratch<float> rows(9 * block * outputs_);  // [9, block, outputs]
+      const int64_t rows = block * outputs_;
+      const Scratch<float> untransformed(9 * rows), transformed(kElements * rows);  // [., block, outputs]
       for (int64_t first = begin * block; first < std::min(end * block, channels_); first += block) {
         const int64_t count = std::min(block, channels_ - first);
         taps.take(0, outputs_, first, count);
         for (int64_t tap = 0; tap < 9; tap++) {
-          transpose(taps.at(0, tap), taps.stride(), outputs_, count, rows.get() + tap * block * outputs_, outputs_);
+          transpose(taps.at(0, tap), taps.stride(), outputs_, count, untransformed.get() + tap * rows, outputs_);
         }
-        for (int64_t c = 0; c < count; c++) {
-          const auto row_of = [&](int64_t tap) { return rows.get() + (tap * block + c) * outputs_; };
-          winograd::transform_taps(outputs_, row_of, data_ + (first + c) * outputs_, distance(outputs_, channels_));
+        winograd::transform_taps(
+            count * outputs_, [&](int64_t tap) { return untransformed.get() + tap * rows; }, transformed.get(), rows);
+        for (int64_t element = 0; element < kElements; element++) {
+          pack_gathered(count, outputs_, at(element) + first * outputs_,
+                        [&](int64_t row) { return transformed.get() + element * rows + row * outputs_; });
         }
       }
     });
@@ -194,9 +197,9 @@ class TransformedWeight {
   }
 
  private:
-  static int64_t distance(int64_t outputs, int64_t channels) { return outputs * channels + 16; }
+  static int64_t distance(int64_t outputs, int64_t channels) { return outputs * ChannelChunks<T>::even(channels) + 16; }
 
-  float* data_;
+  T* data_;
   int64_t outputs_, channels_;
 };
 

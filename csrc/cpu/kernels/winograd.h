@@ -1,6 +1,5 @@
-// A 3x3 convolution of float operands as sixteen matrix products: F(2x2, 3x3) of Lavin and Gray 2016
-// (arXiv:1509.09308), which multiplies 16 times for a block of 2x2 outputs where the sum over nine taps multiplies 36
-// times.
+// A 3x3 convolution as sixteen matrix products: F(2x2, 3x3) of Lavin and Gray 2016 (arXiv:1509.09308), which multiplies
+// 16 times for a block of 2x2 outputs where the sum over nine taps multiplies 36 times.
 //
 // With the patches d [4, 4] of the input around each block and the taps w [3, 3] the outputs are
 //   y = A^T ((G w G^T) * (B^T d B)) A,   B^T = | 1  0 -1  0 |   G = |  1    0    0  |   A^T = | 1  1  1  0 |
@@ -15,7 +14,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <type_traits>
+#include <limits>
 
 #include "cpu/kernels/prefetch.h"
 #include "cpu/kernels/tile.h"
@@ -24,10 +23,22 @@ namespace densenet_efficient::CPU_CAPABILITY {
 
 constexpr int kElements = 16;  // of a transformed patch, block or weight
 
-// Whether a convolution of operands T is transformed: the products of 16-bit operands are no longer what takes its
-// time, and float64 is for those who want every digit.
+// From how many channels on a convolution of operands T is transformed. Products of float64 are for those who want
+// every digit, and in AMX's tiles those of 16-bit operands are no longer what takes the time. Rounding the transformed
+// operands to bfloat16 costs about half of an error more, which sums over few channels would not even out.
+constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
 template <typename T>
-constexpr bool kTransforms = std::is_same_v<T, float>;
+constexpr int64_t kLeastTransformed = kNever;
+template <>
+constexpr int64_t kLeastTransformed<float> = 0;
+#if defined(CPU_CAPABILITY_AVX512_BF16) && !defined(CPU_CAPABILITY_AMX)
+template <>
+constexpr int64_t kLeastTransformed<BFloat16> = 32;
+#endif
+
+// Whether the gradients of such a convolution are.
+template <typename T>
+constexpr bool kTransformsGradients = kLeastTransformed<T> == 0;
 
 // Images cut into rows of blocks, each two rows of pixels, and these into tiles: the pixels of a tile follow each other
 // in memory. The cut depends on the shape alone, so that sums have one order for any number of threads.
@@ -73,6 +84,7 @@ class BlockTiles {
 };
 
 // Sixteen matrices [blocks, channels], one per element.
+template <typename T>
 class Transformed {
  public:
   Transformed(int64_t blocks, int64_t channels)
@@ -82,11 +94,11 @@ class Transformed {
 
   int64_t stride() const { return stride_; }
   int64_t distance() const { return distance_; }
-  float* at(int64_t element, int64_t block = 0) const { return data_.get() + element * distance_ + block * stride_; }
+  T* at(int64_t element, int64_t block = 0) const { return data_.get() + element * distance_ + block * stride_; }
 
  private:
   int64_t stride_, distance_;
-  Scratch<float> data_;
+  Scratch<T> data_;
 };
 
 namespace winograd {
@@ -117,8 +129,8 @@ ALWAYS_INLINE std::array<Vec, 3> taps_gradient(const Four& m) {  // G^T
 // ---- vectors of channels, all blocks of a row
 
 // to = B^T d B of every patch; pixel(row, column) is a vector of its inputs, zero outside the image.
-template <typename Pixel>
-ALWAYS_INLINE void transform_patches(int64_t blocks, const Pixel& pixel, float* to, int64_t stride, int64_t distance) {
+template <typename T, typename Pixel>
+ALWAYS_INLINE void transform_patches(int64_t blocks, const Pixel& pixel, T* to, int64_t stride, int64_t distance) {
   const auto column_of = [&](int64_t x) { return patch(pixel(0, x), pixel(1, x), pixel(2, x), pixel(3, x)); };
   Four first = column_of(-1), second = column_of(0);
   for (int64_t block = 0; block < blocks; block++, to += stride) {
@@ -218,9 +230,9 @@ ALWAYS_INLINE void transform_taps_gradient(int64_t columns, const ElementAt& ele
 }  // namespace winograd
 
 // The patches of a tile, mapped and transformed: map_of(c, count) gives what is done to ``count`` channels from c on.
-template <typename S, typename MapOf>
+template <typename S, typename T, typename MapOf>
 void transform_tile(const BlockTiles& tiles, int64_t tile, const S* x, int64_t x_stride, int64_t channels,
-                    const MapOf& map_of, const Transformed& to) {
+                    const MapOf& map_of, const Transformed<T>& to) {
   using winograd::Vec;
   const int64_t width = tiles.width(), first = tiles.first_row(tile);
   for (int64_t row = first; row < tiles.first_row(tile + 1); row++) {
@@ -250,7 +262,7 @@ void transform_tile(const BlockTiles& tiles, int64_t tile, const S* x, int64_t x
 
 // The outputs of a tile from their transformed products: row_at(row of blocks, 0 or 1) is where a row of pixels goes.
 template <typename S>
-void write_tile(const BlockTiles& tiles, int64_t tile, const Transformed& from, int64_t channels, S* to,
+void write_tile(const BlockTiles& tiles, int64_t tile, const Transformed<float>& from, int64_t channels, S* to,
                 int64_t to_stride) {
   using winograd::Vec;
   const int64_t width = tiles.width(), first = tiles.first_row(tile), start = tiles.first_pixel(first);
