@@ -1,14 +1,15 @@
 """Inference: what a stage does not change from call to call is prepared once, and its layers run in one native call.
 
 Prepared are the affine maps of its norms (they use their running statistics) and its weights, packed as the kernels
-read them. All of it is kept beside the block for as long as every module, parameter and buffer is what it was; nothing
-needs to be converted, and nothing of it is saved or copied with the model. No batch norm is folded into the weights:
-the kernels apply its map while they load, one multiply-add per element.
+read them; under autocast the classifier's weights, cast. All of it is kept beside the block (and the classifier) for as
+long as every module, parameter and buffer is what it was; nothing needs to be converted, and nothing of it is saved or
+copied with the model. No batch norm is folded into the weights: the kernels apply its map while they load, one
+multiply-add per element.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from .fusion import StageExit
 from .kept import beside
 from .layout import as_rows, channels_last
 from .stage import HEAD, NO_EXIT, TRANSITION_DOWN, pooling_window
+
+if TYPE_CHECKING:
+    from ._C import ModuleSnapshot
 
 
 class Prepared(NamedTuple):
@@ -154,6 +158,34 @@ def make_plan(stage: StageModules) -> Plan | None:
     kept = beside(stage.block)  # before the plan's snapshot is taken
     kept.plan = Plan(stage)
     return kept.plan
+
+
+class CastLinear(NamedTuple):
+    """A linear layer's weights in the dtype of an autocast."""
+
+    snapshot: ModuleSnapshot
+    weight: Tensor
+    bias: Tensor | None
+
+
+def classify(linear: nn.Module, x: Tensor) -> Tensor:
+    """``linear(x)``; without casting its weights anew each time, as autocast does in an inference."""
+    if (
+        not applies(x)
+        or not torch.is_autocast_enabled("cpu")
+        or type(linear) is not nn.Linear
+        or fusion.is_observed(linear)
+        or any(tensor.dtype != torch.float32 or tensor.is_inference() for tensor in linear.parameters())
+    ):
+        output: Tensor = linear(x)
+        return output
+    kept, dtype = beside(linear), torch.get_autocast_dtype("cpu")
+    if kept.cast is None or kept.cast.weight.dtype != dtype or not kept.cast.snapshot.matches([linear]):
+        from ._C import ModuleSnapshot
+
+        bias = None if linear.bias is None else linear.bias.to(dtype)
+        kept.cast = CastLinear(ModuleSnapshot([linear], with_values=True), linear.weight.to(dtype), bias)
+    return F.linear(x, kept.cast.weight, kept.cast.bias)
 
 
 def _pack(conv: Convolution, dtype: torch.dtype) -> Tensor:

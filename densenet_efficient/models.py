@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import inference
 from .argument_checks import (
     check_drop_rate,
     check_layers,
@@ -185,8 +186,7 @@ class EfficientDenseNet(PretrainedNetwork):
         return 1 + sum(isinstance(module, Convolution) for module in self.modules())
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self._pooled(x))
-        return logits
+        return inference.classify(self.classifier, self._pooled(x))
 
     def forward_of_frozen_features(self, x: Tensor) -> Tensor:
         """``forward`` for training the classifier alone: of the features nothing is kept for the backward."""
