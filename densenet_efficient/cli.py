@@ -212,13 +212,13 @@ def input_shape(text: str) -> tuple[int, ...]:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of the message; of an OSError without a message of its own, the file and the reason.
+    """The first line with words of the message; of an OSError without a message of its own, the file and the reason.
 
     A message that a worker process sends has its traceback before it.
     """
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    lines = str(error).splitlines() or [type(error).__name__]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].startswith("Caught "):
         return lines[-1].removeprefix(f"{type(error).__name__}: ")
     return lines[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from training_cases import fails, fit, fit_arguments, make_images
 
-from densenet_efficient.cli import main
+from densenet_efficient.cli import main, one_line
 from densenet_efficient.training import cli
 from densenet_efficient.training.check import examine_data
 from densenet_efficient.training.checkpoint import read_checkpoint
@@ -98,3 +98,8 @@ def test_images_to_test_with_alone_are_refused_before_a_word_of_training(
     out, error = capsys.readouterr()
     assert out == ""
     assert error.startswith("error: --data: all images are of the test split") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("message", "line"), [("\n first\nsecond", "first"), ("\n", "ValueError"), ("", "ValueError")])
+def test_an_error_is_one_line_with_words(message: str, line: str) -> None:
+    assert one_line(ValueError(message)) == line
