@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +112,20 @@ def test_a_signal_before_the_training_saves_nothing(images: Path, tmp_path: Path
     assert not list(tmp_path.glob("*.ckpt"))
 
 
+@pytest.fixture
+def heeding_ctrl_c() -> Iterator[None]:
+    """As in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding_ctrl_c")
 def test_ctrl_c_in_the_evaluation_says_so(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also where the training is over; the same command then writes its report."""
     monkeypatch.setattr(CollectOutputs, "on_test_batch_end", lambda *_: signal.raise_signal(signal.SIGINT))
-    before = signal.getsignal(signal.SIGINT)
     assert fit(images, tmp_path, "--trainer.max_epochs", "1", "--report", "true") == 128 + signal.SIGINT
     assert capsys.readouterr().err.splitlines()[-1] == "Interrupted"
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
