@@ -60,7 +60,7 @@ def tracer(x: object, training: bool) -> str | None:
         return "torch.func or forward-mode differentiation transforms it"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit traces it"
-    if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and not training):
+    if _is_exporting() or (torch.compiler.is_compiling() and not training):
         return "torch.export or torch.compile records it"
     return None
 
@@ -69,9 +69,15 @@ def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-# torch.compile cannot trace it, but enters the transforms while it traces. torch.compiler.assume_constant_result sets
-# the same mark, and imports the compiler for it, which takes as long as torch itself.
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+# torch.compile cannot trace the first, but enters the transforms while it traces; of the second torch 2.11 says True in
+# every compilation. torch.compiler.assume_constant_result sets the same mark, and imports the compiler for it, which
+# takes as long as torch itself.
 _is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def any_global_hook() -> bool:
