@@ -9,11 +9,11 @@
 namespace densenet_efficient {
 
 // Of every module of a few trees: its class, its attributes and what its dictionaries hold (parameters, buffers,
-// submodules, hooks), each by identity; of every tensor, where their values count, also its version, its address and a
-// sample of its values, and otherwise its class alone. A change in place raises the version, but for those that PyTorch
-// does not count: by fused optimizers, through ``.data`` or NumPy, by collectives, in another process that shares the
-// memory. These show in the sample. A mutable attribute of another kind counts as unchanged for as long as it is the
-// same object.
+// submodules, hooks but those of state dicts), each by identity; of every tensor, where their values count, also its
+// version, its address and a sample of its values, and otherwise its class alone. A change in place raises the version,
+// but for those that PyTorch does not count: by fused optimizers, through ``.data`` or NumPy, by collectives, in
+// another process that shares the memory. These show in the sample. A mutable attribute of another kind counts as
+// unchanged for as long as it is the same object.
 class ModuleSnapshot {
  public:
   enum class Kind : char { kOther, kTensor, kDictionary, kModules, kDifferent };

@@ -170,22 +170,32 @@ class CastLinear(NamedTuple):
 
 def classify(linear: nn.Module, x: Tensor) -> Tensor:
     """``linear(x)``; without casting its weights anew each time, as autocast does in an inference."""
-    if (
-        not applies(x)
-        or not torch.is_autocast_enabled("cpu")
-        or type(linear) is not nn.Linear
-        or fusion.is_observed(linear)
-        or any(tensor.dtype != torch.float32 or tensor.is_inference() for tensor in linear.parameters())
-    ):
-        output: Tensor = linear(x)
-        return output
-    kept, dtype = beside(linear), torch.get_autocast_dtype("cpu")
-    if kept.cast is None or kept.cast.weight.dtype != dtype or not kept.cast.snapshot.matches([linear]):
-        from ._C import ModuleSnapshot
+    if type(linear) is nn.Linear and applies(x) and torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        cast = _kept_cast(linear, dtype) or _cast(linear, dtype)
+        if cast is not None:
+            return F.linear(x, cast.weight, cast.bias)
+    output: Tensor = linear(x)
+    return output
 
-        bias = None if linear.bias is None else linear.bias.to(dtype)
-        kept.cast = CastLinear(ModuleSnapshot([linear], with_values=True), linear.weight.to(dtype), bias)
-    return F.linear(x, kept.cast.weight, kept.cast.bias)
+
+def _kept_cast(linear: nn.Linear, dtype: torch.dtype) -> CastLinear | None:
+    """What is kept for ``linear`` in this dtype, where it is still valid."""
+    cast = beside(linear).cast
+    return cast if cast is not None and cast.weight.dtype == dtype and cast.snapshot.matches([linear]) else None
+
+
+def _cast(linear: nn.Linear, dtype: torch.dtype) -> CastLinear | None:
+    """The same made, and kept for the next calls; None where torch would not cast, or weights may not be kept."""
+    tensors = list(linear.parameters())
+    if fusion.is_observed(linear) or any(tensor.dtype != torch.float32 or tensor.is_inference() for tensor in tensors):
+        return None
+    from ._C import ModuleSnapshot  # there, because the native backend is
+
+    kept = beside(linear)  # before the snapshot is taken
+    bias = None if linear.bias is None else linear.bias.to(dtype)
+    kept.cast = CastLinear(ModuleSnapshot([linear], with_values=True), linear.weight.to(dtype), bias)
+    return kept.cast
 
 
 def _pack(conv: Convolution, dtype: torch.dtype) -> Tensor:
