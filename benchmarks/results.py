@@ -74,11 +74,12 @@ def _name_commit(results: dict[str, Any]) -> None:
     commit = results["header"]["commit"]
     for name in ("checks", "failed"):
         results.pop(name, None)
+    of_one_run = []
     for row in results["rows"]:
-        figures = [name for name in MEASURED if row.get(name) is not None]
-        if figures:
+        if not row.keys() >= set(KEY):
+            of_one_run.append(row)
+        elif figures := [name for name in MEASURED if row[name] is not None]:
             row["commits"] = dict.fromkeys(figures, commit) | row.get("commits", {})
-    of_one_run = [row for row in results["rows"] if not row.keys() & MEASURED]
     for part in ("first_step", "largest_batch", "kernels"):
         of_one_run += results.get(part, [])
     for row in of_one_run:

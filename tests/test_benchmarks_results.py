@@ -116,9 +116,11 @@ def test_figures_of_another_commit_keep_its_name(tmp_path: Path) -> None:
 def test_rows_of_another_commit_keep_its_name(tmp_path: Path) -> None:
     path, older = tmp_path / "machine-training.json", HEADER["commit"]
     results = results_file.load(path, HEADER)
-    for name in ("mnist", "demo"):
-        results_file.replace_row(results, {"name": name, "seconds": 3.0}, "name", ("mnist", "demo"))
+    order = ("mnist", "demo", "data-path")
+    for row in ({"seconds": 3.0}, {"seconds": 3.0}, {"wait_share": 0.01, "step_ms": 5.0}):
+        name = order[len(results["rows"])]
+        results_file.replace_row(results, {"name": name} | row, "name", order)
     results_file.save(path, results)
     results = results_file.load(path, HEADER | {"commit": "ba9876543210"})
-    results_file.replace_row(results, {"name": "mnist", "seconds": 2.0}, "name", ("mnist", "demo"))
-    assert f"Of earlier code, commit {older}: demo." in markdown.figures_line(results)
+    results_file.replace_row(results, {"name": "mnist", "seconds": 2.0}, "name", order)
+    assert f"Of earlier code, commit {older}: demo; data-path." in markdown.figures_line(results)
