@@ -250,11 +250,10 @@ class Backward {
 
 void bn_relu_conv3x3_backward(const Conv3x3Backward& arguments) {
   dispatch_product(arguments.dtype, [&]<typename S, typename T>() {
-    if constexpr (kTransformsGradients<T>) {
-      bn_relu_conv3x3_backward_winograd(arguments);
-    } else {
-      Backward<S, T>(arguments).run();
+    if (std::min(arguments.channels, arguments.outputs) >= kLeastTransformed<T>) {
+      return bn_relu_conv3x3_backward_winograd(arguments);
     }
+    if constexpr (kLeastTransformed<T> > 0) Backward<S, T>(arguments).run();
   });
 }
 

@@ -35,25 +35,28 @@ struct Partials {
 };
 
 // One thread's tiles.
+template <typename T>
 struct Workspace {
-  Transformed<float> out_grad;  // of the patches of the outputs' gradient, or of its blocks
-  Transformed<float> inputs;    // products that make the inputs' gradient, then the patches of the activations
+  Transformed<T> out_grad;      // of the patches of the outputs' gradient, or of its blocks
+  Transformed<float> products;  // that make the inputs' gradient
+  Transformed<T> activations;   // the patches of them, thereafter in the same memory
   int64_t transposed;           // blocks of a tile, in whole vectors
-  Scratch<float> gradient;      // of the outputs, transposed: [16, outputs, transposed]
+  Scratch<T> gradient;          // of the outputs, transposed: [16, outputs, transposed]
   int64_t channels;             // of a chunk, in whole vectors
-  Scratch<float> products;      // the activations' gradient, [pixels, channels]
+  Scratch<float> inputs;        // the activations' gradient, [pixels, channels]
   Prefetch prefetch;
 
   Workspace(const BlockTiles& tiles, int64_t outputs, int64_t widest)
       : out_grad(round_up(tiles.most_blocks(), 16), outputs),
-        inputs(tiles.most_blocks(), widest),
+        products(round_up(tiles.most_blocks(), 2), widest),
+        activations(round_up(tiles.most_blocks(), 2), widest, products.at(0)),
         transposed(round_up(tiles.most_blocks(), 16) + 16),
         gradient(kElements * outputs * transposed),
         channels(round_up(widest, 16)),
-        products(tiles.most_pixels() * channels) {}
+        inputs(tiles.most_pixels() * channels) {}
 };
 
-template <typename S>
+template <typename S, typename T>
 class Backward {
  public:
   explicit Backward(const Conv3x3Backward& arguments)
@@ -61,7 +64,7 @@ class Backward {
         tiles_(p_.images, p_.height, p_.width),
         chunks_(p_.channels),
         groups_(groups_of(tiles_.tiles())),
-        weight_data_(p_.sum_grad ? TransformedWeight<float>::size(p_.outputs, p_.channels) : 0),
+        weight_data_(p_.sum_grad ? TransformedWeight<T>::size(p_.outputs, p_.channels) : 0),
         weight_(weight_data_.get(), p_.outputs, p_.channels),
         partials_(groups_, p_.outputs, p_.channels, p_.grad_weight != nullptr) {
     if (p_.sum_grad) weight_.transform_backward(static_cast<const float*>(p_.weight), p_.channels_last);
@@ -69,15 +72,15 @@ class Backward {
 
   void run() {
     parallel_tasks(groups_, [&](TaskRun& run) {
-      Workspace workspace(tiles_, p_.outputs, chunks_.chunk(0).channels);
-      const Multiplying<float> multiplying;
+      Workspace<T> workspace(tiles_, p_.outputs, chunks_.chunk(0).channels);
+      const Multiplying<T> multiplying;
       for (int64_t group; run.next(group);) run_group(group, workspace);
     });
     reduce();
   }
 
  private:
-  void run_group(int64_t group, Workspace& workspace) {
+  void run_group(int64_t group, Workspace<T>& workspace) {
     partials_.sums.clear(group, 0, p_.channels);
     const int64_t first = tiles_.tiles() * group / groups_, last = tiles_.tiles() * (group + 1) / groups_;
     for (int64_t tile = first; tile < last; tile++) {
@@ -98,9 +101,9 @@ class Backward {
   }
 
   // The gradient of the outputs as the left operands of the weight's gradient.
-  void transform_out_grad(int64_t tile, Workspace& workspace) {
+  void transform_out_grad(int64_t tile, Workspace<T>& workspace) {
     const int64_t width = tiles_.width(), first = tiles_.first_row(tile);
-    const Transformed<float>& blocks = workspace.out_grad;
+    const Transformed<T>& blocks = workspace.out_grad;
     for (int64_t row = first; row < tiles_.first_row(tile + 1); row++) {
       const S* upper = static_cast<const S*>(p_.out_grad) + tiles_.first_pixel(row) * p_.out_grad_stride;
       const int64_t height = tiles_.height_of(row), block = (row - first) * tiles_.blocks_per_row();
@@ -114,70 +117,72 @@ class Backward {
             blocks.at(0, block) + c, blocks.stride(), blocks.distance());
       }
     }
+    const int64_t count = tiles_.blocks(tile);
     for (int element = 0; element < kElements; element++) {
-      transpose(blocks.at(element), blocks.stride(), round_up(tiles_.blocks(tile), 16), p_.outputs,
+      if (kPairedRows<T> && count % 2 == 1) std::fill_n(blocks.at(element, count), blocks.stride(), T(0));
+      transpose(blocks.at(element), blocks.stride(), round_up(count, 16), p_.outputs,
                 workspace.gradient.get() + element * p_.outputs * workspace.transposed, workspace.transposed);
     }
   }
 
-  void multiply_input_gradient(int64_t tile, const ChannelChunk& chunk, Workspace& workspace) {
+  void multiply_input_gradient(int64_t tile, const ChannelChunk& chunk, Workspace<T>& workspace) {
     const auto *x = static_cast<const S*>(p_.x), *grad = static_cast<const S*>(p_.grad);
     ask_ahead(tiles_, tile, x + chunk.first, p_.x_stride, chunk.channels, workspace.prefetch);
     if (grad) ask_ahead(tiles_, tile, grad + chunk.first, p_.grad_stride, chunk.channels, workspace.prefetch);
     for (int element = 0; element < kElements; element++) {
-      multiply(Product<float, float>{.rows = tiles_.blocks(tile),
-                                     .columns = chunk.channels,
-                                     .depth = p_.outputs,
-                                     .a = workspace.out_grad.at(element),
-                                     .a_stride = workspace.out_grad.stride(),
-                                     .b = weight_.at(element) + chunk.first,
-                                     .b_stride = p_.channels,
-                                     .c = workspace.inputs.at(element),
-                                     .c_stride = workspace.inputs.stride()},
+      multiply(Product<T, float>{.rows = tiles_.blocks(tile),
+                                 .columns = chunk.channels,
+                                 .depth = p_.outputs,
+                                 .a = workspace.out_grad.at(element),
+                                 .a_stride = workspace.out_grad.stride(),
+                                 .b = weight_.at(element) + kInPairs * chunk.first,
+                                 .b_stride = p_.channels,
+                                 .c = workspace.products.at(element),
+                                 .c_stride = workspace.products.stride()},
                workspace.prefetch);
     }
-    write_tile(tiles_, tile, workspace.inputs, chunk.channels, workspace.products.get(), workspace.channels);
+    write_tile(tiles_, tile, workspace.products, chunk.channels, workspace.inputs.get(), workspace.channels);
   }
 
   // Masks the gradient by the recomputed activations, takes its sums and leaves scale times it in ``grad``.
-  void deposit(int64_t group, int64_t tile, const ChannelChunk& chunk, const Workspace& workspace) const {
+  void deposit(int64_t group, int64_t tile, const ChannelChunk& chunk, const Workspace<T>& workspace) const {
     const int64_t c = chunk.first, pixel = tiles_.first_pixel(tiles_.first_row(tile));
-    Deposit<S, float>{.rows = tiles_.pixels(tile),
-                      .columns = chunk.channels,
-                      .x = static_cast<const S*>(p_.x) + pixel * p_.x_stride + c,
-                      .x_stride = p_.x_stride,
-                      .mean = static_cast<const float*>(p_.mean) + c,
-                      .scale = static_cast<const float*>(p_.scale) + c,
-                      .shift = static_cast<const float*>(p_.shift) + c,
-                      .gradient = workspace.products.get(),
-                      .gradient_stride = workspace.channels,
-                      .grad = p_.grad ? static_cast<S*>(p_.grad) + pixel * p_.grad_stride + c : nullptr,
-                      .grad_stride = p_.grad_stride,
-                      .accumulate = p_.accumulate,
-                      .activations = nullptr,
-                      .activations_stride = 0,
-                      .sum_grad = partials_.sums.sum_grad(group) + c,
-                      .sum_grad_x = partials_.sums.sum_grad_x(group) + c}
+    Deposit<S, T>{.rows = tiles_.pixels(tile),
+                  .columns = chunk.channels,
+                  .x = static_cast<const S*>(p_.x) + pixel * p_.x_stride + c,
+                  .x_stride = p_.x_stride,
+                  .mean = static_cast<const float*>(p_.mean) + c,
+                  .scale = static_cast<const float*>(p_.scale) + c,
+                  .shift = static_cast<const float*>(p_.shift) + c,
+                  .gradient = workspace.inputs.get(),
+                  .gradient_stride = workspace.channels,
+                  .grad = p_.grad ? static_cast<S*>(p_.grad) + pixel * p_.grad_stride + c : nullptr,
+                  .grad_stride = p_.grad_stride,
+                  .accumulate = p_.accumulate,
+                  .activations = nullptr,
+                  .activations_stride = 0,
+                  .sum_grad = partials_.sums.sum_grad(group) + c,
+                  .sum_grad_x = partials_.sums.sum_grad_x(group) + c}
         .run();
   }
 
   void add_weight_gradient(int64_t group, int64_t tile, const ChannelChunk& chunk, bool accumulate,
-                           Workspace& workspace) {
+                           Workspace<T>& workspace) {
     const ActivationOf activation{static_cast<const float*>(p_.scale) + chunk.first,
                                   static_cast<const float*>(p_.shift) + chunk.first};
     transform_tile(tiles_, tile, static_cast<const S*>(p_.x) + chunk.first, p_.x_stride, chunk.channels, activation,
-                   workspace.inputs);
+                   RightOperands<T>{workspace.activations});
     for (int element = 0; element < kElements; element++) {
-      multiply(Product<float, float>{.rows = p_.outputs,
-                                     .columns = chunk.channels,
-                                     .depth = tiles_.blocks(tile),
-                                     .a = workspace.gradient.get() + element * p_.outputs * workspace.transposed,
-                                     .a_stride = workspace.transposed,
-                                     .b = workspace.inputs.at(element),
-                                     .b_stride = workspace.inputs.stride(),
-                                     .c = partials_.weight(group, element) + chunk.first,
-                                     .c_stride = p_.channels,
-                                     .accumulate = accumulate},
+      multiply(Product<T, float>{.rows = p_.outputs,
+                                 .columns = chunk.channels,
+                                 .depth = tiles_.blocks(tile),
+                                 .a = workspace.gradient.get() + element * p_.outputs * workspace.transposed,
+                                 .a_stride = workspace.transposed,
+                                 .b = workspace.activations.at(element),
+                                 .b_stride = workspace.activations.stride(),
+                                 .c = partials_.weight(group, element) + chunk.first,
+                                 .c_stride = p_.channels,
+                                 .accumulate = accumulate},
                workspace.prefetch);
     }
   }
@@ -210,20 +215,22 @@ class Backward {
     if (!p_.grad_channels_last) taps_last(taps, p_.channels, p_.channels, to);
   }
 
+  static constexpr int64_t kInPairs = kPairedRows<T> ? 2 : 1;
+
   const Conv3x3Backward& p_;
   BlockTiles tiles_;
-  ChannelChunks<float> chunks_;
+  ChannelChunks<T> chunks_;
   int64_t groups_;
-  Scratch<float> weight_data_;
-  TransformedWeight<float> weight_;
+  Scratch<T> weight_data_;
+  TransformedWeight<T> weight_;
   Partials partials_;
 };
 
 }  // namespace
 
 void bn_relu_conv3x3_backward_winograd(const Conv3x3Backward& arguments) {
-  dispatch_storage(arguments.dtype, [&]<typename S>() {
-    if constexpr (kTransformsGradients<Operand<S>>) Backward<S>(arguments).run();
+  dispatch_product(arguments.dtype, [&]<typename S, typename T>() {
+    if constexpr (kLeastTransformed<T> < kNever) Backward<S, T>(arguments).run();
   });
 }
 

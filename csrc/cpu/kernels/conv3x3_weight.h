@@ -186,18 +186,36 @@ class TransformedWeight {
   }
 
   void transform_backward(const float* weight, bool channels_last) const {
-    at::parallel_for(0, outputs_, 1, [&](int64_t begin, int64_t end) {
-      TapsFirst<float> taps(weight, channels_, channels_last, 1, channels_);
-      for (int64_t output = begin; output < end; output++) {
-        taps.take(output, 1, 0, channels_);
-        const auto row_of = [&](int64_t tap) { return taps.at(0, 8 - tap); };
-        winograd::transform_taps(channels_, row_of, data_ + output * channels_, distance(outputs_, channels_));
+    constexpr int64_t block = kPairedRows<T> ? 2 : 1;  // outputs
+    at::parallel_for(0, ceil_div(outputs_, block), 1, [&](int64_t begin, int64_t end) {
+      TapsFirst<float> taps(weight, channels_, channels_last, block, channels_);
+      const Scratch<float> pair(kPairedRows<T> ? kElements * block * channels_ : 0);  // [16, 2, channels]
+      for (int64_t first = begin * block; first < std::min(end * block, outputs_); first += block) {
+        const int64_t count = std::min(block, outputs_ - first);
+        taps.take(first, count, 0, channels_);
+        const auto transform = [&](int64_t output, float* to, int64_t to_distance) {
+          const auto row_of = [&](int64_t tap) { return taps.at(output, 8 - tap); };
+          winograd::transform_taps(channels_, row_of, to, to_distance);
+        };
+        if constexpr (kPairedRows<T>) {
+          for (int64_t output = 0; output < count; output++) {
+            transform(output, pair.get() + output * channels_, block * channels_);
+          }
+          for (int64_t element = 0; element < kElements; element++) {
+            pack_gathered(count, channels_, at(element) + first * channels_,
+                          [&](int64_t row) { return pair.get() + (element * block + row) * channels_; });
+          }
+        } else {
+          transform(0, data_ + first * channels_, distance(outputs_, channels_));
+        }
       }
     });
   }
 
  private:
-  static int64_t distance(int64_t outputs, int64_t channels) { return outputs * ChannelChunks<T>::even(channels) + 16; }
+  static int64_t distance(int64_t outputs, int64_t channels) {
+    return ChannelChunks<T>::even(outputs) * ChannelChunks<T>::even(channels) + 16;
+  }
 
   T* data_;
   int64_t outputs_, channels_;

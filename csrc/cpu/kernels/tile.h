@@ -55,6 +55,17 @@ ALWAYS_INLINE void store_pair(T* to, Vector<float> even, Vector<float> odd) {
   }
 }
 
+// Puts one of two rows into the paired layout: an even one leaves zeros where an odd one may follow.
+ALWAYS_INLINE void store_in_pair(BFloat16* to, bool is_odd, Vector<float> value) {
+  detail::DoubleWords pair = detail::widen(to_bfloat16(value));
+  if (is_odd) {
+    detail::DoubleWords even;
+    std::memcpy(&even, to, sizeof(even));
+    pair = even | pair << 16;
+  }
+  std::memcpy(to, &pair, sizeof(pair));
+}
+
 // tile [rows, columns] = relu(x * scale + shift), row stride ``stride``; columns up to ``padded`` are zeroed.
 template <typename S, typename T, typename A>
 void activate_rows(const S* x, int64_t x_stride, const A* scale, const A* shift, int64_t rows, int64_t columns, T* tile,

@@ -25,7 +25,7 @@ constexpr int kElements = 16;  // of a transformed patch, block or weight
 
 // From how many channels on a convolution of operands T is transformed. Products of float64 are for those who want
 // every digit, and in AMX's tiles those of 16-bit operands are no longer what takes the time. Rounding the transformed
-// operands to bfloat16 costs about half of an error more, which sums over few channels would not even out.
+// operands to bfloat16 costs about one storing in bfloat16 more, which sums over few channels would not even out.
 constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
 template <typename T>
 constexpr int64_t kLeastTransformed = kNever;
@@ -35,10 +35,6 @@ constexpr int64_t kLeastTransformed<float> = 0;
 template <>
 constexpr int64_t kLeastTransformed<BFloat16> = 32;
 #endif
-
-// Whether the gradients of such a convolution are.
-template <typename T>
-constexpr bool kTransformsGradients = kLeastTransformed<T> == 0;
 
 // Images cut into rows of blocks, each two rows of pixels, and these into tiles: the pixels of a tile follow each other
 // in memory. The cut depends on the shape alone, so that sums have one order for any number of threads.
@@ -87,18 +83,40 @@ class BlockTiles {
 template <typename T>
 class Transformed {
  public:
-  Transformed(int64_t blocks, int64_t channels)
+  // In memory of their own, or in that of others which are at least as large.
+  Transformed(int64_t blocks, int64_t channels, void* memory = nullptr)
       : stride_(round_up(channels, 16)),
         distance_(blocks * stride_ + 16),  // never a multiple of a page, which would crowd a few sets of the cache
-        data_(kElements * distance_) {}
+        own_(memory ? 0 : kElements * distance_),
+        data_(memory ? static_cast<T*>(memory) : own_.get()) {}
 
   int64_t stride() const { return stride_; }
   int64_t distance() const { return distance_; }
-  T* at(int64_t element, int64_t block = 0) const { return data_.get() + element * distance_ + block * stride_; }
+  T* at(int64_t element, int64_t block = 0) const { return data_ + element * distance_ + block * stride_; }
+
+  // One vector of channels, from c on, of a block.
+  ALWAYS_INLINE void put(int64_t element, int64_t block, int64_t c, Vector<float> value) const {
+    store(at(element, block) + c, value);
+  }
 
  private:
   int64_t stride_, distance_;
-  Scratch<T> data_;
+  Scratch<T> own_;
+  T* data_;
+};
+
+// The same as right operands of products over the blocks, in pairs where T asks for them; blocks come in their order.
+template <typename T>
+struct RightOperands {
+  const Transformed<T>& to;
+
+  ALWAYS_INLINE void put(int64_t element, int64_t block, int64_t c, Vector<float> value) const {
+    if constexpr (kPairedRows<T>) {
+      store_in_pair(to.at(element, block & ~int64_t{1}) + 2 * c, block & 1, value);
+    } else {
+      to.put(element, block, c, value);
+    }
+  }
 };
 
 namespace winograd {
@@ -128,18 +146,19 @@ ALWAYS_INLINE std::array<Vec, 3> taps_gradient(const Four& m) {  // G^T
 
 // ---- vectors of channels, all blocks of a row
 
-// to = B^T d B of every patch; pixel(row, column) is a vector of its inputs, zero outside the image.
-template <typename T, typename Pixel>
-ALWAYS_INLINE void transform_patches(int64_t blocks, const Pixel& pixel, T* to, int64_t stride, int64_t distance) {
+// put(element, block, value) receives B^T d B of every patch; pixel(row, column) is a vector of its inputs, zero
+// outside the image.
+template <typename Pixel, typename Put>
+ALWAYS_INLINE void transform_patches(int64_t blocks, const Pixel& pixel, const Put& put) {
   const auto column_of = [&](int64_t x) { return patch(pixel(0, x), pixel(1, x), pixel(2, x), pixel(3, x)); };
   Four first = column_of(-1), second = column_of(0);
-  for (int64_t block = 0; block < blocks; block++, to += stride) {
+  for (int64_t block = 0; block < blocks; block++) {
     const Four third = column_of(2 * block + 1), fourth = column_of(2 * block + 2);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
       const Four row = patch(first.value[i], second.value[i], third.value[i], fourth.value[i]);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) store(to + (4 * i + j) * distance, row.value[j]);
+      for (int j = 0; j < 4; j++) put(4 * i + j, block, row.value[j]);
     }
     first = third;
     second = fourth;
@@ -170,9 +189,8 @@ ALWAYS_INLINE void transform_products(int64_t blocks, const float* from, int64_t
 }
 
 // to = A dy A^T of every block; pixel(row, column) as above.
-template <typename Pixel>
-ALWAYS_INLINE void transform_gradients(int64_t blocks, const Pixel& pixel, float* to, int64_t stride,
-                                       int64_t distance) {
+template <typename T, typename Pixel>
+ALWAYS_INLINE void transform_gradients(int64_t blocks, const Pixel& pixel, T* to, int64_t stride, int64_t distance) {
   for (int64_t block = 0; block < blocks; block++, to += stride) {
     const Four left = gradient(pixel(0, 2 * block), pixel(1, 2 * block));
     const Four right = gradient(pixel(0, 2 * block + 1), pixel(1, 2 * block + 1));
@@ -230,16 +248,17 @@ ALWAYS_INLINE void transform_taps_gradient(int64_t columns, const ElementAt& ele
 }  // namespace winograd
 
 // The patches of a tile, mapped and transformed: map_of(c, count) gives what is done to ``count`` channels from c on.
-template <typename S, typename T, typename MapOf>
+// ``to`` is Transformed or its RightOperands.
+template <typename S, typename MapOf, typename Matrices>
 void transform_tile(const BlockTiles& tiles, int64_t tile, const S* x, int64_t x_stride, int64_t channels,
-                    const MapOf& map_of, const Transformed<T>& to) {
+                    const MapOf& map_of, const Matrices& to) {
   using winograd::Vec;
   const int64_t width = tiles.width(), first = tiles.first_row(tile);
   for (int64_t row = first; row < tiles.first_row(tile + 1); row++) {
     const S* upper = x + tiles.first_pixel(row) * x_stride;
     std::array<const S*, 4> rows;
     for (int i = 0; i < 4; i++) rows[i] = tiles.is_inside(row, i - 1) ? upper + (i - 1) * width * x_stride : nullptr;
-    const int64_t block = (row - first) * tiles.blocks_per_row();
+    const int64_t first_block = (row - first) * tiles.blocks_per_row();
     for (int64_t c = 0; c < channels; c += winograd::kVector) {
       const auto map = map_of(c, channels - c);
       const auto run = [&](auto load_lanes) ALWAYS_INLINE_LAMBDA {
@@ -249,7 +268,8 @@ void transform_tile(const BlockTiles& tiles, int64_t tile, const S* x, int64_t x
               if (rows[i] == nullptr || column < 0 || column >= width) return Vec{};
               return map(load_lanes(rows[i] + column * x_stride + c));
             },
-            to.at(0, block) + c, to.stride(), to.distance());
+            [&](int element, int64_t block, Vec value)
+                ALWAYS_INLINE_LAMBDA { to.put(element, first_block + block, c, value); });
       };
       if (channels - c >= winograd::kVector) {
         run([](const S* from) ALWAYS_INLINE_LAMBDA { return load<float>(from); });
