@@ -51,13 +51,19 @@ void pack_weight(const A* weight, int64_t channels, int64_t outputs, T* packed) 
   const PackedWeight<T> layout{channels, outputs};
   constexpr int64_t block = 32;
   at::parallel_for(0, ceil_div(channels, block), 4, [&](int64_t begin, int64_t end) {
-    Scratch<A> transposed(block * outputs);
+    const Scratch<A> transposed(kPairedRows<T> ? block * outputs : 0);
     for (int64_t index = begin; index < end; index++) {
       const int64_t first = index * block, count = std::min(block, channels - first);
-      transpose(weight + first, channels, outputs, count, transposed.get(), outputs);
       for (int64_t n = 0; n < outputs; n += layout.columns(n)) {
-        pack_gathered(count, layout.columns(n), packed + layout.offset(n, first),
-                      [&](int64_t row) -> const A* { return transposed.get() + row * outputs + n; });
+        const int64_t columns = layout.columns(n);
+        const A* from = weight + n * channels + first;
+        T* to = packed + layout.offset(n, first);
+        if constexpr (kPairedRows<T>) {
+          transpose(from, channels, columns, count, transposed.get(), columns);
+          pack_gathered(count, columns, to, [&](int64_t row) { return transposed.get() + row * columns; });
+        } else {
+          transpose(from, channels, columns, count, to, columns);
+        }
       }
     }
   });

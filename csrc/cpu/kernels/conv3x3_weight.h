@@ -168,18 +168,23 @@ class TransformedWeight {
     at::parallel_for(0, ceil_div(channels_, block), 1, [&](int64_t begin, int64_t end) {
       TapsFirst<float> taps(weight, channels_, channels_last, outputs_, block);
       const int64_t rows = block * outputs_;
-      const Scratch<float> untransformed(9 * rows), transformed(kElements * rows);  // [., block, outputs]
+      const Scratch<float> untransformed(9 * rows);  // [9, block, outputs]
+      const Scratch<float> transformed(kPairedRows<T> ? kElements * rows : 0);
       for (int64_t first = begin * block; first < std::min(end * block, channels_); first += block) {
         const int64_t count = std::min(block, channels_ - first);
         taps.take(0, outputs_, first, count);
         for (int64_t tap = 0; tap < 9; tap++) {
           transpose(taps.at(0, tap), taps.stride(), outputs_, count, untransformed.get() + tap * rows, outputs_);
         }
-        winograd::transform_taps(
-            count * outputs_, [&](int64_t tap) { return untransformed.get() + tap * rows; }, transformed.get(), rows);
-        for (int64_t element = 0; element < kElements; element++) {
-          pack_gathered(count, outputs_, at(element) + first * outputs_,
-                        [&](int64_t row) { return transformed.get() + element * rows + row * outputs_; });
+        const auto row_of = [&](int64_t tap) { return untransformed.get() + tap * rows; };
+        if constexpr (kPairedRows<T>) {
+          winograd::transform_taps(count * outputs_, row_of, transformed.get(), rows);
+          for (int64_t element = 0; element < kElements; element++) {
+            pack_gathered(count, outputs_, at(element) + first * outputs_,
+                          [&](int64_t row) { return transformed.get() + element * rows + row * outputs_; });
+          }
+        } else {
+          winograd::transform_taps(count * outputs_, row_of, data_ + first * outputs_, distance(outputs_, channels_));
         }
       }
     });

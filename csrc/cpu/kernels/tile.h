@@ -219,7 +219,12 @@ void transpose(const F* from, int64_t from_stride, int64_t rows, int64_t columns
 template <typename T, typename RowOf>
 void pack_gathered(int64_t depth, int64_t columns, T* to, RowOf row_of) {
   if constexpr (!kPairedRows<T>) {
-    for (int64_t k = 0; k < depth; k++) std::memcpy(to + k * columns, row_of(k), columns * sizeof(T));
+    for (int64_t k = 0; k < depth; k++) {
+      const T* row = row_of(k);
+      for (int64_t n = 0; n < columns; n += kLanes<T>) {
+        store(to + k * columns + n, load<T>(row + n, columns - n), columns - n);
+      }
+    }
   } else {
     for (int64_t k = 0; k < depth; k += 2) {
       const auto *even = row_of(k), *odd = k + 1 < depth ? row_of(k + 1) : nullptr;
