@@ -3,6 +3,7 @@
 
 #include "checks.h"
 #include "cpu/memory.h"
+#include "cpu/views.h"
 #include "operators.h"
 
 namespace densenet_efficient {
@@ -12,7 +13,7 @@ using at::Tensor;
 Affine Norm::affine(const Tensor& mean, const Tensor& variance) const {
   const Tensor map = mean.new_empty({4, mean.size(0)});
   batch_norm_affine(running_mean.value_or(mean), running_variance.value_or(variance), weight, bias, eps, map);
-  return {map.select(0, 0), map.select(0, 1), map.select(0, 2), map.select(0, 3)};
+  return {select(map, 0), select(map, 1), select(map, 2), select(map, 3)};
 }
 
 std::vector<DenseLayer> read_layers(const LayerArguments& arguments, size_t count) {
@@ -54,7 +55,7 @@ std::vector<Tensor> dense_layers(const Tensor& storage, int64_t height, int64_t 
                                  int64_t saved_bottlenecks) {
   const auto layers = read_layers({weights, biases, epsilons, running, convolutions}, bottleneck_statistics.size(0));
   const int64_t rows = storage.size(0), bottleneck_channels = bottleneck_statistics.size(2);
-  const Tensor mean = statistics.select(0, 0), variance = statistics.select(0, 1);
+  const Tensor mean = select(statistics, 0), variance = select(statistics, 1);
   TORCH_CHECK(saved_bottlenecks >= 0 && saved_bottlenecks <= static_cast<int64_t>(layers.size()),
               "saved_bottlenecks must be between 0 and the ", layers.size(), " layers, got ", saved_bottlenecks);
   std::vector<Tensor> bottlenecks;  // the first serves all layers up to the first whose output is saved
@@ -63,14 +64,14 @@ std::vector<Tensor> dense_layers(const Tensor& storage, int64_t height, int64_t 
   for (size_t index = 0; index < layers.size(); index++) {
     const DenseLayer& layer = layers[index];
     const int64_t growth_rate = layer.growth_rate();
-    Tensor inputs = storage.narrow(1, 0, channels), convolution = layer.conv1;
-    Affine affine = layer.norm1.affine(mean.narrow(0, 0, channels), variance.narrow(0, 0, channels));
+    Tensor inputs = narrow(storage, 1, 0, channels), convolution = layer.conv1;
+    Affine affine = layer.norm1.affine(narrow(mean, 0, 0, channels), narrow(variance, 0, 0, channels));
     if (layer.norm2) {
       if (index > first_saved || bottlenecks.empty()) {
         bottlenecks.push_back(empty_kept({rows, bottleneck_channels}, storage.options()));
       }
-      const Tensor bottleneck = bottlenecks.back(), own = bottleneck_statistics.select(0, index);
-      const Tensor own_mean = own.select(0, 0), own_variance = own.select(0, 1);
+      const Tensor bottleneck = bottlenecks.back(), own = select(bottleneck_statistics, index);
+      const Tensor own_mean = select(own, 0), own_variance = select(own, 1);
       const bool wanted = layer.norm2->uses_batch();
       bn_relu_conv1x1(inputs, affine.scale, affine.shift, layer.conv1, bottleneck,
                       wanted ? std::optional(own_mean) : std::nullopt,
@@ -80,10 +81,10 @@ std::vector<Tensor> dense_layers(const Tensor& storage, int64_t height, int64_t 
       convolution = *layer.conv2;
     }
     const auto of_slot = [&](const Tensor& statistic) {
-      return with_statistics ? std::optional(statistic.narrow(0, channels, growth_rate)) : std::nullopt;
+      return with_statistics ? std::optional(narrow(statistic, 0, channels, growth_rate)) : std::nullopt;
     };
     bn_relu_conv3x3(inputs, affine.scale, affine.shift, convolution, height, width,
-                    storage.narrow(1, channels, growth_rate), of_slot(mean), of_slot(variance));
+                    narrow(storage, 1, channels, growth_rate), of_slot(mean), of_slot(variance));
     channels += growth_rate;
   }
   if (saved_bottlenecks == 0) bottlenecks.clear();

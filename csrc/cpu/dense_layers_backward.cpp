@@ -5,6 +5,7 @@
 #include "checks.h"
 #include "cpu/dense_layers.h"
 #include "cpu/memory.h"
+#include "cpu/views.h"
 #include "operators.h"
 
 namespace densenet_efficient {
@@ -49,7 +50,7 @@ constexpr int64_t kMostParts = 4;
 struct Part {
   int64_t start, rows;
 
-  Tensor of(const Tensor& tensor) const { return tensor.narrow(0, start, rows); }
+  Tensor of(const Tensor& tensor) const { return rows == tensor.size(0) ? tensor : narrow(tensor, 0, start, rows); }
   OptionalTensor of(const OptionalTensor& tensor) const { return tensor ? OptionalTensor(of(*tensor)) : std::nullopt; }
 };
 
@@ -65,8 +66,8 @@ struct Projection {
     OptionalTensor its_slope, its_offset;
     if (norm.uses_batch()) {
       is_empty = false;
-      its_slope = slope.narrow(0, 0, sums.grad->size(0));
-      its_offset = offset.narrow(0, 0, sums.grad->size(0));
+      its_slope = narrow(slope, 0, 0, sums.grad->size(0));
+      its_offset = narrow(offset, 0, 0, sums.grad->size(0));
     }
     Tensor grad_weight = sums.grad->new_empty(sums.grad->sizes());
     batch_norm_gradients(*sums.grad, *sums.grad_x, affine.rstd, affine.scale, std::max<int64_t>(count, 1), grad_weight,
@@ -77,8 +78,8 @@ struct Projection {
   // Corrects the gradient of ``count`` channels from ``start`` on, in place.
   void apply(const Tensor& grad, const Tensor& storage, const Tensor& mean, int64_t start, int64_t count) const {
     if (is_empty) return;
-    project_gradient(grad.narrow(1, start, count), storage.narrow(1, start, count), mean.narrow(0, start, count),
-                     slope.narrow(0, start, count), offset.narrow(0, start, count));
+    project_gradient(narrow(grad, 1, start, count), narrow(storage, 1, start, count), narrow(mean, 0, start, count),
+                     narrow(slope, 0, start, count), narrow(offset, 0, start, count));
   }
 };
 
@@ -105,10 +106,10 @@ struct Backward {
   // From the finished gradient of a layer's slot, behind ``channels`` others, to the gradient of its inputs; returns
   // that of its parameters.
   Gradients run(const DenseLayer& layer, size_t index, int64_t channels, const Needed& needed, bool below_needed) {
-    const Tensor inputs = storage.narrow(1, 0, channels), slot_grad = grad.narrow(1, channels, layer.growth_rate());
-    const OptionalTensor inputs_grad = below_needed ? OptionalTensor(grad.narrow(1, 0, channels)) : std::nullopt;
-    const Affine affine = layer.norm1.affine(statistics.select(0, 0).narrow(0, 0, channels),
-                                             statistics.select(0, 1).narrow(0, 0, channels));
+    const Tensor inputs = narrow(storage, 1, 0, channels), slot_grad = narrow(grad, 1, channels, layer.growth_rate());
+    const OptionalTensor inputs_grad = below_needed ? OptionalTensor(narrow(grad, 1, 0, channels)) : std::nullopt;
+    const Affine affine = layer.norm1.affine(narrow(select(statistics, 0), 0, 0, channels),
+                                             narrow(select(statistics, 1), 0, 0, channels));
     const bool norm1_needed = needed.norm1 || below_needed;
     const OptionalTensor conv1_grad = like(layer.conv1, needed.conv1);
     if (!layer.norm2) {
@@ -120,8 +121,8 @@ struct Backward {
     }
     const bool bottleneck_needed = norm1_needed || needed.conv1;
     const int64_t width2 = layer.conv1.size(0);
-    const Tensor own_statistics = bottleneck_statistics.select(0, index);
-    const Affine affine2 = layer.norm2->affine(own_statistics.select(0, 0), own_statistics.select(0, 1));
+    const Tensor own_statistics = select(bottleneck_statistics, index);
+    const Affine affine2 = layer.norm2->affine(select(own_statistics, 0), select(own_statistics, 1));
     const OptionalTensor bottleneck_grad =
         bottleneck_needed ? OptionalTensor(scratch(bottleneck_grad_scratch, rows(), width2)) : std::nullopt;
     Outputs outputs2{like(*layer.conv2, needed.conv2), sums_of(width2, bottleneck_needed || needed.norm2)};
@@ -140,7 +141,7 @@ struct Backward {
       if (part > 0) outputs2.add(own);
     }
     const Tensor coefficients = statistics.new_zeros({2, width2});
-    Projection finish{coefficients.select(0, 0), coefficients.select(0, 1), true};
+    Projection finish{select(coefficients, 0), select(coefficients, 1), true};
     const auto [weight2_grad, bias2_grad] = finish.add(*layer.norm2, affine2, outputs2.sums, rows());
     const OptionalTensor& conv2_grad = outputs2.conv_grad;
     if (!bottleneck_needed) return {std::nullopt, std::nullopt, std::nullopt, weight2_grad, bias2_grad, conv2_grad};
@@ -165,7 +166,7 @@ struct Backward {
   // For such bottlenecks the gradients of the channels from ``stop`` on, which are done with, where they are enough.
   OptionalTensor room_behind(int64_t stop, int64_t channels) const {
     const int64_t start = grad.size(1) - channels;
-    return make_peak(channels) && start >= stop ? OptionalTensor(grad.narrow(1, start, channels)) : std::nullopt;
+    return make_peak(channels) && start >= stop ? OptionalTensor(narrow(grad, 1, start, channels)) : std::nullopt;
   }
 
   // The images whose bottlenecks are at hand together; those of the last part are the most.
@@ -188,7 +189,7 @@ struct Backward {
   // Of these images, in ``place``; takes no statistics.
   Tensor recompute_bottleneck(const DenseLayer& layer, const Part& images, const Tensor& inputs, const Affine& affine,
                               const Tensor& place) const {
-    const Tensor bottleneck = place.narrow(0, 0, images.rows);
+    const Tensor bottleneck = narrow(place, 0, 0, images.rows);
     bn_relu_conv1x1(images.of(inputs), affine.scale, affine.shift, layer.conv1, bottleneck, std::nullopt, std::nullopt);
     return bottleneck;
   }
@@ -201,7 +202,7 @@ struct Backward {
   Sums sums_of(int64_t channels, bool needed) const {
     if (!needed) return {};
     const Tensor both = statistics.new_empty({2, channels});
-    return {both.select(0, 0), both.select(0, 1)};
+    return {select(both, 0), select(both, 1)};
   }
 
   OptionalTensor like(const Tensor& weight, bool needed) const {
@@ -240,7 +241,7 @@ Gradients dense_layers_backward(const Tensor& grad, const Tensor& storage, int64
   Backward pass{
       grad, storage, height, width, statistics, bottleneck_statistics, bottlenecks, {slope, offset, nothing_to_project},
       {},   {}};
-  const Tensor mean = statistics.select(0, 0);
+  const Tensor mean = select(statistics, 0);
   Gradients gradients(needed.size());
   int64_t channels = storage.size(1);
   for (size_t index = layers.size(); index-- > lowest;) {
