@@ -119,6 +119,7 @@ class Backward {
     }
     const int64_t count = tiles_.blocks(tile);
     for (int element = 0; element < kElements; element++) {
+      // The last pair's other block, by which the zeros of the activations' are multiplied.
       if (kPairedRows<T> && count % 2 == 1) std::fill_n(blocks.at(element, count), blocks.stride(), T(0));
       transpose(blocks.at(element), blocks.stride(), round_up(count, 16), p_.outputs,
                 workspace.gradient.get() + element * p_.outputs * workspace.transposed, workspace.transposed);
