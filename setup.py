@@ -135,7 +135,7 @@ def native_extension() -> Extension:
         assert nvcc is not None
         cpp_extension.CUDA_HOME = toolkit_of(nvcc)
         os.environ.setdefault("TORCH_DONT_CHECK_COMPILER_ABI", "1")  # nvcc was tried, which tells more than a table
-        host_sources += sources("cuda/*.cpp") + sources("cuda/kernels/*.cu")
+        host_sources += sources("cuda/*.cpp") + sources("cuda/tape/*.cpp") + sources("cuda/kernels/*.cu")
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
         facts = [f'-DCUDA_ARCHITECTURES="{escaped(architectures)}"']
         extension_type, device = cpp_extension.CUDAExtension, "cuda"

@@ -9,7 +9,7 @@
 #include "cpu/capability.h"
 #include "module_snapshot.h"
 #if defined(CUDA_ARCHITECTURES)
-#include "cuda/launch_tape.h"
+#include "cuda/tape/launch_tape.h"
 #endif
 
 namespace py = pybind11;

@@ -30,7 +30,7 @@ class ModuleSnapshot:
         """Whether all of it is still the same, no tensor changed in place included."""
 
 class LaunchTape:
-    """Recorded launches of kernels; only in a build with CUDA. See csrc/cuda/launch_tape.h."""
+    """Recorded launches of kernels; only in a build with CUDA. See csrc/cuda/tape/launch_tape.h."""
 
     def __init__(self, scratch_bytes: int, given: Sequence[Tensor]) -> None: ...
     def add_result(self, result: Tensor) -> None: ...

@@ -1,4 +1,4 @@
-"""Records what a function launches on a GPU, and repeats it on other tensors from C++ (`csrc/cuda/launch_tape.h`).
+"""Records what a function launches on a GPU, and repeats it on other tensors from C++ (`csrc/cuda/tape/launch_tape.h`).
 
 A step launches thousands of small kernels. Deciding anew on each of them, and on the memory of what lies between, takes
 Python longer than the card takes for their work, and nothing of it depends on anything but the tensors' layouts.

@@ -117,9 +117,11 @@ def test_repeated_launches_have_the_bits_of_the_loop(monkeypatch, level):
     states = []
     for can_run in (taped_layers.can_run, lambda *_: False):
         monkeypatch.setattr(taped_layers, "can_run", can_run)
-        training = Training(level)
-        for _ in range(4):
+        training, kept = Training(level), []
+        for index in range(12):
             training.step()
+            if index % 3 == 2:  # so that a step finds its memory elsewhere
+                kept += [parameter.grad for parameter in training.model.parameters()]
         training.model.eval()
         for _ in range(4):
             loss = training.loss().detach()

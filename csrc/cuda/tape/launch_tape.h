@@ -1,6 +1,7 @@
 // Launches of kernels, recorded once and repeated on other tensors: what Python decides a thousand times in a step is
-// decided once, and a repetition costs what the driver takes. Unlike a CUDA graph it holds no memory between two of
-// them, and takes every tensor as a new address.
+// decided once. Unlike a CUDA graph of its own a repetition holds no memory between two of them, and takes every tensor
+// as a new address. It is launched as a graph all the same, of which those launches are changed whose memory has moved:
+// few or none, for a training step takes most of its memory where the step before it had it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,20 +10,20 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <list>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
+
+#include "cuda/tape/launch.h"
+#include "cuda/tape/launch_graph.h"
 
 namespace densenet_efficient::cuda {
 
 class LaunchTape {
  public:
   // The memories of a repetition are, in this order: its scratch, the tensors that it is given, its results.
-  struct Address {
-    int64_t memory;
-    int64_t displacement;  // in bytes
-  };
-
   // ``scratch_bytes`` of memory for one repetition; ``given`` are tensors as it will be given, in number and alignment.
   LaunchTape(int64_t scratch_bytes, const std::vector<at::Tensor>& given);
 
@@ -40,26 +41,12 @@ class LaunchTape {
 
   // The results, once everything is launched on the current stream of the tensors' device. Nothing where a tensor is
   // aligned otherwise than the kernels were compiled for.
-  std::optional<std::vector<at::Tensor>> repeat(const std::vector<at::Tensor>& given) const;
+  std::optional<std::vector<at::Tensor>> repeat(const std::vector<at::Tensor>& given);
 
   // What each kernel is launched with where the memories begin at these addresses; for tests.
-  std::vector<std::string> arguments_at(const std::vector<uintptr_t>& memories) const;
+  std::vector<std::string> arguments_at(const Memories& memories) const;
 
  private:
-  struct Pointer {
-    size_t offset;
-    Address address;
-  };
-  struct Launch {
-    uintptr_t kernel;  // 0: zeros
-    std::array<unsigned, 3> blocks;
-    unsigned threads;
-    unsigned shared_bytes;
-    std::string arguments;
-    std::vector<size_t> offsets;
-    std::vector<Pointer> pointers;  // of zeros, the one address
-    size_t bytes;                   // of zeros
-  };
   struct Result {
     at::ScalarType dtype;
     std::vector<int64_t> sizes;
@@ -68,16 +55,20 @@ class LaunchTape {
     int64_t elements;  // of its storage
   };
 
-  // A kernel's arguments, with its pointers into memories that begin at these addresses.
-  static void put_arguments(const Launch& launch, const std::vector<uintptr_t>& memories, char* arguments);
   at::Tensor new_result(const Result& result, const at::Tensor& like) const;
   bool are_aligned(const std::vector<at::Tensor>& given) const;
+  void launch(const Memories& memories, cudaStream_t stream);
+  // The graph with these memories, now the latest; nullptr where there is none, and each launch is one by itself.
+  LaunchGraph* graph_at(const Memories& memories, cudaStream_t stream);
 
   int64_t scratch_bytes_;
   std::vector<uintptr_t> misalignments_;  // of each given tensor, to 16 bytes
   std::vector<Result> results_;
   std::vector<Launch> launches_;
-  size_t most_argument_bytes_ = 0;
+  std::mutex mutex_;               // of what follows
+  std::list<LaunchGraph> graphs_;  // the latest first
+  bool was_repeated_ = false;
+  bool has_no_graph_ = false;  // CUDA makes none, or there are too many
 };
 
 // Whether a kernel takes arguments of just these offsets and sizes; true where the driver is too old to say.

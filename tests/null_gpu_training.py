@@ -1,0 +1,149 @@
+"""What the host does in a step on a GPU: launches, graphs, waits. Runs where the GPU does nothing (tests/null_gpu).
+
+`test_null_gpu.py` runs this file in a process of its own. Whatever is computed here is meaningless.
+"""
+
+import ctypes
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from densenet_efficient import EfficientDenseNet, taped_layers
+
+MODEL = {"growth_rate": 16, "block_config": (3, 2), "num_init_features": 32, "bn_size": 4, "num_classes": 10}
+STAGES = len(MODEL["block_config"])
+LIBRARY = ctypes.CDLL(os.environ["LD_PRELOAD"])
+REFUSALS = ("graphs", "changes")
+FIELDS = ("launches", "graph_launches", "launches_in_graphs", "changed_launches", "graphs", "waits")
+
+
+class Counts(ctypes.Structure):
+    """`null_gpu_counts` of null_gpu.h."""
+
+    _fields_ = [(name, ctypes.c_long) for name in FIELDS]
+
+
+COUNTS = Counts.in_dll(LIBRARY, "null_gpu_counts")
+
+
+def counted(function, *arguments):
+    """What the GPU is asked to do meanwhile, by the names of `Counts`."""
+    before = [getattr(COUNTS, name) for name in FIELDS]
+    function(*arguments)
+    return {name: getattr(COUNTS, name) - count for name, count in zip(FIELDS, before, strict=True)}
+
+
+@pytest.fixture(autouse=True)
+def no_tapes(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # its answers are not imitated
+    taped_layers._tapes.clear()
+    assert COUNTS.graphs == 0
+    yield
+    for refused in REFUSALS:
+        ctypes.c_int.in_dll(LIBRARY, f"null_gpu_refuses_{refused}").value = 0
+
+
+class Training:
+    """As a user's loop has it: new images each time, and a loss that lives on until the next one."""
+
+    def __init__(self, level="none"):
+        self.model = EfficientDenseNet(**MODEL, checkpointing=level).cuda().to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.loss, self.kept = None, []
+
+    def step(self, size=64):
+        images = torch.zeros(4, 3, size, size, device="cuda").to(memory_format=torch.channels_last)
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            self.loss = F.cross_entropy(self.model(images), torch.zeros(4, dtype=torch.long, device="cuda"))
+        self.loss.backward()
+        self.optimizer.step()
+
+    def steps(self, number):
+        for _ in range(number):
+            self.step()
+
+    def keeping_steps(self, number):
+        """With gradients that live on, so that a step finds its memory elsewhere than those before it."""
+        for _ in range(number):
+            self.step()
+            self.kept.extend(parameter.grad for parameter in self.model.parameters())
+
+
+@pytest.mark.parametrize("level", ["none", "bottleneck"])
+def test_a_stage_is_launched_as_one_graph(level):
+    training = Training(level)
+    training.steps(2)
+    one_by_one = counted(training.step)
+    assert one_by_one["graph_launches"] == 0
+    training.steps(6)
+    step = counted(training.step)
+    assert step["graph_launches"] == 2 * STAGES  # forward and backward
+    assert step["launches"] + step["launches_in_graphs"] == one_by_one["launches"]
+    assert step["graphs"] == 0  # all of them are there
+
+
+@pytest.mark.parametrize("level", ["none", "bottleneck"])
+def test_launches_are_changed_where_their_memory_has_moved(level):
+    training = Training(level)
+    training.steps(12)
+    few = counted(training.step)
+    assert few["changed_launches"] < 0.1 * few["launches_in_graphs"]
+    training.keeping_steps(6)
+    many = counted(training.keeping_steps, 1)
+    assert many["graph_launches"] == 2 * STAGES
+    assert many["changed_launches"] > 0.3 * many["launches_in_graphs"]
+
+
+def test_a_step_never_waits_for_the_gpu():
+    training = Training()
+    training.steps(1)
+    assert counted(training.steps, 6)["waits"] == 0
+
+
+def test_layouts_have_graphs_of_their_own():
+    training = Training()
+    for _ in range(8):
+        training.step(size=64)
+        training.step(size=96)
+    for size in (64, 96):
+        assert counted(lambda size=size: training.step(size=size))["graph_launches"] == 2 * STAGES
+
+
+@pytest.mark.parametrize("refused", REFUSALS)
+def test_where_cuda_refuses_all_is_launched(refused):
+    ctypes.c_int.in_dll(LIBRARY, f"null_gpu_refuses_{refused}").value = 1
+    training = Training()
+    training.keeping_steps(2)
+    first = counted(training.keeping_steps, 1)
+    training.keeping_steps(6)
+    last = counted(training.keeping_steps, 1)
+    assert last["graph_launches"] == COUNTS.graphs == 0
+    assert last["launches"] == first["launches"]
+
+
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream", "ignore:The CUDA Graph is empty")
+def test_a_captured_step_has_every_launch():
+    training = Training()
+    training.steps(8)
+    assert COUNTS.graphs > 0
+    images = torch.zeros(4, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last)
+    graph = torch.cuda.CUDAGraph()
+
+    def capture():
+        with torch.cuda.graph(graph), torch.autocast("cuda", torch.bfloat16):
+            training.model(images).sum().backward()
+
+    captured = counted(capture)
+    assert captured["graph_launches"] == 0
+    assert captured["launches"] > 0
+
+
+def test_graphs_go_with_their_tapes():
+    training = Training()
+    training.steps(8)
+    assert COUNTS.graphs >= 2 * STAGES
+    taped_layers._tapes.clear()
+    assert COUNTS.graphs == 0
