@@ -7,6 +7,7 @@ autograd formula stand beside it. Running statistics are updated outside, once p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -17,11 +18,11 @@ from .batch_norm import BatchNorm
 from .dense_block import backward_stage, forward_stage
 from .kernels import accumulation_dtype, spatial
 from .layout import as_images, empty_images
+from .registration import register, register_autograd, register_fake
 from .stage import NO_EXIT, DenseLayer, Stage, StageOutput, pooling_window
 from .stem import Stem, StemOutput, backward_stem, forward_stem
 from .synchronisation import Synchronisation
 
-NAMESPACE = "densenet_efficient"
 PARAMETERS_WITH_BOTTLENECK, PARAMETERS_WITHOUT = 6, 3
 
 T = TypeVar("T")
@@ -84,8 +85,7 @@ def _input_channels(features: Tensor, parameters: list[Tensor], bottleneck: bool
     return features.shape[1] - sum(layer[-1].shape[0] for layer in _by_layer(parameters, bottleneck))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::dense_stage", mutates_args=())
-def dense_stage(
+def compute_stage(
     x: Tensor,
     parameters: list[Tensor],
     exit_parameters: list[Tensor],
@@ -124,8 +124,10 @@ def dense_stage(
         return forward_stage(stage, x, saved_bottlenecks)
 
 
-@dense_stage.register_fake
-def _(
+dense_stage = register("dense_stage", compute_stage)
+
+
+def _fake_stage(
     x: Tensor,
     parameters: list[Tensor],
     exit_parameters: list[Tensor],
@@ -160,8 +162,10 @@ def _(
     return out, features, statistics, x.new_empty(len(layers), 2, bottleneck_channels, dtype=dtype), saved
 
 
-@torch.library.custom_op(f"{NAMESPACE}::dense_stage_backward", mutates_args=())
-def dense_stage_backward(
+register_fake(dense_stage, _fake_stage)
+
+
+def compute_stage_backward(
     out_grad: Tensor | None,
     features_grad: Tensor | None,
     features: Tensor,
@@ -213,8 +217,10 @@ def _like(parameter: Tensor, grad: Tensor) -> Tensor:
     return grad if grad.shape == parameter.shape else grad.view(parameter.shape)
 
 
-@dense_stage_backward.register_fake
-def _(
+dense_stage_backward = register("dense_stage_backward", compute_stage_backward)
+
+
+def _fake_stage_backward(
     out_grad: Tensor | None,
     features_grad: Tensor | None,
     features: Tensor,
@@ -242,7 +248,10 @@ def _(
     return [gradient for gradient, wanted in zip(gradients, needed, strict=True) if wanted]
 
 
-def _save_stage(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+register_fake(dense_stage_backward, _fake_stage_backward)
+
+
+def _save_stage(ctx: Any, inputs: Sequence[Any], output: tuple[Any, ...]) -> None:
     _, parameters, exit_parameters, running, masks, *values, _, counts, group = inputs
     _, features, statistics, bottleneck_statistics, bottlenecks = output
     groups = (bottlenecks, parameters, exit_parameters, running, masks)
@@ -255,28 +264,23 @@ def _save_stage(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> N
     )
 
 
-def _backward_stage(ctx: Any, out_grad: Tensor | None, features_grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * (len(ctx.values) + 3)
-    lengths = ctx.lengths[1:]  # of the inputs
+def _backward_stage(
+    ctx: Any, inputs_needed: Sequence[Any], out_grad: Tensor | None, features_grad: Tensor | None, *_: Any
+) -> Sequence[Any]:
+    nothing = [None] * (len(inputs_needed) - 3)
     if out_grad is None and features_grad is None:
-        return None, *([None] * length for length in lengths), *nothing
+        return None, None, None, *nothing
     tensors = ctx.saved_tensors  # which unpacks them all, each time
     saved, groups = tensors[:3], _split(tensors[3:], ctx.lengths)
-    input_needed, parameters_needed, exit_needed, *_rest = ctx.needs_input_grad
+    input_needed, parameters_needed, exit_needed, *_rest = inputs_needed
     # An exit whose output nobody used gets none, as from torch; zeros would let an optimizer decay its weights.
     needed = [input_needed, *parameters_needed, *(wanted and out_grad is not None for wanted in exit_needed)]
     gradients = iter(
         dense_stage_backward(out_grad, features_grad, *saved, *groups, *ctx.values, needed, ctx.counts, ctx.group)
     )
     spread = [next(gradients) if wanted else None for wanted in needed]
-    return (
-        spread[0],
-        spread[1 : 1 + lengths[0]],
-        spread[1 + lengths[0] :],
-        [None] * lengths[2],
-        [None] * lengths[3],
-        *nothing,
-    )
+    stop = 1 + len(parameters_needed)
+    return spread[0], spread[1:stop], spread[stop:], *nothing
 
 
 def _split(values: Any, lengths: list[int]) -> list[list[Tensor]]:
@@ -284,7 +288,7 @@ def _split(values: Any, lengths: list[int]) -> list[list[Tensor]]:
     return [[next(remaining) for _ in range(length)] for length in lengths]
 
 
-dense_stage.register_autograd(_backward_stage, setup_context=_save_stage)
+register_autograd(dense_stage, compute_stage, _save_stage, _backward_stage)
 
 
 def compute_stem(
@@ -309,7 +313,7 @@ def compute_stem(
         return forward_stem(description, x, save_conv)
 
 
-stem = torch.library.custom_op(f"{NAMESPACE}::stem", compute_stem, mutates_args=())
+stem = register("stem", compute_stem)
 
 
 def _describe_stem(
@@ -331,8 +335,7 @@ def _synchronisation(counts: Tensor | None, group: str) -> Synchronisation | Non
     return None if counts is None else Synchronisation(counts, group)
 
 
-@stem.register_fake
-def _(
+def _fake_stem(
     x: Tensor,
     conv: Tensor,
     weight: Tensor,
@@ -353,8 +356,10 @@ def _(
     return out, statistics, conv_out
 
 
-@torch.library.custom_op(f"{NAMESPACE}::stem_backward", mutates_args=())
-def stem_backward(
+register_fake(stem, _fake_stem)
+
+
+def compute_stem_backward(
     out_grad: Tensor,
     x: Tensor,
     statistics: Tensor,
@@ -377,8 +382,10 @@ def stem_backward(
     return _needed_gradients(gradients, [x, conv, weight, bias], needed)
 
 
-@stem_backward.register_fake
-def _(
+stem_backward = register("stem_backward", compute_stem_backward)
+
+
+def _fake_stem_backward(
     out_grad: Tensor,
     x: Tensor,
     statistics: Tensor,
@@ -399,7 +406,10 @@ def _(
     return [gradient for gradient, want in zip(gradients, needed, strict=True) if want]
 
 
-def _save_stem(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+register_fake(stem_backward, _fake_stem_backward)
+
+
+def _save_stem(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     x, conv, weight, bias, running, *values, _, counts, group = inputs
     _, statistics, conv_out = output
     ctx.set_materialize_grads(False)
@@ -408,30 +418,30 @@ def _save_stem(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.save_for_backward(x, statistics, conv_out, conv, weight, bias, *running)
 
 
-def _backward_stem(ctx: Any, out_grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    x, statistics, conv_out, conv, weight, bias, *running = ctx.saved_tensors
-    nothing = ([None] * len(running), *(None,) * (len(ctx.values) + 3))
+def _backward_stem(ctx: Any, inputs_needed: Sequence[Any], out_grad: Tensor | None, *_: Any) -> Sequence[Any]:
+    nothing = [None] * (len(inputs_needed) - 4)
     if out_grad is None:
         return None, None, None, None, *nothing
-    needed = list(ctx.needs_input_grad[:4])
+    x, statistics, conv_out, conv, weight, bias, *running = ctx.saved_tensors
+    needed = inputs_needed[:4]
     saved = (x, statistics, conv_out, conv, weight, bias, running)
     gradients = iter(stem_backward(out_grad, *saved, *ctx.values, needed, ctx.counts, ctx.group))
     return *(next(gradients) if want else None for want in needed), *nothing
 
 
-stem.register_autograd(_backward_stem, setup_context=_save_stem)
+register_autograd(stem, compute_stem, _save_stem, _backward_stem)
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save_nothing(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     """A second derivative is refused, so nothing is kept for it."""
 
 
-def _refuse_double_backward(ctx: Any, *grads: Any) -> Any:
+def _refuse_double_backward(ctx: Any, needed: Sequence[Any], *grads: Any) -> Any:
     raise RuntimeError(
         "densenet_efficient has no second derivative (double backward); "
         "for it, use densenet_efficient.reference.NaiveDenseNet with the same state_dict"
     )
 
 
-dense_stage_backward.register_autograd(_refuse_double_backward, setup_context=_save_nothing)
-stem_backward.register_autograd(_refuse_double_backward, setup_context=_save_nothing)
+register_autograd(dense_stage_backward, compute_stage_backward, _save_nothing, _refuse_double_backward)
+register_autograd(stem_backward, compute_stem_backward, _save_nothing, _refuse_double_backward)

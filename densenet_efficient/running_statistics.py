@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .dimensions import BatchNorm
+from .module_tensors import tensor_of
 
 Moments = tuple[Tensor, Tensor]  # the mean and the unbiased variance
 Update = tuple[BatchNorm, Moments | None]  # of a batch without values a norm counts that it was there, and no more
@@ -39,7 +40,8 @@ def update_running_statistics(updates: list[Update]) -> None:
 
 
 def _update(updates: list[Update]) -> None:
-    counters = [norm.num_batches_tracked for norm, _ in updates if norm.num_batches_tracked is not None]
+    every_counter = [tensor_of(norm, "num_batches_tracked") for norm, _ in updates]
+    counters = [counter for counter in every_counter if counter is not None]
     groups = _by_momentum(updates)
     every = [*counters, *(buffer for buffers, _ in groups.values() for buffer in buffers)]
     are_shared = len(set(map(id, every))) < len(every)
@@ -57,7 +59,7 @@ def _by_momentum(updates: list[Update]) -> dict[float, tuple[list[Tensor], list[
     """The buffers, and the values that they move to by the share ``momentum``."""
     groups: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     for norm, share in updates:
-        running_mean, running_var = norm.running_mean, norm.running_var
+        running_mean, running_var = tensor_of(norm, "running_mean"), tensor_of(norm, "running_var")
         if share is None or running_mean is None or running_var is None:
             continue  # without statistics where tracking was switched on after the norm was made
         mean, variance = share

@@ -8,13 +8,16 @@ from .dimensions import BatchNorm, Convolution
 from .dropout import draw_mask
 from .fusion import LayerParts
 from .layout import as_rows
+from .module_tensors import tensor_of
 from .running_statistics import Update, is_due, moments, updates_of
 
 
 def parameters_of(layer: LayerParts) -> list[Tensor]:
     """Of each norm and the convolution behind it, in the operator's order."""
-    parts = zip(layer.norms, layer.convolutions, strict=True)
-    return [tensor for norm, conv in parts for tensor in (norm.weight, norm.bias, conv.weight)]
+    parameters: list[Tensor] = []
+    for norm, conv in zip(layer.norms, layer.convolutions, strict=True):
+        parameters += tensor_of(norm, "weight"), tensor_of(norm, "bias"), tensor_of(conv, "weight")
+    return parameters
 
 
 def running_of(norm: BatchNorm) -> list[Tensor]:
@@ -25,7 +28,7 @@ def running_of(norm: BatchNorm) -> list[Tensor]:
 
 def convolution_weights(layers: list[LayerParts], exit_parameters: list[Tensor]) -> list[Tensor]:
     """Those that decide the dtype of a stage."""
-    return [*(conv.weight for layer in layers for conv in layer.convolutions), *exit_parameters[2:]]
+    return [*(tensor_of(conv, "weight") for layer in layers for conv in layer.convolutions), *exit_parameters[2:]]
 
 
 def draw_masks(layers: list[LayerParts], exit_conv: Convolution | None, x: Tensor) -> tuple[float, list[Tensor]]:
