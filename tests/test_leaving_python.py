@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 from densenet_efficient import convert
-from densenet_efficient.operators import NAMESPACE
+from densenet_efficient.registration import NAMESPACE
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

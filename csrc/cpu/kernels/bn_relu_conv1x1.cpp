@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "cpu/kernels/dispatch.h"
-#include "cpu/kernels/multiply.h"
+#include "cpu/kernels/multiply_activations.h"
 #include "cpu/kernels/statistics.h"
 #include "cpu/kernels/tasks.h"
 #include "cpu/kernels/tile.h"
@@ -82,6 +82,7 @@ void forward(const Conv1x1Forward& p) {
   if (!p.packed) pack_weight(static_cast<const A*>(p.weight), p.channels, outputs, packed_here.get());
   const T* weight = p.packed ? static_cast<const T*>(p.packed) : packed_here.get();
   TileStatistics<A> statistics(p.mean ? tiles : 0, outputs);
+  const bool skips = skips_zeros<T>(x, p.x_stride, scale, shift, p.rows, p.channels, outputs);
 
   parallel_tasks(tiles, [&](TaskRun& run) {
     const int64_t stride = std::min(round_up(p.channels, 16), kDepth) + 16;
@@ -110,17 +111,21 @@ void forward(const Conv1x1Forward& p) {
         prefetch.add(x + next_row * p.x_stride + next_channel, p.x_stride, std::min(tile_rows, p.rows - next_row),
                      std::min(kDepth, p.channels - next_channel));
         for (int64_t n = 0; n < outputs; n += layout.columns(n)) {
-          multiply(Product<T, A>{.rows = std::is_same_v<S, A> ? rows : round_up(rows, kProductRows<T>),
-                                 .columns = layout.columns(n),
-                                 .depth = depth,
-                                 .a = activations.get(),
-                                 .a_stride = stride,
-                                 .b = weight + layout.offset(n, c),
-                                 .b_stride = layout.columns(n),
-                                 .c = sums + n,
-                                 .c_stride = sums_stride,
-                                 .accumulate = c > 0},
-                   prefetch);
+          const Product<T, A> product{.rows = std::is_same_v<S, A> ? rows : round_up(rows, kProductRows<T>),
+                                      .columns = layout.columns(n),
+                                      .depth = depth,
+                                      .a = activations.get(),
+                                      .a_stride = stride,
+                                      .b = weight + layout.offset(n, c),
+                                      .b_stride = layout.columns(n),
+                                      .c = sums + n,
+                                      .c_stride = sums_stride,
+                                      .accumulate = c > 0};
+          if (skips) {
+            multiply_activations(product, prefetch);
+          } else {
+            multiply(product, prefetch);
+          }
         }
       }
       if constexpr (!std::is_same_v<S, A>) store_rows(sums, outputs, rows, outputs, tile_out, p.out_stride);

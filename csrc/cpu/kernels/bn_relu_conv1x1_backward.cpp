@@ -8,7 +8,7 @@
 #include "cpu/kernels/bn_relu_conv1x1.h"
 #include "cpu/kernels/deposit.h"
 #include "cpu/kernels/dispatch.h"
-#include "cpu/kernels/multiply.h"
+#include "cpu/kernels/multiply_activations.h"
 #include "cpu/kernels/tasks.h"
 #include "cpu/kernels/tile.h"
 
@@ -54,6 +54,7 @@ template <typename T>
 struct FinishedGradient {
   int64_t stride, transposed_stride;
   Scratch<T> rows, transposed;
+  bool is_finite = true;
 
   explicit FinishedGradient(int64_t outputs)
       : stride(round_up(outputs, 16) + 16),
@@ -62,14 +63,17 @@ struct FinishedGradient {
         transposed(round_up(outputs, 16) * transposed_stride) {}
 
   template <typename S>
-  void finish(const Conv1x1Backward& p, int64_t row, int64_t count) {
+  void finish(const Conv1x1Backward& p, int64_t row, int64_t count, bool with_transposed) {
     const int64_t padded = round_up(count, std::max<int64_t>(kProductDepth<T>, 16));
+    is_finite = true;
     int64_t c = 0;
     for (; c + 4 * kLanes<Accumulate<S>> <= p.outputs; c += 4 * kLanes<Accumulate<S>>) {
       finish_channels<4, S>(p, row, count, padded, c);
     }
     for (; c < stride - 16; c += kLanes<Accumulate<S>>) finish_channels<1, S>(p, row, count, padded, c);
-    transpose(rows.get(), stride, padded, p.outputs, transposed.get(), transposed_stride);
+    if (with_transposed) {
+      transpose(rows.get(), stride, padded, p.outputs, transposed.get(), transposed_stride);
+    }
   }
 
  private:
@@ -88,14 +92,18 @@ struct FinishedGradient {
       offset[v] = load<A>(static_cast<const A*>(p.out_offset) + c + v * lanes, width - v * lanes);
     }
     T* to = rows.get() + c;
+    Vector<A> zeros{};  // or NaN
     for (int64_t r = 0; r < count; r++) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) {
         const Vector<A> gradient = load<A>(out_grad + r * p.out_grad_stride + v * lanes, width - v * lanes);
         const Vector<A> value = load<A>(out + r * p.out_stride + v * lanes, width - v * lanes);
-        store(to + r * stride + v * lanes, projected(gradient, value, mean[v], slope[v], offset[v]), lanes);
+        const Vector<A> finished = projected(gradient, value, mean[v], slope[v], offset[v]);
+        store(to + r * stride + v * lanes, finished, lanes);
+        zeros += finished * A(0);
       }
     }
+    for (int64_t lane = 0; lane < lanes; lane++) is_finite = is_finite && zeros[lane] == 0;
     for (int64_t r = count; r < padded; r++) std::fill_n(to + r * stride, V * lanes, T(0));
   }
 };
@@ -114,7 +122,8 @@ void pack_panels(const A* weight, int64_t channels, int64_t outputs, T* packed) 
   });
 }
 
-// What the tasks leave: per group of rows the weight's gradient in panels [outputs, kPanel], and the sums.
+// What the tasks leave: per group of rows the weight's gradient in panels [outputs, kPanel], or [kPanel, outputs] where
+// products skip zeros, and the sums.
 template <typename A>
 struct Partials {
   int64_t channels, outputs;  // channels rounded up to whole panels
@@ -148,12 +157,19 @@ class Backward {
  public:
   explicit Backward(const Conv1x1Backward& arguments)
       : p_(arguments),
+        skips_(skips_zeros<T>(static_cast<const S*>(p_.x), p_.x_stride, static_cast<const A*>(p_.scale),
+                              static_cast<const A*>(p_.shift), p_.rows, p_.channels, p_.outputs)),
+        masks_(skips_ && p_.sum_grad && p_.outputs == kSkippingColumns<T>),
         tasks_(p_.rows, p_.channels, kTileRows<T>, kStepRows<T>),
         weight_(p_.sum_grad ? round_up(p_.channels, kPanel) * round_up(p_.outputs, 2) : 0),
         partials_(tasks_.groups, p_.channels, p_.outputs, p_.grad_weight != nullptr) {}
 
   void run() {
-    if (p_.sum_grad) pack_panels(static_cast<const A*>(p_.weight), p_.channels, p_.outputs, weight_.get());
+    if (masks_) {
+      transpose_weight();
+    } else if (p_.sum_grad) {
+      pack_panels(static_cast<const A*>(p_.weight), p_.channels, p_.outputs, weight_.get());
+    }
     if (tasks_.spans > 1) finish_shared();
     parallel_tasks(tasks_.groups * tasks_.spans, [&](TaskRun& run) {
       Workspace<T, A> workspace;
@@ -175,6 +191,16 @@ class Backward {
     return {group, tile, first, std::min(tasks_.tile_rows, last - first)};
   }
 
+  // As [channels, outputs].
+  void transpose_weight() {
+    at::parallel_for(0, ceil_div(p_.channels, kPanel), 4, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin * kPanel; c < std::min(end * kPanel, p_.channels); c += kPanel) {
+        transpose(static_cast<const A*>(p_.weight) + c, p_.channels, p_.outputs, std::min(kPanel, p_.channels - c),
+                  weight_.get() + c * p_.outputs, p_.outputs);
+      }
+    });
+  }
+
   // Few rows of many channels: several tasks need the same finished gradient, which is small.
   void finish_shared() {
     const int64_t tiles = tasks_.groups * tasks_.tiles;
@@ -182,7 +208,7 @@ class Backward {
     at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; index++) {
         const Rows rows = rows_of(index / tasks_.tiles, index % tasks_.tiles);
-        shared_[index].template finish<S>(p_, rows.first, rows.count);
+        shared_[index].template finish<S>(p_, rows.first, rows.count, !skips_);
       }
     });
   }
@@ -193,7 +219,7 @@ class Backward {
     for (int64_t tile = 0; tile < tasks_.tiles; tile++) {
       const Rows rows = rows_of(group, tile), next = rows_of(group, tile + 1);
       if (rows.count == 0) continue;
-      if (shared_.empty()) workspace.finished->template finish<S>(p_, rows.first, rows.count);
+      if (shared_.empty()) workspace.finished->template finish<S>(p_, rows.first, rows.count, !skips_);
       const auto& finished = shared_.empty() ? *workspace.finished : shared_[group * tasks_.tiles + tile];
       for (int64_t c = first; c < last; c += kPanel) {
         const bool accumulate = tile > 0;
@@ -220,7 +246,9 @@ class Backward {
     } else if (next.count > 0) {
       const auto& finished = shared_[next.group * tasks_.tiles + next.tile];
       prefetch.add(finished.rows.get(), finished.stride, next.count, p_.outputs);
-      prefetch.add(finished.transposed.get(), finished.transposed_stride, p_.outputs, next.count);
+      if (!skips_) {
+        prefetch.add(finished.transposed.get(), finished.transposed_stride, p_.outputs, next.count);
+      }
     }
   }
 
@@ -230,9 +258,13 @@ class Backward {
                  const FinishedGradient<T>& finished, Workspace<T, A>& workspace) {
     for (int64_t row = 0; row < rows.count; row += kStepRows<T>) {
       const int64_t count = std::min(kStepRows<T>, rows.count - row);
-      if (p_.sum_grad) multiply_gradient(row, count, c, columns, finished, workspace);
-      deposit(group, rows.first + row, count, c, columns, workspace.activations.get() + row * kPanel,
-              workspace.gradient.get());
+      if (masks_) {
+        multiply_masked_gradient(rows, row, count, c, columns, finished, workspace);
+      } else if (p_.sum_grad) {
+        multiply_gradient(row, count, c, columns, finished, workspace);
+      }
+      T* activations = p_.grad_weight && !masks_ ? workspace.activations.get() + row * kPanel : nullptr;
+      deposit(group, rows.first + row, count, c, columns, activations, workspace.gradient.get());
     }
     if (p_.grad_weight) multiply_weight_gradient(group, rows.count, c, columns, accumulate, finished, workspace);
   }
@@ -254,6 +286,27 @@ class Backward {
     }
   }
 
+  // The gradient of those activations alone that are not zero, beside the activations themselves.
+  void multiply_masked_gradient(const Rows& rows, int64_t row, int64_t count, int64_t c, int64_t columns,
+                                const FinishedGradient<T>& finished, Workspace<T, A>& workspace) const {
+    if constexpr (kSkippingColumns<T> > 0) {
+      T* activations = workspace.activations.get() + row * kPanel;
+      activate_rows(static_cast<const S*>(p_.x) + (rows.first + row) * p_.x_stride + c, p_.x_stride,
+                    static_cast<const A*>(p_.scale) + c, static_cast<const A*>(p_.shift) + c, count, columns,
+                    activations, kPanel, columns);
+      multiply_skipping(ActivationGradient{.rows = count,
+                                           .columns = columns,
+                                           .activations = activations,
+                                           .activations_stride = kPanel,
+                                           .a = finished.rows.get() + row * finished.stride,
+                                           .a_stride = finished.stride,
+                                           .b = weight_.get() + c * p_.outputs,
+                                           .c = workspace.gradient.get(),
+                                           .c_stride = kPanel},
+                        workspace.prefetch);
+    }
+  }
+
   void deposit(int64_t group, int64_t row, int64_t count, int64_t c, int64_t columns, T* activations,
                const A* gradient) const {
     S* grad = p_.grad ? static_cast<S*>(p_.grad) + row * p_.grad_stride + c : nullptr;
@@ -269,7 +322,7 @@ class Backward {
                   .grad = grad,
                   .grad_stride = p_.grad_stride,
                   .accumulate = true,
-                  .activations = p_.grad_weight ? activations : nullptr,
+                  .activations = activations,
                   .activations_stride = kPanel,
                   .sum_grad = partials_.sums.sum_grad(group) + c,
                   .sum_grad_x = partials_.sums.sum_grad_x(group) + c}
@@ -278,6 +331,24 @@ class Backward {
 
   void multiply_weight_gradient(int64_t group, int64_t rows, int64_t c, int64_t columns, bool accumulate,
                                 const FinishedGradient<T>& finished, Workspace<T, A>& workspace) {
+    if constexpr (kSkippingColumns<T> > 0) {
+      if (skips_) {
+        multiply_skipping(ActivationProduct{.rows = columns,
+                                            .columns = p_.outputs,
+                                            .depth = rows,
+                                            .a = workspace.activations.get(),
+                                            .a_row = 1,
+                                            .a_step = kPanel,
+                                            .b = finished.rows.get(),
+                                            .b_stride = finished.stride,
+                                            .c = partials_.weight_panel(group, c),
+                                            .c_stride = p_.outputs,
+                                            .accumulate = accumulate,
+                                            .is_finite = finished.is_finite},
+                          workspace.prefetch);
+        return;
+      }
+    }
     const int64_t deposited = kPairedRows<T> ? round_up(rows, 2) : rows, depth = round_up(rows, kProductDepth<T>);
     std::fill_n(workspace.activations.get() + deposited * kPanel, (depth - deposited) * kPanel, T(0));
     multiply(Product<T, A>{.rows = p_.outputs,
@@ -305,6 +376,7 @@ class Backward {
   }
 
   void reduce_weight_panel(int64_t c, int64_t columns) {
+    if (skips_) return reduce_transposed(c, columns);
     for (int64_t output = 0; output < p_.outputs; output++) {
       A* to = static_cast<A*>(p_.grad_weight) + output * p_.channels + c;
       for (int64_t n = 0; n < columns; n += kLanes<A>) {
@@ -317,7 +389,21 @@ class Backward {
     }
   }
 
+  // Of a panel [channels, outputs].
+  void reduce_transposed(int64_t c, int64_t columns) {
+    A* total = partials_.weight_panel(0, c);
+    for (int64_t group = 1; group < tasks_.groups; group++) {
+      const A* panel = partials_.weight_panel(group, c);
+      for (int64_t i = 0; i < columns * p_.outputs; i += kLanes<A>) {
+        store(total + i, load<A>(static_cast<const A*>(total + i)) + load<A>(panel + i));
+      }
+    }
+    transpose(total, p_.outputs, columns, p_.outputs, static_cast<A*>(p_.grad_weight) + c, p_.channels);
+  }
+
   const Conv1x1Backward& p_;
+  bool skips_;  // what is multiplied by an activation that is zero
+  bool masks_;  // the gradient of such an activation
   Tasks tasks_;
   Scratch<T> weight_;
   Partials<A> partials_;

@@ -40,7 +40,15 @@ struct BFloat16Step {
 // R rows of V registers of columns. A's elements and B's rows are taken in steps of the depth.
 template <typename Step, int R, int V>
 ALWAYS_INLINE void multiply_block(const Product<typename Step::T, float>& p, Prefetch& prefetch) {
-  Register sums[R][V] = {};
+  Register sums[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) {
+      const float* from = p.c + r * p.c_stride + v * kRegister;
+      sums[r][v] = p.accumulate ? load<float>(from, p.columns - v * kRegister) : Register{};
+    }
+  }
   const int64_t steps = (p.depth + Step::depth - 1) / Step::depth;
   for (int64_t segment = 0; segment < p.segments; segment++) {
     const auto *left = p.a + segment * p.a_segment, *right = p.b + segment * p.b_segment;
@@ -64,9 +72,7 @@ ALWAYS_INLINE void multiply_block(const Product<typename Step::T, float>& p, Pre
   for (int r = 0; r < R; r++) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) {
-      float* to = p.c + r * p.c_stride + v * kRegister;
-      const int64_t count = p.columns - v * kRegister;
-      store(to, p.accumulate ? load<float>(static_cast<const float*>(to), count) + sums[r][v] : sums[r][v], count);
+      store(p.c + r * p.c_stride + v * kRegister, sums[r][v], p.columns - v * kRegister);
     }
   }
 }

@@ -1,0 +1,186 @@
+#include "cpu/kernels/multiply_activations.h"
+
+namespace densenet_efficient::CPU_CAPABILITY {
+
+#if defined(CPU_CAPABILITY_AVX512)
+
+namespace {
+
+using detail::bit_cast;
+using detail::kRegister;
+using detail::Register;
+
+constexpr int64_t kMostSteps = 64;  // of B at a time, in the first cache; one bit each
+constexpr int64_t kMostRows = 128;
+
+ALWAYS_INLINE __mmask16 nonzero(const float* from) {
+  return _mm512_cmp_ps_mask(_mm512_loadu_ps(from), _mm512_setzero_ps(), _CMP_NEQ_UQ);  // NaN is one of them
+}
+
+constexpr uint64_t first_bits(int64_t count) { return count < 64 ? (uint64_t{1} << count) - 1 : ~uint64_t{0}; }
+
+// Of each row, which of its values are not zero. A reads whole vectors, of which those behind the depth do not count.
+void mask_rows(const float* a, int64_t stride, int64_t rows, int64_t depth, uint64_t* masks) {
+  const uint64_t valid = first_bits(depth);
+  for (int64_t row = 0; row < rows; row++) {
+    uint64_t mask = 0;
+    for (int64_t k = 0; k < depth; k += kRegister) {
+      mask |= static_cast<uint64_t>(nonzero(a + row * stride + k)) << k;
+    }
+    masks[row] = mask & valid;
+  }
+}
+
+// The same of each column.
+void mask_columns(const float* a, int64_t stride, int64_t columns, int64_t depth, uint64_t* masks) {
+  for (int64_t column = 0; column < columns; column += kRegister) {
+    __m512i halves[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    for (int64_t k = 0; k < depth; k++) {
+      const __m512i bit = _mm512_set1_epi32(static_cast<int>(uint32_t{1} << (k % 32)));
+      halves[k / 32] = _mm512_mask_or_epi32(halves[k / 32], nonzero(a + k * stride + column), halves[k / 32], bit);
+    }
+    alignas(64) uint32_t low[kRegister], high[kRegister];
+    _mm512_store_si512(low, halves[0]);
+    _mm512_store_si512(high, halves[1]);
+    for (int64_t i = 0; i < kRegister; i++) masks[column + i] = uint64_t{high[i]} << 32 | low[i];
+  }
+}
+
+// One row of a product's sums in registers.
+struct SkippingRow {
+  const float* a;
+  uint64_t mask;
+  float* c;
+  Register sums[8];
+
+  ALWAYS_INLINE void begin(bool accumulate) {
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; v++) sums[v] = accumulate ? load<float>(c + v * kRegister) : Register{};
+  }
+  ALWAYS_INLINE void add_next(const float* b, int64_t b_stride, int64_t a_step) {
+    const int64_t k = __builtin_ctzll(mask);
+    mask &= mask - 1;
+    const float left = a[k * a_step];
+    const float* right = b + k * b_stride;
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; v++) sums[v] += left * load<float>(right + v * kRegister);
+  }
+  ALWAYS_INLINE void end() const {
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; v++) store(c + v * kRegister, sums[v]);
+  }
+};
+
+// Two rows side by side: the sums of one alone wait for each other.
+void multiply_two(SkippingRow first, SkippingRow second, const ActivationProduct& p) {
+  first.begin(p.accumulate);
+  second.begin(p.accumulate);
+  const int both = std::min(__builtin_popcountll(first.mask), __builtin_popcountll(second.mask));
+  for (int i = 0; i < both; i++) {
+    first.add_next(p.b, p.b_stride, p.a_step);
+    second.add_next(p.b, p.b_stride, p.a_step);
+  }
+  while (first.mask) first.add_next(p.b, p.b_stride, p.a_step);
+  while (second.mask) second.add_next(p.b, p.b_stride, p.a_step);
+  first.end();
+  second.end();
+}
+
+// Of kSkippingColumns columns.
+void multiply_columns(ActivationProduct p, Prefetch& prefetch) {
+  uint64_t masks[kMostRows + kRegister];
+  alignas(64) float nowhere[kSkippingColumns<float>];
+  const int64_t chunks = (p.depth + kMostSteps - 1) / kMostSteps, depth = p.depth;
+  for (int64_t chunk = 0, k = 0; chunk < chunks; chunk++) {
+    const int64_t next = depth * (chunk + 1) / chunks;
+    const float* a = p.a + k * p.a_step;
+    if (p.a_step == 1) {
+      mask_rows(a, p.a_row, p.rows, next - k, masks);
+    } else {
+      mask_columns(a, p.a_step, p.rows, next - k, masks);
+    }
+    if (!p.is_finite) std::fill_n(masks, p.rows, first_bits(next - k));
+    for (int64_t row = 0; row < p.rows; row += 2) {
+      const bool is_single = row + 1 == p.rows;
+      const SkippingRow first{.a = a + row * p.a_row, .mask = masks[row], .c = p.c + row * p.c_stride, .sums = {}};
+      const SkippingRow second{.a = first.a + p.a_row,
+                               .mask = is_single ? 0 : masks[row + 1],
+                               .c = is_single ? nowhere : first.c + p.c_stride,
+                               .sums = {}};
+      multiply_two(first, second, p);
+      for (int i = 0; i < 8; i++) prefetch.next();
+    }
+    p.b += (next - k) * p.b_stride;
+    p.accumulate = true;
+    k = next;
+  }
+}
+
+// The sums of the lanes of four registers.
+ALWAYS_INLINE __m128 sum_lanes(Register a, Register b, Register c, Register d) {
+  const auto pair = [](Register left, Register right) {
+    const auto l = bit_cast<__m512>(left), r = bit_cast<__m512>(right);
+    return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(l, r), _mm512_unpackhi_ps(l, r)));
+  };
+  const __m512d ab = pair(a, b), cd = pair(c, d);
+  const __m512 all =
+      _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// kSkippingColumns products of a row in registers with one of B, still to be summed.
+ALWAYS_INLINE Register dot(const Register* row, const float* b) {
+  Register even = row[0] * load<float>(b), odd = row[1] * load<float>(b + kRegister);
+#pragma GCC unroll 4
+  for (int v = 2; v < 8; v += 2) {
+    even += row[v] * load<float>(b + v * kRegister);
+    odd += row[v + 1] * load<float>(b + (v + 1) * kRegister);
+  }
+  return even + odd;
+}
+
+}  // namespace
+
+void multiply_skipping(const ActivationProduct& p, Prefetch& prefetch) {
+  for (int64_t column = 0; column < p.columns; column += kSkippingColumns<float>) {
+    ActivationProduct part = p;
+    part.b += column;
+    part.c += column;
+    multiply_columns(part, prefetch);
+  }
+}
+
+void multiply_skipping(const ActivationGradient& p, Prefetch& prefetch) {
+  alignas(64) float results[kMostSteps + kRegister];
+  uint64_t masks[kMostRows];
+  mask_rows(p.activations, p.activations_stride, p.rows, p.columns, masks);
+  for (int64_t row = 0; row < p.rows; row++) {
+    Register values[8];
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; v++) values[v] = load<float>(p.a + row * p.a_stride + v * kRegister);
+    uint64_t mask = masks[row];
+    const int count = __builtin_popcountll(mask);
+    const auto next = [&] {  // behind the last one, any: nobody reads its result
+      const int64_t column = __builtin_ctzll(mask | uint64_t{1} << (kMostSteps - 1));
+      mask &= mask - 1;
+      return p.b + column * kSkippingColumns<float>;
+    };
+    for (int i = 0; i < count; i += 4) {
+      const float *b0 = next(), *b1 = next(), *b2 = next(), *b3 = next();
+      _mm_store_ps(results + i, sum_lanes(dot(values, b0), dot(values, b1), dot(values, b2), dot(values, b3)));
+      prefetch.next();
+      prefetch.next();
+    }
+    int before = 0;
+    for (int64_t column = 0; column < kMostSteps; column += kRegister) {
+      const auto here = static_cast<__mmask16>(masks[row] >> column);
+      _mm512_storeu_ps(p.c + row * p.c_stride + column, _mm512_maskz_expandloadu_ps(here, results + before));
+      before += __builtin_popcount(here);
+    }
+  }
+}
+
+#endif
+
+}  // namespace densenet_efficient::CPU_CAPABILITY
