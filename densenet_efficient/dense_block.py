@@ -115,8 +115,46 @@ def _forward_exit(stage: Stage, storage: Tensor, statistics: Tensor, size: spati
     pooled_size = spatial.pooled_size(size, pooling_window(stage.exit, size))
     images = storage.shape[0] // math.prod(size)
     out = kernels.empty_kept_images(storage, images, stage.exit_conv.shape[0], *pooled_size)
-    products.multiply(pooled, stage.exit_conv.flatten(1).to(pooled.dtype).t(), as_rows(out))
+    _convolve_pooled(stage.exit_conv, pooled, as_rows(out))
     return out
+
+
+def _has_native_products(x: Tensor) -> bool:
+    """Whether the kernels of the CPU multiply faster than torch, whose library may have none for this CPU's vectors."""
+    return kernels.backend_for(x.device) is kernels.cpu and x.dtype == torch.float32
+
+
+def _identity(channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a norm that changes nothing; as no pooled activation is negative, its ReLU does not either."""
+    return like.new_ones(channels), like.new_zeros(channels)
+
+
+def _convolve_pooled(weight: Tensor, pooled: Tensor, out: Tensor) -> None:
+    """The exit's 1x1 convolution, from [M', C] to [M', C']."""
+    if _has_native_products(pooled):
+        scale, shift = _identity(pooled.shape[1], pooled)
+        kernels.cpu.bn_relu_conv1x1(pooled, scale, shift, weight.flatten(1)[:, :, None, None], out, None, None)
+    else:
+        products.multiply(pooled, weight.flatten(1).to(pooled.dtype).t(), out)
+
+
+def _convolve_pooled_backward(
+    weight: Tensor, pooled: Tensor, out_grad: Tensor, weight_needed: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of ``pooled``, which must be right only where it is not zero, and of ``weight``."""
+    pooled_grad = kernels.empty_kept(pooled, *pooled.shape)
+    if not _has_native_products(pooled):
+        products.multiply(out_grad, weight.flatten(1).to(out_grad.dtype), pooled_grad)
+        return pooled_grad, products.multiply_transposed(out_grad, pooled).view_as(weight) if weight_needed else None
+    plane = weight.flatten(1)[:, :, None, None]
+    weight_grad = pooled.new_empty(plane.shape) if weight_needed else None
+    scale, shift = _identity(pooled.shape[1], pooled)
+    nothing = pooled.new_zeros(out_grad.shape[1])  # no norm follows the convolution
+    kernels.cpu.bn_relu_conv1x1_backward(
+        out_grad, out_grad, nothing, nothing, nothing,
+        pooled, shift, scale, shift, plane, pooled_grad.zero_(), weight_grad, *pooled.new_empty(2, *scale.shape),
+    )  # fmt: skip
+    return pooled_grad, None if weight_grad is None else weight_grad.view_as(weight)
 
 
 def _pool(stage: Stage, storage: Tensor, statistics: Tensor, size: spatial.Size) -> Tensor:
@@ -146,14 +184,9 @@ def _backward_exit(
     size = tuple(saved.features.shape[2:])
     conv_grad, pooled_grad = None, out_grad
     if stage.exit_conv is not None:
-        out_rows = as_rows(out_grad)
-        weight = stage.exit_conv.flatten(1).to(out_rows.dtype)
-        if needed[2]:
-            pooled = _pool(stage, storage, saved.statistics, size)
-            conv_grad = products.multiply_transposed(out_rows, pooled).view_as(stage.exit_conv)
-            del pooled
-        pooled_grad = kernels.empty_kept(storage, out_rows.shape[0], weight.shape[1])
-        products.multiply(out_rows, weight, pooled_grad)
+        pooled = _pool(stage, storage, saved.statistics, size)
+        pooled_grad, conv_grad = _convolve_pooled_backward(stage.exit_conv, pooled, as_rows(out_grad), needed[2])
+        del pooled
     backend = projection.backend
     affine = stage.exit_norm.affine(backend, *saved.statistics.unbind())
     window = pooling_window(stage.exit, size)

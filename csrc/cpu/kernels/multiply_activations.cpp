@@ -1,5 +1,7 @@
 #include "cpu/kernels/multiply_activations.h"
 
+#include <unistd.h>
+
 namespace densenet_efficient::CPU_CAPABILITY {
 
 #if defined(CPU_CAPABILITY_AVX512)
@@ -10,7 +12,7 @@ using detail::bit_cast;
 using detail::kRegister;
 using detail::Register;
 
-constexpr int64_t kMostSteps = 64;  // of B at a time, in the first cache; one bit each
+constexpr int64_t kMostSteps = 64;  // of B at a time; one bit each
 constexpr int64_t kMostRows = 128;
 
 ALWAYS_INLINE __mmask16 nonzero(const float* from) {
@@ -86,11 +88,21 @@ void multiply_two(SkippingRow first, SkippingRow second, const ActivationProduct
   second.end();
 }
 
+// As many steps of B as take two thirds of the first cache, which is a small one where the system does not say.
+int64_t steps_at_a_time() {
+  static const int64_t steps = [] {
+    const int64_t told = sysconf(_SC_LEVEL1_DCACHE_SIZE), bytes = told > 0 ? told : 32 << 10;
+    const int64_t step_bytes = kSkippingColumns<float> * sizeof(float);
+    return std::clamp<int64_t>(bytes * 2 / 3 / step_bytes, 16, kMostSteps);
+  }();
+  return steps;
+}
+
 // Of kSkippingColumns columns.
 void multiply_columns(ActivationProduct p, Prefetch& prefetch) {
   uint64_t masks[kMostRows + kRegister];
   alignas(64) float nowhere[kSkippingColumns<float>];
-  const int64_t chunks = (p.depth + kMostSteps - 1) / kMostSteps, depth = p.depth;
+  const int64_t depth = p.depth, chunks = (depth + steps_at_a_time() - 1) / steps_at_a_time();
   for (int64_t chunk = 0, k = 0; chunk < chunks; chunk++) {
     const int64_t next = depth * (chunk + 1) / chunks;
     const float* a = p.a + k * p.a_step;
