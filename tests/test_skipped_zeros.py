@@ -9,7 +9,7 @@ import kernel_cases
 import pytest
 import torch
 from cases import needs_native
-from kernel_cases import Factory, assert_same_finite, cast, run
+from kernel_cases import Factory, assert_nothing, assert_same_finite, cast, run
 
 from densenet_efficient.kernels import cpu, reference
 
@@ -71,6 +71,12 @@ def test_a_row_has_the_same_bits_whether_zeros_are_skipped_or_not():
     expected = run(cpu, case, arguments)["out"]
     rolled = run(cpu, case, arguments | {"x": arguments["x"].roll(1, 0)})["out"]
     assert torch.equal(rolled, expected[order])
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_no_images(operation):
+    case = getattr(Factory(0, 4, 6, 70, 128), operation)()
+    assert_nothing(run(cpu, case, cast(case, torch.float32)))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

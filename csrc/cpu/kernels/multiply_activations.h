@@ -77,7 +77,7 @@ bool skips_zeros(const S* x, int64_t x_stride, const A* scale, const A* shift, i
                  int64_t columns) {
   if constexpr (kSkippingColumns<T> > 0) {
     constexpr int64_t most_rows = 8;
-    if (columns % kSkippingColumns<T> != 0) return false;
+    if (rows == 0 || columns % kSkippingColumns<T> != 0) return false;
     const int64_t sampled = std::min(rows, most_rows);
     int64_t nonzero = 0;
     for (int64_t i = 0; i < sampled; i++) {
