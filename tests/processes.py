@@ -1,14 +1,37 @@
-"""Libraries that tests compile for themselves, once for all workers."""
+"""Commands that tests run, the tests that need a process of their own, and the libraries that tests compile."""
 
 import fcntl
 import hashlib
+import importlib.util
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(command, **options):
+    """What it prints; fails with all of it where the command fails."""
+    process = subprocess.run(command, capture_output=True, text=True, **options)
+    assert process.returncode == 0, f"{shlex.join(command)}\n{process.stdout}{process.stderr}"
+    return process.stdout
+
+
+def assert_passes_alone(name, environment):
+    """Runs the tests of the file ``name`` beside this one in a process of their own."""
+    tests = str(Path(__file__).with_name(name))
+    run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "0", tests], env=environment)
+
+
+def load_setup():
+    """setup.py as a module, whose build does not run."""
+    spec = importlib.util.spec_from_file_location("densenet_efficient_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def compiled_library(name, sources, compile_into):
@@ -25,10 +48,3 @@ def compiled_library(name, sources, compile_into):
             compile_into(unfinished)
             unfinished.replace(library)
     return library
-
-
-def run(command):
-    """What it prints; fails with all of it where the command fails."""
-    process = subprocess.run(command, capture_output=True, text=True)
-    assert process.returncode == 0, f"{shlex.join(command)}\n{process.stdout}{process.stderr}"
-    return process.stdout

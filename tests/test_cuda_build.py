@@ -1,6 +1,5 @@
 """The CUDA part of the native build: what nvcc makes of it, and when it is left out; no GPU needed."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -8,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, load_setup
 from torch.utils import cpp_extension
 
 from densenet_efficient.kernels import cpu
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -21,10 +19,7 @@ def setup(monkeypatch):
     for name in ("CUDA_HOME", "CUDA_PATH", "DENSENET_EFFICIENT_CUDA", "TORCH_CUDA_ARCH_LIST", "CC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(ROOT)
-    spec = importlib.util.spec_from_file_location("densenet_efficient_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_setup()
 
 
 def nvcc_of(setup):

@@ -1,12 +1,10 @@
 """What the host does for a GPU, looked at without one."""
 
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import null_gpu.build
 import pytest
+from processes import assert_passes_alone
 
 from densenet_efficient import kernels
 
@@ -17,8 +15,4 @@ def test_steps_on_a_gpu_that_does_nothing():
     obstacle = null_gpu.build.obstacle()
     if obstacle is not None:
         pytest.skip(obstacle)
-    training = Path(__file__).with_name("null_gpu_training.py")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "0", str(training)]
-    environment = null_gpu.build.environment()
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert_passes_alone("null_gpu_training.py", null_gpu.build.environment())

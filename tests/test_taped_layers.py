@@ -2,17 +2,14 @@
 
 import os
 import struct
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from processes import assert_passes_alone
 
 from densenet_efficient import kernels
 
-TRAINING = Path(__file__).with_name("taped_training.py")
 needs_cuda_build = pytest.mark.skipif(
     kernels.cuda.architectures() is None, reason="the native extension has no CUDA operators"
 )
@@ -21,9 +18,7 @@ needs_cuda_build = pytest.mark.skipif(
 @pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
 def test_repeated_loops_have_the_bits_of_the_loops():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "0", str(TRAINING)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert_passes_alone("taped_training.py", environment)
 
 
 @needs_cuda_build

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from compiled import ROOT, compiled_library, run
+from processes import ROOT, compiled_library, run
 from torch.utils import cpp_extension
 
 FOLDER = Path(__file__).resolve().parent

@@ -5,14 +5,13 @@ needs of the many other functions of CUDA and its libraries, to be imported and 
 """
 
 import functools
-import importlib.util
 import os
 import re
 import shlex
 from pathlib import Path
 
 import torch
-from compiled import ROOT, compiled_library, run
+from processes import ROOT, compiled_library, load_setup, run
 
 from densenet_efficient import _C
 
@@ -40,9 +39,7 @@ def environment():
 @functools.cache
 def _headers():
     """The folder of the toolkit's headers; None without a toolkit."""
-    spec = importlib.util.spec_from_file_location("densenet_efficient_setup", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
+    setup = load_setup()
     nvcc = setup.find_nvcc()
     return nvcc and Path(setup.toolkit_of(nvcc), "include")
 
