@@ -165,14 +165,17 @@ def warnings_are_errors() -> bool:
     return "-Werror" in shlex.split(os.environ.get("CFLAGS", ""))
 
 
+def objects_folder(platform_name: str) -> Path:
+    """Kept from one build to the next, also by editable installs: only what changed is compiled again."""
+    return Path("build", f"objects.{platform_name}-{sys.implementation.cache_tag}-torch{torch.__version__}")
+
+
 class NativeBuild(cpp_extension.BuildExtension):
     """Torch's build with one more step: the kernels, once per CPU capability."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        # Kept from one build to the next, also by editable installs: only what changed is compiled again.
-        target = f"{self.plat_name}-{sys.implementation.cache_tag}-torch{torch.__version__}"
-        self.build_temp = str(Path("build", f"objects.{target}"))
+        self.build_temp = str(objects_folder(self.plat_name))
 
     def build_extension(self, extension: Extension) -> None:
         for name, flags in CPU_CAPABILITIES.items():

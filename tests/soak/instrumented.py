@@ -4,7 +4,6 @@ It goes into build/NAME beside links to the package's Python files: with that fo
 the one of this checkout, with the instrumented extension. Only what has changed is compiled again.
 """
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -66,16 +65,11 @@ def capabilities_of(name: str) -> list[str]:
 def build(name: str) -> Path:
     """The folder of the instrumented package."""
     folder = ROOT / "build" / name
-    package = folder / "densenet_efficient"
-    package.mkdir(parents=True, exist_ok=True)
-    for path in (ROOT / "densenet_efficient").iterdir():
-        link = package / path.name
-        if path.suffix != ".so" and path.name != "__pycache__" and not link.is_symlink():
-            with contextlib.suppress(FileExistsError):
-                link.symlink_to(path)
-    sys.path.insert(0, str(ROOT))
-    import setup
+    sys.path.insert(0, str(FOLDER.parent))
+    from processes import link_package, load_setup
 
+    link_package(folder)
+    setup = load_setup()
     instrument, instrumented = INSTRUMENTS[name], capabilities_of(name)
     kept = [flag for flag in setup.COMPILER_FLAGS if flag not in ("-O3", "-g0", "-fopenmp")]
     setup.COMPILER_FLAGS = [*instrument.flags, *kept]
