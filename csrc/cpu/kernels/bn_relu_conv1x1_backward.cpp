@@ -100,7 +100,7 @@ struct FinishedGradient {
         const Vector<A> value = load<A>(out + r * p.out_stride + v * lanes, width - v * lanes);
         const Vector<A> finished = projected(gradient, value, mean[v], slope[v], offset[v]);
         store(to + r * stride + v * lanes, finished, lanes);
-        if constexpr (kSkippingColumns<T> > 0) zeros += finished * A(0);  // who skips nothing needs not know
+        if constexpr (kSkips<T>) zeros += finished * A(0);  // who skips nothing needs not know
       }
     }
     for (int64_t lane = 0; lane < lanes; lane++) is_finite = is_finite && zeros[lane] == 0;
@@ -159,7 +159,7 @@ class Backward {
       : p_(arguments),
         skips_(skips_zeros<T>(static_cast<const S*>(p_.x), p_.x_stride, static_cast<const A*>(p_.scale),
                               static_cast<const A*>(p_.shift), p_.rows, p_.channels, p_.outputs)),
-        masks_(skips_ && p_.sum_grad && p_.outputs == kSkippingColumns<T>),
+        masks_(skips_ && p_.sum_grad && may_mask(p_.outputs)),
         tasks_(p_.rows, p_.channels, kTileRows<T>, kStepRows<T>),
         weight_(p_.sum_grad ? round_up(p_.channels, kPanel) * round_up(p_.outputs, 2) : 0),
         partials_(tasks_.groups, p_.channels, p_.outputs, p_.grad_weight != nullptr) {}
@@ -289,13 +289,14 @@ class Backward {
   // The gradient of those activations alone that are not zero, beside the activations themselves.
   void multiply_masked_gradient(const Rows& rows, int64_t row, int64_t count, int64_t c, int64_t columns,
                                 const FinishedGradient<T>& finished, Workspace<T, A>& workspace) const {
-    if constexpr (kSkippingColumns<T> > 0) {
+    if constexpr (kSkips<T>) {
       T* activations = workspace.activations.get() + row * kPanel;
       activate_rows(static_cast<const S*>(p_.x) + (rows.first + row) * p_.x_stride + c, p_.x_stride,
                     static_cast<const A*>(p_.scale) + c, static_cast<const A*>(p_.shift) + c, count, columns,
                     activations, kPanel, columns);
       multiply_skipping(ActivationGradient{.rows = count,
                                            .columns = columns,
+                                           .depth = p_.outputs,
                                            .activations = activations,
                                            .activations_stride = kPanel,
                                            .a = finished.rows.get() + row * finished.stride,
@@ -331,7 +332,7 @@ class Backward {
 
   void multiply_weight_gradient(int64_t group, int64_t rows, int64_t c, int64_t columns, bool accumulate,
                                 const FinishedGradient<T>& finished, Workspace<T, A>& workspace) {
-    if constexpr (kSkippingColumns<T> > 0) {
+    if constexpr (kSkips<T>) {
       if (skips_) {
         multiply_skipping(ActivationProduct{.rows = columns,
                                             .columns = p_.outputs,

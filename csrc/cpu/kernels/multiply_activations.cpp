@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include "cpu/kernels/tile.h"
+
 namespace densenet_efficient::CPU_CAPABILITY {
 
 #if defined(CPU_CAPABILITY_AVX512)
@@ -14,6 +16,7 @@ using detail::Register;
 
 constexpr int64_t kMostSteps = 64;  // of B at a time; one bit each
 constexpr int64_t kMostRows = 128;
+constexpr int kMostRegisters = 8;  // of the sums of a row, of two rows at a time
 
 ALWAYS_INLINE __mmask16 nonzero(const float* from) {
   return _mm512_cmp_ps_mask(_mm512_loadu_ps(from), _mm512_setzero_ps(), _CMP_NEQ_UQ);  // NaN is one of them
@@ -48,16 +51,26 @@ void mask_columns(const float* a, int64_t stride, int64_t columns, int64_t depth
   }
 }
 
-// One row of a product's sums in registers.
+// Calls function.template operator()<V>() with V = count, of Least to Most.
+template <int Least, int Most, typename Function>
+ALWAYS_INLINE void with_registers(int64_t count, Function function) {
+  if constexpr (Most > Least) {
+    if (count < Most) return with_registers<Least, Most - 1>(count, function);
+  }
+  function.template operator()<Most>();
+}
+
+// One row of a product's sums in V registers.
+template <int V>
 struct SkippingRow {
   const float* a;
   uint64_t mask;
   float* c;
-  Register sums[8];
+  Register sums[V];
 
   ALWAYS_INLINE void begin(bool accumulate) {
 #pragma GCC unroll 8
-    for (int v = 0; v < 8; v++) sums[v] = accumulate ? load<float>(c + v * kRegister) : Register{};
+    for (int v = 0; v < V; v++) sums[v] = accumulate ? load<float>(c + v * kRegister) : Register{};
   }
   ALWAYS_INLINE void add_next(const float* b, int64_t b_stride, int64_t a_step) {
     const int64_t k = __builtin_ctzll(mask);
@@ -65,16 +78,17 @@ struct SkippingRow {
     const float left = a[k * a_step];
     const float* right = b + k * b_stride;
 #pragma GCC unroll 8
-    for (int v = 0; v < 8; v++) sums[v] += left * load<float>(right + v * kRegister);
+    for (int v = 0; v < V; v++) sums[v] += left * load<float>(right + v * kRegister);
   }
   ALWAYS_INLINE void end() const {
 #pragma GCC unroll 8
-    for (int v = 0; v < 8; v++) store(c + v * kRegister, sums[v]);
+    for (int v = 0; v < V; v++) store(c + v * kRegister, sums[v]);
   }
 };
 
 // Two rows side by side: the sums of one alone wait for each other.
-void multiply_two(SkippingRow first, SkippingRow second, const ActivationProduct& p) {
+template <int V>
+void multiply_two(SkippingRow<V> first, SkippingRow<V> second, const ActivationProduct& p) {
   first.begin(p.accumulate);
   second.begin(p.accumulate);
   const int both = std::min(__builtin_popcountll(first.mask), __builtin_popcountll(second.mask));
@@ -88,43 +102,48 @@ void multiply_two(SkippingRow first, SkippingRow second, const ActivationProduct
   second.end();
 }
 
-// As many steps of B as take two thirds of the first cache, which is a small one where the system does not say.
-int64_t steps_at_a_time() {
-  static const int64_t steps = [] {
-    const int64_t told = sysconf(_SC_LEVEL1_DCACHE_SIZE), bytes = told > 0 ? told : 32 << 10;
-    const int64_t step_bytes = kSkippingColumns<float> * sizeof(float);
-    return std::clamp<int64_t>(bytes * 2 / 3 / step_bytes, 16, kMostSteps);
-  }();
-  return steps;
+// V registers of columns of all rows, of which ``masks`` tells what is not zero.
+template <int V>
+void multiply_rows(const ActivationProduct& p, const uint64_t* masks, Prefetch& prefetch) {
+  alignas(64) float nowhere[V * kRegister];
+  for (int64_t row = 0; row < p.rows; row += 2) {
+    const bool is_single = row + 1 == p.rows;
+    const SkippingRow<V> first{.a = p.a + row * p.a_row, .mask = masks[row], .c = p.c + row * p.c_stride, .sums = {}};
+    const SkippingRow<V> second{.a = first.a + p.a_row,
+                                .mask = is_single ? 0 : masks[row + 1],
+                                .c = is_single ? nowhere : first.c + p.c_stride,
+                                .sums = {}};
+    multiply_two(first, second, p);
+    for (int i = 0; i < V; i++) prefetch.next();
+  }
 }
 
-// Of kSkippingColumns columns.
+// As many steps of B as take two thirds of the first cache, which is a small one where the system does not say.
+int64_t steps_at_a_time(int64_t columns) {
+  static const int64_t bytes = [] {
+    const int64_t told = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+    return told > 0 ? told : 32 << 10;
+  }();
+  return std::clamp<int64_t>(bytes * 2 / 3 / (columns * sizeof(float)), 16, kMostSteps);
+}
+
+// Columns that the registers hold of two rows.
 void multiply_columns(ActivationProduct p, Prefetch& prefetch) {
   uint64_t masks[kMostRows + kRegister];
-  alignas(64) float nowhere[kSkippingColumns<float>];
-  const int64_t depth = p.depth, chunks = (depth + steps_at_a_time() - 1) / steps_at_a_time();
+  const int64_t depth = p.depth, chunks = ceil_div(depth, steps_at_a_time(p.columns));
   for (int64_t chunk = 0, k = 0; chunk < chunks; chunk++) {
-    const int64_t next = depth * (chunk + 1) / chunks;
-    const float* a = p.a + k * p.a_step;
+    const int64_t steps = depth * (chunk + 1) / chunks - k;
     if (p.a_step == 1) {
-      mask_rows(a, p.a_row, p.rows, next - k, masks);
+      mask_rows(p.a, p.a_row, p.rows, steps, masks);
     } else {
-      mask_columns(a, p.a_step, p.rows, next - k, masks);
+      mask_columns(p.a, p.a_step, p.rows, steps, masks);
     }
-    if (!p.is_finite) std::fill_n(masks, p.rows, first_bits(next - k));
-    for (int64_t row = 0; row < p.rows; row += 2) {
-      const bool is_single = row + 1 == p.rows;
-      const SkippingRow first{.a = a + row * p.a_row, .mask = masks[row], .c = p.c + row * p.c_stride, .sums = {}};
-      const SkippingRow second{.a = first.a + p.a_row,
-                               .mask = is_single ? 0 : masks[row + 1],
-                               .c = is_single ? nowhere : first.c + p.c_stride,
-                               .sums = {}};
-      multiply_two(first, second, p);
-      for (int i = 0; i < 8; i++) prefetch.next();
-    }
-    p.b += (next - k) * p.b_stride;
+    if (!p.is_finite) std::fill_n(masks, p.rows, first_bits(steps));
+    with_registers<4, kMostRegisters>(p.columns / kRegister, [&]<int V>() { multiply_rows<V>(p, masks, prefetch); });
+    p.a += steps * p.a_step;
+    p.b += steps * p.b_stride;
     p.accumulate = true;
-    k = next;
+    k += steps;
   }
 }
 
@@ -141,46 +160,33 @@ ALWAYS_INLINE __m128 sum_lanes(Register a, Register b, Register c, Register d) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// kSkippingColumns products of a row in registers with one of B, still to be summed.
+// The products of a row in V registers with one of B, still to be summed.
+template <int V>
 ALWAYS_INLINE Register dot(const Register* row, const float* b) {
   Register even = row[0] * load<float>(b), odd = row[1] * load<float>(b + kRegister);
-#pragma GCC unroll 4
-  for (int v = 2; v < 8; v += 2) {
-    even += row[v] * load<float>(b + v * kRegister);
-    odd += row[v + 1] * load<float>(b + (v + 1) * kRegister);
-  }
+#pragma GCC unroll 12
+  for (int v = 2; v < V; v++) (v % 2 ? odd : even) += row[v] * load<float>(b + v * kRegister);
   return even + odd;
 }
 
-}  // namespace
-
-void multiply_skipping(const ActivationProduct& p, Prefetch& prefetch) {
-  for (int64_t column = 0; column < p.columns; column += kSkippingColumns<float>) {
-    ActivationProduct part = p;
-    part.b += column;
-    part.c += column;
-    multiply_columns(part, prefetch);
-  }
-}
-
-void multiply_skipping(const ActivationGradient& p, Prefetch& prefetch) {
+template <int V>
+void multiply_masked(const ActivationGradient& p, const uint64_t* masks, Prefetch& prefetch) {
   alignas(64) float results[kMostSteps + kRegister];
-  uint64_t masks[kMostRows];
-  mask_rows(p.activations, p.activations_stride, p.rows, p.columns, masks);
   for (int64_t row = 0; row < p.rows; row++) {
-    Register values[8];
-#pragma GCC unroll 8
-    for (int v = 0; v < 8; v++) values[v] = load<float>(p.a + row * p.a_stride + v * kRegister);
+    Register values[V];
+#pragma GCC unroll 12
+    for (int v = 0; v < V; v++) values[v] = load<float>(p.a + row * p.a_stride + v * kRegister);
     uint64_t mask = masks[row];
     const int count = __builtin_popcountll(mask);
     const auto next = [&] {  // behind the last one, any: nobody reads its result
       const int64_t column = __builtin_ctzll(mask | uint64_t{1} << (kMostSteps - 1));
       mask &= mask - 1;
-      return p.b + column * kSkippingColumns<float>;
+      return p.b + column * V * kRegister;
     };
     for (int i = 0; i < count; i += 4) {
       const float *b0 = next(), *b1 = next(), *b2 = next(), *b3 = next();
-      _mm_store_ps(results + i, sum_lanes(dot(values, b0), dot(values, b1), dot(values, b2), dot(values, b3)));
+      _mm_store_ps(results + i,
+                   sum_lanes(dot<V>(values, b0), dot<V>(values, b1), dot<V>(values, b2), dot<V>(values, b3)));
       prefetch.next();
       prefetch.next();
     }
@@ -191,6 +197,26 @@ void multiply_skipping(const ActivationGradient& p, Prefetch& prefetch) {
       before += __builtin_popcount(here);
     }
   }
+}
+
+}  // namespace
+
+void multiply_skipping(const ActivationProduct& p, Prefetch& prefetch) {
+  const int64_t registers = p.columns / kRegister, parts = ceil_div(registers, kMostRegisters);
+  for (int64_t index = 0, column = 0; index < parts; index++) {
+    ActivationProduct part = p;
+    part.columns = registers * (index + 1) / parts * kRegister - column;
+    part.b += column;
+    part.c += column;
+    multiply_columns(part, prefetch);
+    column += part.columns;
+  }
+}
+
+void multiply_skipping(const ActivationGradient& p, Prefetch& prefetch) {
+  uint64_t masks[kMostRows];
+  mask_rows(p.activations, p.activations_stride, p.rows, p.columns, masks);
+  with_registers<6, 12>(p.depth / kRegister, [&]<int V>() { multiply_masked<V>(p, masks, prefetch); });
 }
 
 #endif

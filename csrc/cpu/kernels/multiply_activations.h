@@ -9,18 +9,24 @@
 
 namespace densenet_efficient::CPU_CAPABILITY {
 
-// The columns that are taken at a time where zeros are skipped: what the registers hold of two rows. None for bfloat16,
-// of which pairs are multiplied, for double, and for CPUs with fewer registers.
+// Whether there are products that skip zeros: none of bfloat16, of which pairs are multiplied, of double, and for CPUs
+// with fewer registers.
 #if defined(CPU_CAPABILITY_AVX512)
 template <typename T>
-constexpr int64_t kSkippingColumns = std::is_same_v<T, float> ? 8 * kLanes<float> : 0;
+constexpr bool kSkips = std::is_same_v<T, float>;
 #else
 template <typename T>
-constexpr int64_t kSkippingColumns = 0;
+constexpr bool kSkips = false;
 #endif
 
+// What they take: columns that are whole registers, and not too few for what each zero costs to find.
+inline bool may_skip(int64_t columns) { return columns % kLanes<float> == 0 && columns >= 6 * kLanes<float>; }
+
+// Those of whose gradients some are left out: no more than registers hold of a row.
+inline bool may_mask(int64_t columns) { return may_skip(columns) && columns <= 12 * kLanes<float>; }
+
 // C [rows, columns] (+)= A [rows, depth] @ B [depth, columns]; A has activations, and one of its two strides is 1. At
-// most 128 rows; a multiple of kSkippingColumns columns.
+// most 128 rows; columns that may_skip().
 struct ActivationProduct {
   int64_t rows, columns, depth;
   const float* a;
@@ -33,10 +39,10 @@ struct ActivationProduct {
   bool is_finite = true;  // B; where it is not, its products with zeros are NaN
 };
 
-// C [rows, columns] = A [rows, kSkippingColumns] @ B^T [columns, kSkippingColumns] where an activation is not zero,
-// else zero; C has 64 columns, of which those from ``columns`` on receive anything.
+// C [rows, columns] = A [rows, depth] @ B^T [columns, depth] where an activation is not zero, else zero; C has 64
+// columns, of which those from ``columns`` on receive anything. A depth that may_mask().
 struct ActivationGradient {
-  int64_t rows, columns;
+  int64_t rows, columns, depth;
   const float* activations;
   int64_t activations_stride;
   const float* a;
@@ -54,7 +60,7 @@ void multiply_skipping(const ActivationGradient& p, Prefetch& prefetch);
 // ``p`` with activations on its left.
 template <typename T, typename A>
 void multiply_activations(const Product<T, A>& p, Prefetch& prefetch) {
-  if constexpr (kSkippingColumns<T> > 0) {
+  if constexpr (kSkips<T>) {
     multiply_skipping(ActivationProduct{.rows = p.rows,
                                         .columns = p.columns,
                                         .depth = p.depth,
@@ -75,9 +81,9 @@ void multiply_activations(const Product<T, A>& p, Prefetch& prefetch) {
 template <typename T, typename S, typename A>
 bool skips_zeros(const S* x, int64_t x_stride, const A* scale, const A* shift, int64_t rows, int64_t channels,
                  int64_t columns) {
-  if constexpr (kSkippingColumns<T> > 0) {
+  if constexpr (kSkips<T>) {
     constexpr int64_t most_rows = 8;
-    if (rows == 0 || columns % kSkippingColumns<T> != 0) return false;
+    if (rows == 0 || !may_skip(columns)) return false;
     const int64_t sampled = std::min(rows, most_rows);
     int64_t nonzero = 0;
     for (int64_t i = 0; i < sampled; i++) {
