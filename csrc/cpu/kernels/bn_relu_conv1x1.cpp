@@ -110,22 +110,37 @@ void forward(const Conv1x1Forward& p) {
         const int64_t next_row = last ? row + tile_rows : row, next_channel = last ? 0 : c + depth;
         prefetch.add(x + next_row * p.x_stride + next_channel, p.x_stride, std::min(tile_rows, p.rows - next_row),
                      std::min(kDepth, p.channels - next_channel));
-        for (int64_t n = 0; n < outputs; n += layout.columns(n)) {
-          const Product<T, A> product{.rows = std::is_same_v<S, A> ? rows : round_up(rows, kProductRows<T>),
-                                      .columns = layout.columns(n),
-                                      .depth = depth,
-                                      .a = activations.get(),
-                                      .a_stride = stride,
-                                      .b = weight + layout.offset(n, c),
-                                      .b_stride = layout.columns(n),
-                                      .c = sums + n,
-                                      .c_stride = sums_stride,
-                                      .accumulate = c > 0};
+        const T* b = weight + layout.offset(0, c);
+        if constexpr (kSkips<T>) {
           if (skips) {
-            multiply_activations(product, prefetch);
-          } else {
-            multiply(product, prefetch);
+            multiply_skipping(ActivationProduct{.rows = rows,
+                                                .columns = outputs,
+                                                .depth = depth,
+                                                .a = activations.get(),
+                                                .a_row = stride,
+                                                .a_step = 1,
+                                                .b = b,
+                                                .b_stride = layout.columns(0),
+                                                .b_strip = layout.offset(layout.columns(0), 0),
+                                                .c = sums,
+                                                .c_stride = sums_stride,
+                                                .accumulate = c > 0},
+                              prefetch);
+            continue;
           }
+        }
+        for (int64_t n = 0; n < outputs; n += layout.columns(n)) {
+          multiply(Product<T, A>{.rows = std::is_same_v<S, A> ? rows : round_up(rows, kProductRows<T>),
+                                 .columns = layout.columns(n),
+                                 .depth = depth,
+                                 .a = activations.get(),
+                                 .a_stride = stride,
+                                 .b = weight + layout.offset(n, c),
+                                 .b_stride = layout.columns(n),
+                                 .c = sums + n,
+                                 .c_stride = sums_stride,
+                                 .accumulate = c > 0},
+                   prefetch);
         }
       }
       if constexpr (!std::is_same_v<S, A>) store_rows(sums, outputs, rows, outputs, tile_out, p.out_stride);

@@ -8,7 +8,7 @@
 #include "cpu/kernels/bn_relu_conv1x1.h"
 #include "cpu/kernels/deposit.h"
 #include "cpu/kernels/dispatch.h"
-#include "cpu/kernels/multiply_activations.h"
+#include "cpu/kernels/multiply_masked.h"
 #include "cpu/kernels/tasks.h"
 #include "cpu/kernels/tile.h"
 
@@ -294,17 +294,17 @@ class Backward {
       activate_rows(static_cast<const S*>(p_.x) + (rows.first + row) * p_.x_stride + c, p_.x_stride,
                     static_cast<const A*>(p_.scale) + c, static_cast<const A*>(p_.shift) + c, count, columns,
                     activations, kPanel, columns);
-      multiply_skipping(ActivationGradient{.rows = count,
-                                           .columns = columns,
-                                           .depth = p_.outputs,
-                                           .activations = activations,
-                                           .activations_stride = kPanel,
-                                           .a = finished.rows.get() + row * finished.stride,
-                                           .a_stride = finished.stride,
-                                           .b = weight_.get() + c * p_.outputs,
-                                           .c = workspace.gradient.get(),
-                                           .c_stride = kPanel},
-                        workspace.prefetch);
+      multiply_masked(MaskedProduct{.rows = count,
+                                    .columns = columns,
+                                    .depth = p_.outputs,
+                                    .activations = activations,
+                                    .activations_stride = kPanel,
+                                    .a = finished.rows.get() + row * finished.stride,
+                                    .a_stride = finished.stride,
+                                    .b = weight_.get() + c * p_.outputs,
+                                    .c = workspace.gradient.get(),
+                                    .c_stride = kPanel},
+                      workspace.prefetch);
     }
   }
 
@@ -342,6 +342,7 @@ class Backward {
                                             .a_step = kPanel,
                                             .b = finished.rows.get(),
                                             .b_stride = finished.stride,
+                                            .b_strip = kStripColumns<T>,
                                             .c = partials_.weight_panel(group, c),
                                             .c_stride = p_.outputs,
                                             .accumulate = accumulate,

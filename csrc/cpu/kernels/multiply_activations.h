@@ -1,5 +1,4 @@
-// Products of activations. A ReLU leaves about half of them zero: what is multiplied by zero is skipped, and so is the
-// gradient of what is zero.
+// Products of activations. A ReLU leaves about half of them zero: what is multiplied by zero is skipped.
 #pragma once
 
 #include <algorithm>
@@ -9,9 +8,8 @@
 
 namespace densenet_efficient::CPU_CAPABILITY {
 
-// Whether there are products that skip zeros: none of bfloat16, of which pairs are multiplied, of double, and for CPUs
-// with fewer registers.
-#if defined(CPU_CAPABILITY_AVX512)
+// Whether there are products that skip zeros: none of bfloat16, of which pairs are multiplied, and of double.
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
 template <typename T>
 constexpr bool kSkips = std::is_same_v<T, float>;
 #else
@@ -19,62 +17,27 @@ template <typename T>
 constexpr bool kSkips = false;
 #endif
 
-// What they take: columns that are whole registers, and not too few for what each zero costs to find.
-inline bool may_skip(int64_t columns) { return columns % kLanes<float> == 0 && columns >= 6 * kLanes<float>; }
-
-// Those of whose gradients some are left out: no more than registers hold of a row.
-inline bool may_mask(int64_t columns) { return may_skip(columns) && columns <= 12 * kLanes<float>; }
+// They take columns by so many, a register of AVX-512 and a strip of AVX2, and no fewer than make up for finding zeros.
+constexpr int64_t kSkippingColumns = 16;
+inline bool may_skip(int64_t columns) { return columns % kSkippingColumns == 0 && columns >= 96; }
 
 // C [rows, columns] (+)= A [rows, depth] @ B [depth, columns]; A has activations, and one of its two strides is 1. At
-// most 128 rows; columns that may_skip().
+// most 128 rows; columns that may_skip(). Where B is cut into strips (kStripColumns), they lie ``b_strip`` apart.
 struct ActivationProduct {
   int64_t rows, columns, depth;
   const float* a;
   int64_t a_row, a_step;
   const float* b;
-  int64_t b_stride;
+  int64_t b_stride, b_strip;
   float* c;
   int64_t c_stride;
   bool accumulate;
   bool is_finite = true;  // B; where it is not, its products with zeros are NaN
 };
 
-// C [rows, columns] = A [rows, depth] @ B^T [columns, depth] where an activation is not zero, else zero; C has 64
-// columns, of which those from ``columns`` on receive anything. A depth that may_mask().
-struct ActivationGradient {
-  int64_t rows, columns, depth;
-  const float* activations;
-  int64_t activations_stride;
-  const float* a;
-  int64_t a_stride;
-  const float* b;
-  float* c;
-  int64_t c_stride;
-};
-
-// Both ask for the lines of ``prefetch`` meanwhile. The sums of the first are added in the order of those that skip
-// nothing: to the same bits.
+// Asks for the lines of ``prefetch`` meanwhile. The sums are added in the order of those that skip nothing: to the same
+// bits.
 void multiply_skipping(const ActivationProduct& p, Prefetch& prefetch);
-void multiply_skipping(const ActivationGradient& p, Prefetch& prefetch);
-
-// ``p`` with activations on its left.
-template <typename T, typename A>
-void multiply_activations(const Product<T, A>& p, Prefetch& prefetch) {
-  if constexpr (kSkips<T>) {
-    multiply_skipping(ActivationProduct{.rows = p.rows,
-                                        .columns = p.columns,
-                                        .depth = p.depth,
-                                        .a = p.a,
-                                        .a_row = p.a_stride,
-                                        .a_step = 1,
-                                        .b = p.b,
-                                        .b_stride = p.b_stride,
-                                        .c = p.c,
-                                        .c_stride = p.c_stride,
-                                        .accumulate = p.accumulate},
-                      prefetch);
-  }
-}
 
 // Whether products of relu(x * scale + shift) with ``columns`` columns are to skip zeros: where a sample of the rows
 // has enough of them.
