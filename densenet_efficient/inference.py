@@ -135,9 +135,10 @@ def applies(x: Tensor) -> bool:
 def kept_plan(block: nn.Module, consumer: nn.Module | None) -> Plan | None:
     """The plan kept for ``block`` with this consumer, where it is still valid."""
     kept = beside(block)
-    if kept.plan is not None and not kept.plan.snapshot.matches([block, consumer]):
-        kept.plan = None
-    return kept.plan
+    plan = kept.plan  # once: another thread may put in that of another consumer
+    if plan is not None and not plan.snapshot.matches([block, consumer]):
+        plan = kept.plan = None
+    return plan
 
 
 def forget_plan(block: nn.Module) -> None:
@@ -156,8 +157,8 @@ def make_plan(stage: StageModules) -> Plan | None:
     if any(tensor.is_inference() for tensor in stage.every_tensor):
         return None  # made under torch.inference_mode: nothing tells when they change
     kept = beside(stage.block)  # before the plan's snapshot is taken
-    kept.plan = Plan(stage)
-    return kept.plan
+    plan = kept.plan = Plan(stage)
+    return plan
 
 
 class CastLinear(NamedTuple):
@@ -194,8 +195,8 @@ def _cast(linear: nn.Linear, dtype: torch.dtype) -> CastLinear | None:
 
     kept = beside(linear)  # before the snapshot is taken
     bias = None if linear.bias is None else linear.bias.to(dtype)
-    kept.cast = CastLinear(ModuleSnapshot([linear], with_values=True), linear.weight.to(dtype), bias)
-    return kept.cast
+    cast = kept.cast = CastLinear(ModuleSnapshot([linear], with_values=True), linear.weight.to(dtype), bias)
+    return cast
 
 
 def _pack(conv: Convolution, dtype: torch.dtype) -> Tensor:

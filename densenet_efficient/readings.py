@@ -48,8 +48,9 @@ def read_once(block: StageBlock) -> list[LayerParts] | str:
     from ._C import ModuleSnapshot  # there, because the native backend is
 
     kept = beside(block)
-    if kept.reading is not None and kept.reading.holds(block):
-        return kept.reading.layers
+    reading = kept.reading  # once: another thread may let go of it
+    if reading is not None and reading.holds(block):
+        return reading.layers
     kept.reading = None
     layers = block.read()
     if not isinstance(layers, str):
