@@ -26,7 +26,7 @@ TRAINING_ONLY = (
     "compile-budget-0.0",
     "ours-bottleneck",
 )
-INFERENCE_ONLY = ("onnxruntime", "openvino")
+RUNTIMES = {"onnxruntime": ("float32",), "openvino": ("float32", "bfloat16")}  # of inference alone, with their dtypes
 COMPILED = ("compile", "compile-budget-0.5", "compile-budget-0.0", "compile-max-autotune")
 ON_A_GPU = ("compile-max-autotune",)  # pays there alone
 # Of an inference on the CPU, before it is timed: threads of the runtime before it spin on for up to 0.2 s, during which
@@ -58,13 +58,14 @@ class Variant:
     layout: str
 
 
-def variants_of(implementations: Sequence[str], task: str, dtype: str = "float32") -> list[Variant]:
+def variants_of(implementations: Sequence[str], task: str, dtype: str) -> list[Variant]:
     """The variants of these implementations that have this task and dtype."""
-    left_out = INFERENCE_ONLY if task == "train" else TRAINING_ONLY
+    without_dtype = [name for name, dtypes in RUNTIMES.items() if dtype not in dtypes]
+    left_out = [*RUNTIMES] if task == "train" else [*TRAINING_ONLY, *without_dtype]
     return [
         Variant(implementation, layout)
         for implementation in implementations
-        if implementation not in left_out and (implementation, dtype) != ("onnxruntime", "bfloat16")
+        if implementation not in left_out
         for layout in LAYOUTS.get(implementation, ("channels-last",))
     ]
 

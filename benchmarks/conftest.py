@@ -32,5 +32,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     task = "infer" if metafunc.module.__name__.endswith("test_inference") else "train"
     cells = [Cell(task, model, option("dtype"), option("batch"), option("size")) for model in option("models")]
     metafunc.parametrize("cell", cells, ids=lambda cell: cell.model)
-    variants = variants_of(option("implementations"), task)
+    variants = variants_of(option("implementations"), task, option("dtype"))
     metafunc.parametrize("variant", variants, ids=lambda variant: f"{variant.implementation}-{variant.layout}")

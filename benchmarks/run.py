@@ -15,8 +15,8 @@ from densenet_efficient.measure import DTYPES, TASKS, first_step_seconds
 from . import results as results_file
 from .cells import (
     COMPILED,
-    INFERENCE_ONLY,
     ON_A_GPU,
+    RUNTIMES,
     Cell,
     Variant,
     measure_memory,
@@ -74,7 +74,7 @@ def variants_in(cell: Cell, options: argparse.Namespace) -> list[Variant]:
     """The variants of a cell. Compiling takes minutes: only the models and dtypes asked for are compiled."""
     compiled = cell.model in options.compile_models and cell.dtype in options.compile_dtypes
     names = [name for name in options.implementations if compiled or name not in COMPILED]
-    missing = [name for name in names if name in INFERENCE_ONLY and not is_installed(name)]
+    missing = [name for name in names if name in RUNTIMES and not is_installed(name)]
     if missing and cell.task == "infer":
         _report(f"left out, not installed: {', '.join(missing)} (pip install 'densenet-efficient[bench]')")
     return variants_of([name for name in names if name not in missing], cell.task, cell.dtype)

@@ -23,6 +23,12 @@ def check_drop_rate(value: Any) -> None:
         raise ValueError(f"drop_rate must be in [0, 1), got {value}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises a TypeError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_number(name: str, value: Any) -> None:
     """Raises a TypeError unless ``value`` is an int or a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

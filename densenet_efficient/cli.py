@@ -135,10 +135,10 @@ def add_visualize(commands: argparse._SubParsersAction[Parser]) -> None:
         source = picture.add_mutually_exclusive_group(required=True)
         source.add_argument("--checkpoint", type=Path, metavar="FILE", help="written by fit")
         source.add_argument("--model", help="name of a network, such as densenet201")
-        picture.add_argument("--weights", help="torchvision's, such as IMAGENET1K_V1; fresh ones if not given")
         picture.add_argument(
-            "--image_size", help="pixels per side, without a checkpoint (default: 224)", type=positive_int, default=224
+            "--weights", help="torchvision's for --model, such as IMAGENET1K_V1; fresh ones if not given"
         )
+        picture.add_argument("--image_size", help="pixels per side, with --model (default: 224)", type=positive_int)
         picture.add_argument("--output", type=Path, required=True, metavar="PNG", help="the file to write")
         return picture
 

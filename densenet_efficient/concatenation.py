@@ -68,9 +68,13 @@ def concatenate(tensors: Sequence[Tensor], channels: int | None = None) -> Tenso
         TypeError, RuntimeError: as `torch.cat` does; a result of before was changed in place.
         ValueError: ``channels`` is less than the sum of C_i.
     """
+    if not isinstance(tensors, list | tuple):
+        raise TypeError(f"tensors must be a list or tuple of tensors, got a {type(tensors).__name__}")
     tensors = list(tensors)
     if not _may_share(tensors):
         return torch.cat(tensors, 1)
+    if not isinstance(channels, int | None):
+        raise TypeError(f"channels must be an int, got {channels!r}")
     total = sum(tensor.shape[1] for tensor in tensors)
     if channels is not None and channels < total:
         raise ValueError(f"channels must be at least the {total} that are concatenated, got {channels}")

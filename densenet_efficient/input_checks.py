@@ -33,8 +33,10 @@ def check_images(conv: Convolution, x: Tensor) -> None:
 
 def check_input(norm: BatchNorm, dims: int, x: Tensor) -> None:
     """What the first norm of a dense block, of ``dims`` spatial dimensions, would raise."""
+    shape = f"[N, {norm.num_features}, {AXES[dims]}]"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a Tensor {shape}, got a {type(x).__name__}")
     if x.dim() != dims + 2:
-        shape = f"[N, {norm.num_features}, {AXES[dims]}]"
         raise ValueError(f"expected {dims + 2}D input {shape} (got {x.dim()}D input of size {tuple(x.shape)})")
     if x.shape[1] != norm.num_features:
         raise RuntimeError(f"expected input with {norm.num_features} channels, got input size {tuple(x.shape)}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import inference
 from .argument_checks import (
     check_drop_rate,
+    check_flag,
     check_layers,
     check_number,
     check_positive,
@@ -76,7 +77,7 @@ class EfficientDenseNet(PretrainedNetwork):
         level = ("bottleneck" if memory_efficient else "none") if checkpointing is None else checkpointing
         self.config = {
             "growth_rate": growth_rate,
-            "block_config": list(block_config) if isinstance(block_config, tuple) else block_config,
+            "block_config": list(block_config) if isinstance(block_config, list | tuple) else block_config,
             "num_init_features": num_init_features,
             "bn_size": bn_size,
             "drop_rate": drop_rate,
@@ -86,7 +87,7 @@ class EfficientDenseNet(PretrainedNetwork):
             "bottleneck": bottleneck,
             "small_inputs": small_inputs,
             "norm_eps": norm_eps,
-            "checkpointing": list(level) if isinstance(level, tuple) else level,
+            "checkpointing": list(level) if isinstance(level, list | tuple) else level,
             "spatial_dims": spatial_dims,
         }
         _check_config(self.config)
@@ -211,7 +212,7 @@ def rename_old_keys(state_dict: dict[str, Any], prefix: str = "") -> None:
         if not key.startswith(prefix):
             continue
         name = own_name(key[len(prefix) :])
-        if prefix + name != key:
+        if prefix + name not in state_dict:  # with both, loading refuses the one that it does not know
             state_dict[prefix + name] = state_dict.pop(key)
 
 
@@ -238,6 +239,8 @@ def _check_config(config: dict[str, Any]) -> None:
     if not config["norm_eps"] > 0:
         raise ValueError(f"norm_eps must be above 0, got {config['norm_eps']}")
     check_spatial_dims(config["spatial_dims"])
+    for name in ("bottleneck", "small_inputs"):
+        check_flag(name, config[name])
 
 
 class EfficientDenseNet121(EfficientDenseNet):

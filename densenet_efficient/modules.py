@@ -157,7 +157,9 @@ class DenseBlock(StageBlock, nn.ModuleDict):
         return torch.cat(features, 1)
 
 
-def _per_layer(dilation: int | Sequence[int], num_layers: int) -> list[int]:
+def _per_layer(dilation: Any, num_layers: int) -> list[int]:
+    if not isinstance(dilation, int | Sequence) or isinstance(dilation, str):
+        raise TypeError(f"dilation must be an int, or a sequence of one per layer, got {dilation!r}")
     dilations = [dilation] * num_layers if isinstance(dilation, int) else list(dilation)
     if len(dilations) != num_layers:
         raise ValueError(f"dilation must be one int or one per layer, {num_layers}, got {len(dilations)}: {dilation!r}")

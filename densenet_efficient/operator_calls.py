@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakSet
@@ -209,9 +211,22 @@ def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool, lat
 
 
 _announced: WeakSet[nn.Module] = WeakSet()
+_announces: ContextVar[bool] = ContextVar("announces", default=True)
+
+
+@contextmanager
+def unannounced() -> Iterator[None]:
+    """Within it a block that runs layer by layer does not say so; it does when it runs so again."""
+    token = _announces.set(False)
+    try:
+        yield
+    finally:
+        _announces.reset(token)
 
 
 def _announce(block: nn.Module, reason: str) -> None:
-    if not torch.compiler.is_compiling() and block not in _announced:  # in this order: a compiler must not see the set
+    if torch.compiler.is_compiling():  # first: a compiler must not see the rest
+        return
+    if _announces.get() and block not in _announced:
         _announced.add(block)
         warnings.warn(f"a dense block runs layer by layer, with more memory and time: {reason}", stacklevel=3)

@@ -87,6 +87,18 @@ def test_a_missing_triton_is_announced_once(machine):
     assert len(warned) == 1
 
 
+@pytest.mark.parametrize("device", ["xpu", "mps"])
+def test_a_device_without_a_backend_of_its_own_is_announced_once(machine, device):
+    with pytest.warns(RuntimeWarning, match=f"slower plain-torch backend: no other serves {device}") as warned:
+        assert [kernels.backend_name(device) for _ in range(3)] == ["reference"] * 3
+    assert len(warned) == 1
+
+
+def test_where_nothing_is_computed_nothing_is_slow(machine, recwarn):
+    assert kernels.backend_name("meta") == "reference"
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_a_requested_backend_works_or_raises(machine, monkeypatch, name):
     monkeypatch.setenv(BACKEND_VARIABLE, name)

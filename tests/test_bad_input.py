@@ -9,6 +9,7 @@ from cases import LEVELS, MODES, VARIANTS, loss_of, make_images, make_pair
 
 from densenet_efficient import EfficientDenseNet, kernels
 from densenet_efficient.models import create_model
+from densenet_efficient.modules import DenseBlock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,6 +76,19 @@ def test_no_tensor_at_all(backend):
     for images in (None, [[1.0]], "image", make_images(2, 3, 33, 47).numpy()):
         expected = type(caught_by(naive, images))
         assert type(caught_by(efficient, images)) is expected
+
+
+def test_no_tensor_for_a_block_alone(backend):
+    block = DenseBlock(1, 8)
+    for images in (None, [[1.0]]):
+        with pytest.raises(TypeError, match=r"expected a Tensor \[N, 8, H, W\], got a"):
+            block(images)
+
+
+@pytest.mark.parametrize("dilation", [1.5, "2", None])
+def test_a_dilation_that_is_none(dilation):
+    with pytest.raises(TypeError, match=f"dilation must be an int, or a sequence of one per layer, got {dilation!r}"):
+        DenseBlock(2, 8, dilation=dilation)
 
 
 def caught_by(model, images):

@@ -16,7 +16,7 @@ from torch._functorch import config as functorch_config
 
 from benchmarks import cells, conversion, implementations, report, run, segmentation
 from benchmarks import results as results_file
-from benchmarks.cells import COMPILED, INFERENCE_ONLY, Cell, Variant, measure_memory, measure_times, variants_of
+from benchmarks.cells import COMPILED, RUNTIMES, Cell, Variant, measure_memory, measure_times, variants_of
 from benchmarks.evidence.__main__ import PARTS
 from benchmarks.implementations import IMPLEMENTATIONS, build, factory_of
 from benchmarks.picture import panels_of
@@ -25,7 +25,7 @@ from densenet_efficient.conversion.modules import ConvertedBlock
 from densenet_efficient.measure import build_model, make_step
 
 SECTIONS = [name for name, (_, part) in report.SECTIONS.items() if part not in PARTS]  # the others: test_evidence.py
-EAGER = [name for name in IMPLEMENTATIONS if name not in (*COMPILED, *INFERENCE_ONLY)]
+EAGER = [name for name in IMPLEMENTATIONS if name not in (*COMPILED, *RUNTIMES)]
 
 
 @pytest.mark.parametrize("name", EAGER)
@@ -38,7 +38,7 @@ def test_all_implementations_are_the_same_network(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("name", INFERENCE_ONLY)
+@pytest.mark.parametrize("name", RUNTIMES)
 def test_exported_networks_give_the_same_logits(name: str) -> None:
     network = build(name, "tiny").eval()
     assert isinstance(network, ExportedNetwork)
@@ -50,10 +50,13 @@ def test_exported_networks_give_the_same_logits(name: str) -> None:
 
 
 def test_which_runtime_takes_which_dtype() -> None:
-    names = list(INFERENCE_ONLY)
-    assert variants_of(names, "infer") == [Variant("onnxruntime", "contiguous"), Variant("openvino", "contiguous")]
+    names = list(RUNTIMES)
+    assert variants_of(names, "infer", "float32") == [
+        Variant("onnxruntime", "contiguous"),
+        Variant("openvino", "contiguous"),
+    ]
     assert variants_of(names, "infer", "bfloat16") == [Variant("openvino", "contiguous")]
-    assert variants_of(names, "train") == []
+    assert variants_of(names, "train", "float32") == []
 
 
 def test_a_runtime_that_is_not_installed_is_left_out_and_named(
@@ -62,7 +65,7 @@ def test_a_runtime_that_is_not_installed_is_left_out_and_named(
     monkeypatch.setattr(run, "is_installed", lambda package: package != "openvino")
     options = run.parse(["--quick", "--output=quick.json", "--tasks=infer"])
     variants = run.variants_in(run.plan(options)[0], options)
-    assert {"onnxruntime"} == {variant.implementation for variant in variants} & set(INFERENCE_ONLY)
+    assert {"onnxruntime"} == {variant.implementation for variant in variants} & set(RUNTIMES)
     assert "openvino" in capsys.readouterr().out
 
 
@@ -87,12 +90,12 @@ def test_the_budget_holds_while_its_backend_compiles(monkeypatch: pytest.MonkeyP
 
 
 def test_torchvision_is_timed_in_both_layouts_and_inference_has_no_checkpointing() -> None:
-    assert variants_of(["torchvision", "ours-none", "ours-bottleneck"], "infer") == [
+    assert variants_of(["torchvision", "ours-none", "ours-bottleneck"], "infer", "float32") == [
         Variant("torchvision", "channels-last"),
         Variant("torchvision", "contiguous"),
         Variant("ours-none", "channels-last"),
     ]
-    assert Variant("ours-bottleneck", "channels-last") in variants_of(list(IMPLEMENTATIONS), "train")
+    assert Variant("ours-bottleneck", "channels-last") in variants_of(list(IMPLEMENTATIONS), "train", "float32")
 
 
 @pytest.mark.parametrize("task", ["train", "infer"])
@@ -104,7 +107,7 @@ def test_a_cell_times_all_its_variants_in_turn(task: str, monkeypatch: pytest.Mo
         return {name: 100.0 if name[1] == "step_ms" else 40.0 for name in steps}
 
     monkeypatch.setattr(cells, "step_times", step_times)
-    variants = variants_of(["torchvision", "ours-none"], task)
+    variants = variants_of(["torchvision", "ours-none"], task, "float32")
     cell = Cell(task, "tiny", "float32", 4, 32)
     times = measure_times(cell, variants, rounds=3)
     step_ms = 100.0 if task == "train" else 40.0

@@ -227,6 +227,7 @@ def test_a_change_in_place_before_the_backward_is_refused():
         [torch.zeros(1, 2, 3), torch.zeros(1, 2, 4)],
         [torch.zeros(1, 2, 3), torch.zeros(1, 2)],
         [torch.zeros(3)],
+        torch.zeros(1, 2, 3),
     ],
     ids=str,
 )
@@ -240,3 +241,5 @@ def test_errors_are_those_of_cat(tensors):
 def test_too_few_channels():
     with pytest.raises(ValueError, match="channels must be at least the 4 that are concatenated, got 3"):
         concatenate([torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)], channels=3)
+    with pytest.raises(TypeError, match="channels must be an int, got '7'"):
+        concatenate([torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)], channels="7")

@@ -225,3 +225,12 @@ def test_weights_of_monai_load(backend, dims, in_channels):
         images = torch.cat([images, images[:, :1]], 1)
         original.features.conv0.weight.data = torch.cat([weight, weight[:, :1]], 1) * 0.75
     assert_close({"": model(images)}, {"": original(images)})
+
+
+def test_a_trial_is_on_the_cpu_whatever_the_default_device():
+    expected, model = str(convert(HandwrittenDenseNet())), HandwrittenDenseNet()
+    try:
+        torch.set_default_device("meta")
+        assert str(convert(model)) == expected
+    finally:
+        torch.set_default_device(None)

@@ -3,9 +3,7 @@
 import copy
 import gc
 import pickle
-import threading
 import weakref
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from densenet_efficient import inference, operators
 from densenet_efficient.kept import beside
-from densenet_efficient.modules import DenseBlock, Features, Transition
+from densenet_efficient.modules import DenseBlock
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
 
@@ -420,57 +418,6 @@ def test_bad_images_are_refused_as_in_training(size):
     ]:
         with pytest.raises(RuntimeError, match=error):
             logits_of(model, wrong)
-
-
-def test_threads_that_share_a_model():
-    """Each gets the bits of a serial run, also where they all come first."""
-    _, model = make_pair(mode="eval", dtype=torch.float32, growth_rate=16, num_init_features=32)
-    images = [make_images(2, 3, 64, 64, seed=seed, dtype=torch.float32) for seed in range(8)]
-    expected = [logits_of(copy.deepcopy(model), x) for x in images]
-    found = [None] * len(images)
-    barrier = threading.Barrier(len(images))
-
-    def run(index):
-        barrier.wait()
-        for _ in range(5):
-            found[index] = logits_of(model, images[index])
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(images))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-class Contested:
-    """What is kept beside a block where another thread's plan takes the place of each that was looked at or put in."""
-
-    def __init__(self, own, other):
-        self.plans = [own, other]
-
-    @property
-    def plan(self):
-        return self.plans.pop(0)
-
-    @plan.setter
-    def plan(self, plan):
-        self.plans = self.plans[1:]
-
-
-def test_threads_that_share_a_block_but_not_what_follows_it(monkeypatch):
-    """Each runs the plan that it has checked or made, whatever the other keeps meanwhile."""
-    block, images = DenseBlock(2, 6, growth_rate=4, bn_size=3).eval(), make_images(1, 6, 8, 8, dtype=torch.float32)
-    consumers = [Transition(14, 5).eval(), Transition(14, 5).eval()]
-    plans = []
-    for consumer in consumers:
-        logits_of(Features(OrderedDict(block=block, transition=consumer)), images)
-        plans.append(beside(block).plan)
-    own, other = plans
-    monkeypatch.setattr(inference, "beside", lambda _: Contested(own, other))
-    assert inference.kept_plan(block, consumers[0]) is own
-    made = inference.make_plan(inference.StageModules(block, own.norms, own.convolutions, own.exit))
-    assert made is not None and made.exit.consumer is consumers[0]
 
 
 @pytest.mark.parametrize("images", [1, 5, 8])

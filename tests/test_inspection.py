@@ -142,6 +142,24 @@ def test_classes_that_the_model_lacks(classes):
         grad_cam(model, make_images(*IMAGES), classes=torch.tensor(classes))
 
 
+def test_classes_that_are_not_one_per_image():
+    _, model = make_pair(mode="eval")
+    with pytest.raises(ValueError, match=r"one class for each of 3 images, got \[1\]"):
+        grad_cam(model, make_images(*IMAGES), classes=torch.tensor([1]))
+    given = {"images": make_images(*IMAGES), "classes": [0, 1, 2]}
+    assert torch.equal(grad_cam(model, **given), grad_cam(model, **given | {"classes": torch.tensor([0, 1, 2])}))
+
+
+def test_a_hook_of_one_s_own_is_still_announced(recwarn):
+    _, model = make_pair(mode="eval")
+    layer = "features.denseblock1.denselayer1"
+    feature_maps(model, make_images(*IMAGES), layer)
+    assert not recwarn.list
+    model.get_submodule(layer).register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="layer by layer"):
+        model(make_images(*IMAGES))
+
+
 @pytest.mark.parametrize("bottleneck", [True, False])
 def test_feature_reuse(bottleneck):
     """Each entry is the mean absolute weight over the source's channels; the classifier reads the last block."""
@@ -261,6 +279,8 @@ def test_pictures_of_pretrained_weights(tmp_path, monkeypatch, capsys):
         (["maps", "nowhere.png", "--checkpoint", "CHECKPOINT"], "nowhere.png: No such file"),
         (["grad-cam", "IMAGE", "--checkpoint", "CHECKPOINT", "--class", "digit 11"], "unknown class 'digit 11'"),
         (["grad-cam", "IMAGE", "--checkpoint", "CHECKPOINT", "--layer", "classifier"], "gives no feature maps"),
+        (["reuse", "--checkpoint", "CHECKPOINT", "--weights", "DEFAULT"], "--weights goes with --model"),
+        (["reuse", "--checkpoint", "CHECKPOINT", "--image_size", "32"], "--image_size goes with --model"),
     ],
 )
 def test_the_command_names_what_is_wrong(checkpoint, arguments, message, tmp_path, capsys):

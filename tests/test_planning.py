@@ -292,11 +292,18 @@ def test_on_a_gpu_the_optimizer_steps_all_parameters_at_once(optimizer, copies):
         ({"input_shape": (3, 224, 224)}, "has no batch"),
         ({"batch": 2}, r"must be \[C, H, W\]"),
         ({"input_shape": (1, 3, 8, 8)}, "too small"),
+        ({"input_shape": (0, 3, 64, 64)}, "each entry of input_shape must be at least 1, got 0"),
+        ({"optimizer": ["adam"]}, r"unknown optimizer \['adam'\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, complaint):
     with pytest.raises(ValueError, match=complaint):
         plan("densenet121", **{"input_shape": (1, 3, 224, 224)} | arguments)
+
+
+def test_images_are_counted_in_whole_numbers():
+    with pytest.raises(TypeError, match=r"each entry of input_shape must be an int, got 1\.5"):
+        plan("densenet121", (1.5, 3, 224, 224))
 
 
 @pytest.mark.parametrize("model", [torch.nn.Linear(1, 1), EfficientDenseNet(**SMALL, spatial_dims=1)])

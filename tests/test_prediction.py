@@ -321,6 +321,25 @@ def test_a_full_disk(
     assert output.read_bytes() == whole
 
 
+def test_an_output_that_is_no_table(
+    folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.csv"
+    output.write_text(f'path,"{"x" * 140_000}')
+    arguments = (folder / "images", "--output", output)
+    assert predict(checkpoint, *arguments) == 2
+    assert f"error: {output}: holds something else than predictions of these classes" in capsys.readouterr().err
+    output.unlink()
+    assert predict(checkpoint, *arguments) == 0
+    origin = tmp_path / "out.csv.json"
+    origin.write_text('{"weights_sha256": "')
+    assert predict(checkpoint, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.endswith(
+        f"error: {origin}: is damaged, and tells no more of which weights out.csv is; name another --output\n"
+    )
+
+
 def test_options_in_a_file(folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {"checkpoint": str(checkpoint), "views": "mirror", "batch_size": 5, "output": str(tmp_path / "out.csv")}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))

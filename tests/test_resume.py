@@ -356,6 +356,12 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         prepare_directory(tmp_path)
 
 
+def test_what_keeps_a_checkpoint_from_being_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file where the folder should be")
+    with pytest.raises(OSError, match=r"last\.ckpt: cannot write this checkpoint \(File exists\), .*; mend that, then"):
+        AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "run" / "last.ckpt")
+
+
 def test_a_name_is_on_the_disk_before_the_write_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file first, then the directory, once it holds the new name."""
     synced: list[str] = []

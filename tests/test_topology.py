@@ -135,6 +135,13 @@ def test_keys_of_other_modules_keep_their_names():
     assert state == {"net.features.norm5.bias": 1, "module.features.norm5.bias": 2}
 
 
+def test_two_keys_of_one_weight_are_refused():
+    model = EfficientDenseNet(**SMALL)
+    state = model.state_dict()
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"module\.classifier\.weight"'):
+        model.load_state_dict(state | {"module.classifier.weight": torch.zeros_like(state["classifier.weight"])})
+
+
 def test_another_architecture_is_refused():
     with pytest.raises(RuntimeError, match="Missing key"):
         EfficientDenseNet(**SMALL).load_state_dict(EfficientDenseNet(**SMALL, bottleneck=False).state_dict())
@@ -298,6 +305,8 @@ def test_copies_are_whole(duplicate):
         ({"norm_eps": "small"}, TypeError),
         ({"norm_eps": 0.0}, ValueError),
         ({"norm_eps": float("nan")}, ValueError),
+        ({"bottleneck": "no"}, TypeError),
+        ({"small_inputs": 1}, TypeError),
         ({"checkpointing": "everything"}, ValueError),
         ({"checkpointing": ""}, ValueError),
     ],
@@ -306,6 +315,20 @@ def test_impossible_arguments(options, error):
     (name,) = options
     with pytest.raises(error, match=name):
         EfficientDenseNet(**SMALL | options)
+
+
+def test_a_list_that_was_given_is_the_caller_s():
+    layers, levels = [2, 1], ["none", "bottleneck"]
+    model = EfficientDenseNet(**SMALL | {"block_config": layers, "checkpointing": levels})
+    layers.append(7)
+    levels[0] = "bottleneck"
+    assert model.config["block_config"] == [2, 1]
+    assert model.checkpointing == ["none", "bottleneck"]
+
+
+def test_a_plain_network_has_no_weights_of_torchvision():
+    with pytest.raises(ValueError, match="torchvision has no weights of a plain EfficientDenseNet"):
+        EfficientDenseNet(**SMALL).load_torchvision("DEFAULT")
 
 
 def test_unknown_names_list_the_known_ones():

@@ -100,6 +100,16 @@ def test_another_number_of_classes():
     assert_close(model.features.state_dict(), original.features.state_dict(), 0)
 
 
+def test_another_number_of_classes_without_a_bias():
+    original = make_model("torchvision", "eval")
+    model = small()
+    model.classifier = torch.nn.Linear(model.classifier.in_features, 9, bias=False)
+    own = model.classifier.weight.detach().clone()
+    assert load_weights(model, original.state_dict()) == ["the classifier of 5 classes was not loaded: the model has 9"]
+    assert torch.equal(model.classifier.weight, own)
+    assert_close(model.features.state_dict(), original.features.state_dict(), 0)
+
+
 def test_weights_older_than_num_batches_tracked():
     original = make_model("torchvision", "eval")
     state = {key: value for key, value in original.state_dict().items() if "num_batches_tracked" not in key}

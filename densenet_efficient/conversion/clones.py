@@ -80,7 +80,7 @@ def _is_dense_block(tried: nn.Module, original: type[nn.Module]) -> bool:
         tried.train(training)
         layers = cast(list[LayerParts], fusion.read_block(tried, _read_layer))
         size = [LENGTH] * layers[0].spatial_dims
-        images = torch.randn(2, layers[0].norm1.num_features, *size, dtype=torch.float64)
+        images = torch.randn(2, layers[0].norm1.num_features, *size, dtype=torch.float64, device="cpu")
         seed = torch.default_generator.manual_seed  # of the dropout; torch.manual_seed would seed GPUs too
         seed(0)
         expected = _dense_block(layers, images)

@@ -24,9 +24,12 @@ def visualize(options: argparse.Namespace) -> None:
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"{output.parent}: no such folder; make it, or give another --output")
     if options.checkpoint is not None:
+        for name in ("weights", "image_size"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name} goes with --model; a --checkpoint has its own: leave it out")
         subject = from_checkpoint(options.checkpoint)
     else:
-        subject = from_name(options.model, options.weights, options.image_size)
+        subject = from_name(options.model, options.weights, options.image_size or 224)
     print(f"{PICTURES[options.picture](subject, options)}: {output}")
 
 

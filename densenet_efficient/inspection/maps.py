@@ -1,13 +1,13 @@
 """What a trained network looks at: feature maps, Grad-CAM, first-layer filters and the reuse of features.
 
 Everything here works on any model that contains the modules it names, at every level of checkpointing: a module that is
-observed runs through its own forward.
+observed runs through its own forward. The model runs in the mode that it is in: call `eval()` first, or its running
+statistics take part.
 """
 
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dimensions import Convolution
-from ..operator_calls import StageBlock
+from ..operator_calls import StageBlock, unannounced
 
 
 def feature_maps(model: nn.Module, images: Tensor, layer: str) -> Tensor:
@@ -43,12 +43,14 @@ def grad_cam(
     by the largest of each image. The model's own parameters get no gradient.
 
     Raises:
-        ValueError: as `feature_maps`; or a class is outside the model's.
+        ValueError: as `feature_maps`; or the classes are not one per image, or one is outside the model's.
     """
     with torch.enable_grad(), _captured(model, layer) as outputs:
         logits = model(images.detach().requires_grad_())
         maps = _only(outputs, layer)
-        chosen = logits.argmax(1) if classes is None else classes
+        chosen = logits.argmax(1) if classes is None else torch.as_tensor(classes, device=logits.device)
+        if chosen.shape != logits.shape[:1]:
+            raise ValueError(f"expected one class for each of {len(logits)} images, got {list(chosen.shape)}")
         if int(chosen.min()) < 0 or int(chosen.max()) >= logits.shape[1]:
             raise ValueError(f"expected classes from 0 to {logits.shape[1] - 1}, got {chosen.tolist()}")
         scores = logits.gather(1, chosen[:, None]).sum()
@@ -142,8 +144,7 @@ def _captured(model: nn.Module, layer: str) -> Iterator[list[Tensor]]:
 
     handle = names[layer].register_forward_hook(keep)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "a dense block runs layer by layer")  # for once, on purpose
+        with unannounced():  # that a block runs layer by layer, for once, on purpose
             yield outputs
     finally:
         handle.remove()

@@ -102,7 +102,8 @@ def backend_name(device: torch.device | str) -> str:
     if requested:
         _check_requested(requested, device)
         return requested
-    reason = None
+    is_served = device.type in DEFAULTS or device.type == "meta"  # where nothing is computed
+    reason = None if is_served else f"no other serves {device.type}"
     for name in DEFAULTS.get(device.type, ()):
         reason = why_not(name, device)
         if reason is None:

@@ -99,7 +99,7 @@ def plan(
     blocks = blocks_of(network)
     shape = _with_batch(input_shape, batch)
     computed = _dtype(dtype)
-    if optimizer not in OPTIMIZERS:
+    if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
     device = _device(network, offload)
     limit = None if budget is None else parse_bytes(budget)
@@ -203,6 +203,8 @@ def _device(network: Any, offload: bool) -> str:
 
 def _with_batch(input_shape: Sequence[int], batch: int | None) -> tuple[int, ...]:
     shape = tuple(input_shape)
+    for length in shape:
+        check_positive("each entry of input_shape", length)
     if batch is None:
         if len(shape) == 3:
             raise ValueError(f"input_shape {shape} has no batch; give [N, C, H, W], or batch=N besides")

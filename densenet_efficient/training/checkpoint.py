@@ -21,7 +21,7 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from densenet_efficient.files import atomic_write, temporary_of
+from densenet_efficient.files import FULL_DISK, atomic_write, temporary_of
 from densenet_efficient.models import EfficientDenseNet
 from densenet_efficient.training.preprocessing import Preprocessing
 from densenet_efficient.weights.checkpoints import DAMAGED
@@ -132,7 +132,9 @@ def load_classifier(path: str | Path) -> SavedClassifier:
             Preprocessing.from_dict(entry["preprocessing"]),
             TrainingImages(entry.get("trained_on")),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except KeyError as error:
+        raise RuntimeError(f"{path}: a checkpoint of densenet-efficient, but without its {error}; {REMEDY}") from error
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise RuntimeError(
             f"{path}: its weights are of another architecture than it says ({reason:.200}); {REMEDY}"
@@ -283,9 +285,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             # Torch's own writer hides what the system said behind an error of its own.
             system = error.__context__ if isinstance(error.__context__, OSError) else error
             cause = system.strerror if isinstance(system, OSError) and system.strerror else str(error).splitlines()[0]
+            remedy = "make room" if getattr(system, "errno", None) in FULL_DISK else "mend that"
             raise OSError(
-                f"{path}: cannot write this checkpoint ({cause}), {kept}; make room, "
-                "then continue with --ckpt_path last"
+                f"{path}: cannot write this checkpoint ({cause}), {kept}; {remedy}, then continue with --ckpt_path last"
             ) from error
 
     def load_checkpoint(

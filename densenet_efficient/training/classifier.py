@@ -67,7 +67,7 @@ class Classifier(LightningModule):
             evaluation mode.
         head_learning_rate: of the classifier in those epochs.
         frozen_batch_norm: keep the running statistics of the weights given, and normalise with them.
-        label_smoothing: in [0, 1).
+        label_smoothing: in [0, 1].
         mixup: alpha of mixup (arXiv:1710.09412); 0 for none.
         cutmix: alpha of cutmix (arXiv:1905.04899); 0 for none. With both, one of them at random per step.
         seed: of the weights, and of dropout, mixup and cutmix in each step.

@@ -91,7 +91,9 @@ class ImageData(LightningDataModule, ABC):
                 f"--data.batch_size: expected at least 2, so that a batch has a variance, got {batch_size}"
             )
         if class_weights and weighted_sampling:
-            raise ValueError("class_weights and weighted_sampling both make up for rare classes; choose one")
+            raise ValueError(
+                "--data.class_weights and --data.weighted_sampling both make up for rare classes; choose one"
+            )
         self.batch_size, self.seed, self.bad_files = batch_size, seed, bad_files
         self.augmentation = augmentation if augmentation is not None else self.default_augmentation
         self.balance_loss, self.weighted_sampling = class_weights, weighted_sampling
@@ -320,7 +322,9 @@ class CSVData(ImageData):
         self.table = Path(table)
         self.root = self.table.parent if root is None else Path(root)
         if label_columns and label_separator is not None:
-            raise ValueError("label_columns and label_separator both tell of several labels per image; choose one")
+            raise ValueError(
+                "--data.label_columns and --data.label_separator both tell of several labels per image; choose one"
+            )
         self.columns = Columns(
             path_column, label_column, label_columns or (), label_separator, group_column, split_column
         )

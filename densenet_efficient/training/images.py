@@ -53,7 +53,8 @@ def read_image(path: str | Path, channels: int, value_range: ValueRange = None) 
     it they are the window that a DICOM file names, else the darkest and the brightest value there is, and of other
     files the range of 16 bits.
 
-    Raises OSError if the file is missing, ValueError if it is damaged, empty, no image or several.
+    Raises OSError if the file is missing, ValueError if it is damaged, empty, no image or a TIFF of
+    several pages. Of an animation it is the first picture.
     """
     with open(path, "rb") as file:
         head = file.read(132)

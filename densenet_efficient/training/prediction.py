@@ -225,14 +225,17 @@ class CSVWriter(LineWriter):
         if not self.path.exists() or self.path.stat().st_size == 0:
             return self._begin(origin)
         content = self.path.read_bytes()
-        rows, end = _whole_records(content, len(self.header))
+        try:
+            rows, end = _whole_records(content, len(self.header))
+        except csv.Error:  # no table at all
+            rows, end = [], 0
         if not rows or rows[0] != self.header:
             raise ValueError(
                 f"{self.path}: holds something else than predictions of these classes; name another --output"
             )
         if len(rows) == 1:
             return self._begin(origin)
-        theirs = json.loads(origin.read_bytes()) if origin.exists() else {}
+        theirs = self._read_origin(origin)
         paths = {name: theirs.pop(name) for name in ORIGIN_OF_PATHS if name in theirs}
         if theirs != self.origin:
             raise ValueError(
@@ -247,6 +250,15 @@ class CSVWriter(LineWriter):
         if end < len(content):
             os.truncate(self.path, end)
         return {row[0] for row in rows[1:] if row}
+
+    def _read_origin(self, origin: Path) -> dict[str, str]:
+        try:
+            theirs = json.loads(origin.read_bytes()) if origin.exists() else {}
+        except ValueError as error:
+            raise ValueError(
+                f"{origin}: is damaged, and tells no more of which weights {self.path.name} is; name another --output"
+            ) from error
+        return theirs if isinstance(theirs, dict) else {}
 
     def _begin(self, origin: Path) -> set[str]:
         with atomic_write(origin) as file:

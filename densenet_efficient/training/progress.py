@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sized
 from datetime import timedelta
@@ -49,18 +50,19 @@ class Progress(RichProgressBar):
         if trainer.training and self.images:
             metrics["images/s"] = f"{self._rate():.1f}"
             metrics["MiB"] = f"{_memory_mib(pl_module.device):.0f}"
-            metrics["ETA"] = self._remaining(trainer)
+            metrics |= self._remaining(trainer)
         return metrics
 
     def _rate(self) -> float:
         return self.images / max(self.seconds, 1e-9)
 
-    def _remaining(self, trainer: Trainer) -> str:
-        """Of the whole run, validation included."""
-        done = trainer.fit_loop.total_batch_idx + 1
-        total = trainer.num_training_batches * (trainer.max_epochs or 1)
+    def _remaining(self, trainer: Trainer) -> dict[str, str]:
+        """The time that the whole run still takes, validation included; nothing of a run without end."""
+        done, total = trainer.fit_loop.total_batch_idx + 1, _batches_of_the_run(trainer)
+        if math.isinf(total):
+            return {}
         seconds = (time.monotonic() - self.run_started) / max(done - self.first_batch, 1) * (total - done)
-        return str(timedelta(seconds=round(max(seconds, 0))))
+        return {"ETA": str(timedelta(seconds=round(max(seconds, 0))))}
 
     def _epoch_line(self, trainer: Trainer) -> str:
         values = trainer.callback_metrics
@@ -69,7 +71,19 @@ class Progress(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         """Of the epoch, counted from 1, as a person does."""
-        return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"
+        last = _epochs_of_the_run(self.trainer)
+        return f"Epoch {current_epoch + 1}" + ("" if math.isinf(last) else f"/{last}")
+
+
+def _epochs_of_the_run(trainer: Trainer) -> float:
+    """Without end where no number of epochs ends the run: Lightning has -1 then."""
+    return math.inf if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
+
+
+def _batches_of_the_run(trainer: Trainer) -> float:
+    """By epochs or by steps of the optimizer, whichever ends it first."""
+    steps = math.inf if trainer.max_steps < 0 else trainer.max_steps
+    return min(trainer.num_training_batches * _epochs_of_the_run(trainer), steps * trainer.accumulate_grad_batches)
 
 
 def _memory_mib(device: torch.device) -> float:

@@ -99,7 +99,8 @@ def split(
             raise ValueError(f"{name}: expected a number of at least 0 and below 1{other}, got {fraction}")
     if not 0 < validation_fraction + test_fraction < 1 or validation_fraction == 0:
         raise ValueError(
-            "validation_fraction must be above 0 and leave images to train on, together with test_fraction"
+            "--data.validation_fraction must be above 0 and, together with --data.test_fraction, below 1, so that "
+            f"images are left to train on; got {validation_fraction} and {test_fraction}"
         )
     fractions = [1 - validation_fraction - test_fraction, validation_fraction, test_fraction]
     labels = samples.indicators(len(class_names)).double().numpy()

@@ -80,7 +80,9 @@ def _keep_classifier(state: dict[str, Tensor], own: dict[str, Any]) -> list[str]
     if weight is None and "classifier.bias" in state:
         return []  # half a classifier, which is said with all the others
     for name in CLASSIFIER:
-        state[name] = own[name]
+        state.pop(name, None)
+        if name in own:
+            state[name] = own[name]
     if weight is None:
         return [f"no classifier was loaded: the weights have none, the model keeps its own of {expected.shape[0]}"]
     return [f"the classifier of {weight.shape[0]} classes was not loaded: the model has {expected.shape[0]}"]

@@ -120,14 +120,18 @@ class PretrainedNetwork(nn.Module):
         """Loads the weights that ``choice`` names in torchvision; None loads nothing. ``progress`` shows a bar."""
         if choice is None:
             return
-        assert self.architecture is not None
+        if self.architecture is None:
+            raise ValueError(
+                f"torchvision has no weights of a plain {type(self).__name__}; build one with a number in its name"
+            )
         dims = self.config["spatial_dims"]
         if dims != 2:
             raise ValueError(
                 f"torchvision's weights are for images alone, and spatial_dims is {dims}: give weights=None"
             )
-        self.weights = find_weights(self.architecture, choice)
-        self._load(download(self.weights, progress))
+        weights = find_weights(self.architecture, choice)
+        self._load(download(weights, progress))
+        self.weights = weights
 
     def _load(self, checkpoint: Any) -> None:
         notes = load_weights(self, checkpoint)

@@ -1,0 +1,30 @@
+"""What one sees of a run while it trains."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+from pytorch_lightning import Trainer
+
+from densenet_efficient.training.progress import Progress
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "left", "named"),
+    [(30, 20, "0:00:10", "Epoch 1/30"), (2, -1, "0:00:10", "Epoch 1/2"), (-1, -1, None, "Epoch 1")],
+)
+def test_the_time_left_is_that_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, epochs: int, steps: int, left: str | None, named: str
+) -> None:
+    """After ten batches of a second each, in epochs of ten, whatever ends the run first."""
+    progress, loop = Progress(), SimpleNamespace(total_batch_idx=9)
+    trainer = SimpleNamespace(
+        fit_loop=loop, num_training_batches=10, max_epochs=epochs, max_steps=steps, accumulate_grad_batches=1
+    )
+    progress._trainer = cast(Trainer, trainer)
+    progress.run_started, progress.first_batch = 0.0, 0
+    monkeypatch.setattr("time.monotonic", lambda: 10.0)
+    assert progress._remaining(progress.trainer).get("ETA") == left
+    assert progress._get_train_description(0) == named
