@@ -77,6 +77,7 @@ inline at::Tensor checked_weight(const at::Tensor& weight, int64_t outputs, int6
                   weight.size(2) == kernel && weight.size(3) == kernel,
               "weight must have shape [", outputs, ", ", channels, ", ", kernel, ", ", kernel, "], got ",
               weight.sizes());
+  TORCH_CHECK(channels > 0, "weight must have input channels, got ", weight.sizes());
   TORCH_CHECK(weight.device() == like.device(), "Expected all tensors to be on the same device, but weight is on ",
               weight.device(), " and x on ", like.device());
   const at::Tensor converted = weight.to(accumulation_dtype(like));

@@ -2,7 +2,9 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <cstring>
+#include <vector>
 
 namespace densenet_efficient {
 namespace {
@@ -16,12 +18,14 @@ bool is_tensor(PyObject* object) {
 }
 
 // Calls visit(name, value) for each attribute of a module, and for what its dictionaries hold, in order; submodules
-// come where they stand, each behind its class, and a null name where a dictionary ends. The kind that visit answers
-// says how to go on: where it compares, it knows from the snapshot, and reads nothing of an object that is the same.
+// come where they stand, each behind its class, and a null name where a dictionary ends; one that holds itself, as a
+// layer that knows its block, not once more. The kind that visit answers says how to go on: where it compares, it knows
+// from the snapshot, and reads nothing of an object that is the same.
 template <typename Visit>
-bool walk(PyObject* module, const Visit& visit) {
+bool walk(PyObject* module, const Visit& visit, std::vector<PyObject*>& around) {
   if (visit(nullptr, reinterpret_cast<PyObject*>(Py_TYPE(module))) == Kind::kDifferent) return false;
-  if (module == Py_None) return true;
+  if (module == Py_None || std::find(around.begin(), around.end(), module) != around.end()) return true;
+  around.push_back(module);
   const auto attributes = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
   if (!attributes) throw py::error_already_set();
   PyObject *name, *value, *key, *item;
@@ -30,17 +34,19 @@ bool walk(PyObject* module, const Visit& visit) {
     if (kind == Kind::kDifferent) return false;
     if (kind != Kind::kDictionary && kind != Kind::kModules) continue;
     for (Py_ssize_t inner = 0; PyDict_Next(value, &inner, &key, &item);) {
-      if (visit(key, item) == Kind::kDifferent || (kind == Kind::kModules && !walk(item, visit))) return false;
+      if (visit(key, item) == Kind::kDifferent || (kind == Kind::kModules && !walk(item, visit, around))) return false;
     }
     if (visit(nullptr, nullptr) == Kind::kDifferent) return false;
   }
+  around.pop_back();
   return visit(nullptr, nullptr) != Kind::kDifferent;
 }
 
 template <typename Visit>
 bool walk_all(const py::list& modules, const Visit& visit) {
   for (const py::handle module : modules) {
-    if (!walk(module.ptr(), visit)) return false;
+    std::vector<PyObject*> around;
+    if (!walk(module.ptr(), visit, around)) return false;
   }
   return true;
 }

@@ -315,3 +315,23 @@ def write_images(backend, x, layout):
     results = {"out": out, "mean": mean, "variance": variance}
     assert_statistics_of_stored(results)
     return results
+
+
+def assert_norms_of_any_stride(backend, device="cpu"):
+    """As a user's pruning leaves them, ``norm.weight[::2]``."""
+    vectors = (torch.rand(4, 37, 2, device=device) + 0.5)[..., 0]
+    affine, expected = vectors.new_empty(4, 37), vectors.new_empty(4, 37)
+    backend.batch_norm_affine(*vectors, 1e-5, affine)
+    reference.batch_norm_affine(*vectors.contiguous(), 1e-5, expected)
+    torch.testing.assert_close(affine, expected, rtol=1e-6, atol=1e-6)
+
+
+def assert_the_first_of_equal_maxima(backend, device="cpu"):
+    """Equal as the storage's dtype has them: after rounding, 1 + 2^-9 is 1 in bfloat16."""
+    x = torch.ones(4, 8, dtype=torch.bfloat16, device=device)
+    x[3] = 1 + 2**-7
+    scale, shift, mean, *sums = torch.tensor([2**-2, 0.75, 0, 0, 0], device=x.device)[:, None].repeat(1, 8)
+    assert (x * scale + shift).bfloat16().unique().numel() == 1
+    grad = torch.empty_like(x)
+    backend.bn_relu_max_pool_backward(x[:1], x, mean, scale, shift, 2, 2, grad, *sums)
+    assert grad[:, 0].tolist() == [0.25, 0, 0, 0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from densenet_efficient import EfficientDenseNet, taped_layers
+from densenet_efficient import _C, EfficientDenseNet, taped_layers
 
 MODEL = {"growth_rate": 16, "block_config": (3, 2), "num_init_features": 32, "bn_size": 4, "num_classes": 10}
 STAGES = len(MODEL["block_config"])
@@ -122,6 +122,17 @@ def test_where_cuda_refuses_all_is_launched(refused):
     last = counted(training.keeping_steps, 1)
     assert last["graph_launches"] == COUNTS.graphs == 0
     assert last["launches"] == first["launches"]
+
+
+def test_where_there_is_no_room_for_another_graph_the_oldest_is_changed():
+    """A process has room for two graphs of 12,000 launches."""
+    memories = [torch.empty(1024, device="cuda") for _ in range(3)]
+    tape = _C.LaunchTape(0, [memories[0]])
+    for _ in range(12_000):
+        tape.add_zeros(1, 0, 16)
+    launched = [counted(tape.repeat, [memories[index]])["graph_launches"] for index in (0, 0, 1, 2, 0)]
+    assert launched == [0, 1, 1, 1, 1]
+    assert COUNTS.graphs == 2
 
 
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream", "ignore:The CUDA Graph is empty")

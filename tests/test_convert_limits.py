@@ -277,6 +277,17 @@ def test_converting_twice_sets_the_level():
     assert {block.checkpointing for block in blocks_of(model)} == {"none"}
 
 
+def test_a_layer_that_knows_its_block():
+    """A cycle of modules, which torch does not mind."""
+    models = [torchvision_densenet().double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        model.features.denseblock1.denselayer2.parent = model.features.denseblock1
+    convert(models[1])
+    images = make_images(*IMAGES)
+    assert_close(step(models[1], images), step(models[0], images))
+
+
 def test_half_a_conversion():
     model = torchvision_densenet()
     convert(model.features.denseblock2)

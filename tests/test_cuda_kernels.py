@@ -18,8 +18,10 @@ from kernel_cases import (
     LAYOUTS,
     OVER_ROWS,
     Factory,
+    assert_norms_of_any_stride,
     assert_nothing,
     assert_same_finite,
+    assert_the_first_of_equal_maxima,
     cast,
     in_slot,
     run,
@@ -211,14 +213,11 @@ def test_statistics_and_parameters_of_any_dtype(operators, statistics, parameter
 
 
 def test_the_first_of_equal_maxima(operators):
-    """Equal as the storage's dtype has them: after rounding, 1 + 2^-9 is 1 in bfloat16."""
-    x = torch.ones(4, 8, dtype=torch.bfloat16, device=operators.device)
-    x[3] = 1 + 2**-7
-    scale, shift, mean, *sums = torch.tensor([2**-2, 0.75, 0, 0, 0], device=x.device)[:, None].repeat(1, 8)
-    assert (x * scale + shift).bfloat16().unique().numel() == 1
-    grad = torch.empty_like(x)
-    operators.bn_relu_max_pool_backward(x[:1], x, mean, scale, shift, 2, 2, grad, *sums)
-    assert grad[:, 0].tolist() == [0.25, 0, 0, 0]
+    assert_the_first_of_equal_maxima(operators, operators.device)
+
+
+def test_norms_of_any_stride(operators):
+    assert_norms_of_any_stride(operators, operators.device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -19,9 +19,11 @@ from kernel_cases import (
     OVER_ROWS,
     UNNEEDED,
     Factory,
+    assert_norms_of_any_stride,
     assert_nothing,
     assert_same_finite,
     assert_statistics_of_stored,
+    assert_the_first_of_equal_maxima,
     cast,
     run,
     write_images,
@@ -201,11 +203,13 @@ def test_no_pair_of_bfloat16_is_flushed_as_a_denormal_float(operation):
     assert all(torch.equal(flushed[name], value) for name, value in expected.items())
 
 
+@pytest.mark.each_capability
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operation", CONTRACT)
 def test_the_same_bits_in_every_run_and_with_any_number_of_threads(operation, dtype):
-    for geometry in [(2, 33, 31, 40, 24), (4, 7, 7, 513, 48)]:
+    """Of several tiles, of many channels, and of what is a single task."""
+    for geometry in [(2, 33, 31, 40, 24), (4, 7, 7, 513, 48), (1, 2, 9, 128, 32), (2, 17, 1, 16, 128)]:
         case = getattr(Factory(*geometry), operation)()
         arguments = cast(case, dtype)
         results = []
@@ -214,6 +218,25 @@ def test_the_same_bits_in_every_run_and_with_any_number_of_threads(operation, dt
             results.append(run(cpu, case, arguments))
         for other in results[1:]:
             assert all(torch.equal(other[name], value) for name, value in results[0].items())
+
+
+@needs_native
+def test_norms_of_any_stride():
+    assert_norms_of_any_stride(cpu)
+
+
+@pytest.mark.each_capability
+@needs_native
+def test_the_first_of_equal_maxima():
+    assert_the_first_of_equal_maxima(cpu)
+
+
+@needs_native
+@pytest.mark.parametrize("operation", [name for name in CONTRACT if "conv" in name])
+def test_no_channels(operation):
+    case = getattr(Factory(2, 4, 6, 0, 3), operation)()
+    with pytest.raises(RuntimeError, match="weight must have input channels, got"):
+        run(cpu, case, cast(case, torch.float32))
 
 
 @needs_native

@@ -228,6 +228,26 @@ print((resident() - before) >> 20, (fresh_pages() - pages) * os.sysconf("SC_PAGE
 """
 
 
+LIMITED_MEMORY = """
+import resource
+kept(1)
+with open("/proc/self/statm") as file:
+    mapped = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+resource.setrlimit(resource.RLIMIT_AS, (mapped + (600 << 20),) * 2)
+first = kept(300)
+del first
+print(kept(400).numel())
+"""
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_kept_is_not_in_the_way_of_what_is_needed() -> None:
+    """As under `ulimit -v`: there is room for one of them at a time."""
+    process = subprocess.run([sys.executable, "-c", RESIDENT + LIMITED_MEMORY], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
 @needs_native
 @pytest.mark.skipif(sys.platform != "linux", reason="pages move on Linux alone")
 def test_memory_kept_for_the_next_step() -> None:

@@ -129,6 +129,8 @@ def test_schema_of_the_loops(operation, dtype):
         ("dense_layers", 6, [torch.rand(6)], "one or two entries per layer"),
         ("dense_layers", 9, [None], "one or two entries per layer"),
         ("dense_layers", 1, 7, "one row per pixel"),
+        ("dense_layers", 1, 0, "one row per pixel"),
+        ("dense_layers_backward", 2, 0, "one row per pixel"),
         ("dense_layers", 11, 3, "saved_bottlenecks must be between 0 and the 2 layers, got 3"),
         ("dense_layers", 11, -1, "saved_bottlenecks must be between 0 and the 2 layers, got -1"),
         ("dense_layers", 10, [torch.rand(8, 6, 1, 1)] * 4, "more channels than the 16"),

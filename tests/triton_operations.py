@@ -16,6 +16,7 @@ from kernel_cases import (
     OVER_ROWS,
     UNNEEDED,
     Factory,
+    assert_norms_of_any_stride,
     assert_nothing,
     assert_same_finite,
     assert_statistics_of_stored,
@@ -218,6 +219,31 @@ def test_the_same_bits_in_every_run(operation, dtype):
     for _ in range(1 if INTERPRETED else 5):
         results = run(backend, case, arguments)
         assert all(torch.equal(results[name], value) for name, value in expected.items())
+
+
+def test_norms_of_any_stride():
+    assert_norms_of_any_stride(backend, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operation", ["bn_relu_conv3x3", "bn_relu_conv3x3_backward"])
+def test_weights_of_any_stride(operation, dtype):
+    """Every second channel of a wider one, channels last: torch calls it channels-last already."""
+    case = getattr(Factory(2, 5, 4, 32, 48), operation)()
+    arguments = arguments_of(case, dtype)
+    expected = run(backend, case, arguments)
+    weight = arguments["weight"]
+    wide = weight.repeat_interleave(2, 1).contiguous(memory_format=torch.channels_last)
+    results = run(StridedWeight(backend, operation, wide[:, ::2]), case, arguments)
+    assert all(torch.equal(results[name], value) for name, value in expected.items())
+
+
+class StridedWeight:
+    """A backend that is given this weight in the place of any other: what is copied for a case is dense."""
+
+    def __init__(self, backend, operation, weight):
+        run = getattr(backend, operation)
+        setattr(self, operation, lambda **arguments: run(**arguments | {"weight": weight}))
 
 
 @pytest.mark.parametrize("operation", OVER_ROWS)

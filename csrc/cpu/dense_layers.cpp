@@ -53,6 +53,7 @@ std::vector<Tensor> dense_layers(const Tensor& storage, int64_t height, int64_t 
                                  at::TensorList biases, at::ArrayRef<double> epsilons,
                                  const c10::List<std::optional<Tensor>>& running, at::TensorList convolutions,
                                  int64_t saved_bottlenecks) {
+  check_images(storage, "storage", height, width);
   const auto layers = read_layers({weights, biases, epsilons, running, convolutions}, bottleneck_statistics.size(0));
   const int64_t rows = storage.size(0), bottleneck_channels = bottleneck_statistics.size(2);
   const Tensor mean = select(statistics, 0), variance = select(statistics, 1);

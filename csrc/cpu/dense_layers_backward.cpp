@@ -226,6 +226,7 @@ Gradients dense_layers_backward(const Tensor& grad, const Tensor& storage, int64
                                 at::ArrayRef<double> epsilons, const c10::List<OptionalTensor>& running,
                                 at::TensorList convolutions, const Tensor& slope, const Tensor& offset,
                                 bool nothing_to_project, const c10::List<bool>& needed, bool input_needed) {
+  check_images(storage, "storage", height, width);
   const auto layers = read_layers({weights, biases, epsilons, running, convolutions}, bottleneck_statistics.size(0));
   const size_t parameters = 3 * weights.size() / layers.size();
   TORCH_CHECK(needed.size() == parameters * layers.size(), "needed must have ", parameters, " entries per layer, got ",

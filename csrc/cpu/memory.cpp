@@ -76,6 +76,10 @@ class KeptMemory final : public c10::Allocator {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
     auto buffer = pages_.take(bytes + kOffsets * kCacheLine);
+    if (!buffer) {  // what is kept may be in the way
+      pages_.let_go(pages_.kept_bytes());
+      buffer = pages_.take(bytes + kOffsets * kCacheLine);
+    }
     if (!buffer) return nullptr;
     in_use_ += buffer->bytes();
     most_ = std::max<size_t>(most_, in_use_);
@@ -155,6 +159,7 @@ c10::DimVector channels_last_stride(at::IntArrayRef size) {
 
 at::Tensor empty_kept_like(const at::Tensor& like, at::IntArrayRef size, bool channels_last) {
   if (!channels_last) return empty_kept(size, like.options());
+  TORCH_CHECK(size.size() >= 2, "Channels come last in a size [N, C, ...] alone, got ", size);
   return empty_kept_strided(size, channels_last_stride(size), like.options());
 }
 

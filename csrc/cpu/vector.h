@@ -136,6 +136,15 @@ ALWAYS_INLINE void store(Half* to, Vector<float> value) {
 #endif
 }
 
+// As it is after it was stored.
+template <typename T, typename V>
+ALWAYS_INLINE V rounded(V value) {
+  if constexpr (sizeof(T) == sizeof(value[0])) return value;
+  alignas(kVectorBytes) T lanes[sizeof(V) / sizeof(value[0])];
+  store(static_cast<T*>(lanes), value);
+  return load<Accumulate<T>>(static_cast<const T*>(lanes));
+}
+
 // ---- the first ``count`` lanes; the rest is zero, and neither read nor written
 
 namespace detail {

@@ -20,7 +20,7 @@ Conventions, the same for every backend:
   ``sum_grad = sum over M of g`` and ``sum_grad_x = sum over M of g * (x - mean)``, hence
   ``dbeta = sum_grad`` and ``dgamma = sum_grad_x * rstd``.
 - ``grad`` receives ``scale * g``: assigned, or added where ``accumulate`` is true.
-- Sums have a fixed order that depends on the shapes alone: two runs give the same bits with any number of threads.
+- Sums have an order that depends on shapes and values alone: two runs give the same bits with any number of threads.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ struct Maximum {
   Vector<A> value = broadcast<A>(-1);  // below every activation
   Place place{};
 
-  // torch's rule: the first of equals stays, NaN beats everything.
+  // torch's rule: the first of equals stays, as stored; NaN beats everything.
   ALWAYS_INLINE void take(Vector<A> candidate, Place candidate_place) {
     const Place wins = (candidate > value) | (candidate != candidate);
     value = wins ? candidate : value;
@@ -81,7 +81,7 @@ struct Images {
 #pragma GCC unroll 3
       for (int64_t i = xs.begin; i < xs.end; i++) {
         const int place = static_cast<int>(3 * (y + 1) + i + 1);
-        of_row.take(activate(load<A>(row + i * stride, count), a, b), Place{} + place);
+        of_row.take(rounded<S>(activate(load<A>(row + i * stride, count), a, b)), Place{} + place);
       }
       result.take(of_row.value, of_row.place);
     }

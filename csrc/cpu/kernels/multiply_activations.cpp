@@ -2,21 +2,19 @@
 
 #include <unistd.h>
 
-#include "cpu/kernels/nonzero.h"
 #include "cpu/kernels/registers.h"
 #include "cpu/kernels/tile.h"
 
 namespace densenet_efficient::CPU_CAPABILITY {
 
-#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+#if defined(SKIPS_ZEROS)
 
 namespace {
 
 using detail::kRegister;
 using detail::Register;
 
-constexpr int64_t kMostRows = 128;
-constexpr int kLeastRegisters = 4, kMostRegisters = 8;  // of the sums of a row
+constexpr int kLeastRegisters = 4, kMostRegisters = 8, kUnit = kSkippingColumns / kRegister;  // of the sums of a row
 
 // Where a column of B lies in its strips.
 constexpr int64_t in_strips(int64_t column, int64_t b_strip) {
@@ -103,7 +101,7 @@ int64_t steps_at_a_time(int64_t columns) {
 
 // As many columns as registers hold.
 void multiply_columns(ActivationProduct p, Prefetch& prefetch) {
-  uint64_t masks[kMostRows + kRegister];
+  uint64_t masks[kMaskedRows + kRegister];
   const int64_t depth = p.depth, chunks = ceil_div(depth, steps_at_a_time(p.columns));
   for (int64_t chunk = 0, k = 0; chunk < chunks; chunk++) {
     const int64_t steps = depth * (chunk + 1) / chunks - k;
@@ -113,8 +111,8 @@ void multiply_columns(ActivationProduct p, Prefetch& prefetch) {
       mask_columns(p.a, p.a_step, p.rows, steps, masks);
     }
     if (!p.is_finite) std::fill_n(masks, p.rows, first_bits(steps));
-    with_registers<kLeastRegisters, kMostRegisters>(p.columns / kRegister,
-                                                    [&]<int V>() { multiply_rows<V>(p, masks, prefetch); });
+    with_registers<kLeastRegisters, kMostRegisters, kUnit>(p.columns / kRegister,
+                                                           [&]<int V>() { multiply_rows<V>(p, masks, prefetch); });
     p.a += steps * p.a_step;
     p.b += steps * p.b_stride;
     p.accumulate = true;

@@ -5,11 +5,12 @@
 #include <cstdint>
 
 #include "cpu/kernels/multiply.h"
+#include "cpu/kernels/nonzero.h"
 
 namespace densenet_efficient::CPU_CAPABILITY {
 
 // Whether there are products that skip zeros: none of bfloat16, of which pairs are multiplied, and of double.
-#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+#if defined(SKIPS_ZEROS)
 template <typename T>
 constexpr bool kSkips = std::is_same_v<T, float>;
 #else

@@ -1,11 +1,10 @@
 #include "cpu/kernels/multiply_masked.h"
 
-#include "cpu/kernels/nonzero.h"
 #include "cpu/kernels/registers.h"
 
 namespace densenet_efficient::CPU_CAPABILITY {
 
-#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+#if defined(SKIPS_ZEROS)
 
 namespace {
 
@@ -13,8 +12,8 @@ using detail::bit_cast;
 using detail::kRegister;
 using detail::Register;
 
-constexpr int64_t kMostRows = 128;
 constexpr int kLeastRegisters = 96 / kRegister, kMostRegisters = 192 / kRegister;  // of a row
+constexpr int kUnit = kSkippingColumns / kRegister;
 
 #if defined(CPU_CAPABILITY_AVX512)
 
@@ -105,10 +104,10 @@ void multiply_rows(const MaskedProduct& p, const uint64_t* masks, Prefetch& pref
 }  // namespace
 
 void multiply_masked(const MaskedProduct& p, Prefetch& prefetch) {
-  uint64_t masks[kMostRows];
+  uint64_t masks[kMaskedRows];
   mask_rows(p.activations, p.activations_stride, p.rows, p.columns, masks);
-  with_registers<kLeastRegisters, kMostRegisters>(p.depth / kRegister,
-                                                  [&]<int V>() { multiply_rows<V>(p, masks, prefetch); });
+  with_registers<kLeastRegisters, kMostRegisters, kUnit>(p.depth / kRegister,
+                                                         [&]<int V>() { multiply_rows<V>(p, masks, prefetch); });
 }
 
 #endif

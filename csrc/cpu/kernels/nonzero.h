@@ -3,11 +3,16 @@
 
 #include "cpu/vector.h"
 
-#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+// Float32 is served by these alone, and by the portable path.
+#if defined(CPU_CAPABILITY_AVX2) || (defined(CPU_CAPABILITY_AVX512) && !defined(CPU_CAPABILITY_AVX512_BF16))
+#define SKIPS_ZEROS
+#endif
+
+#if defined(SKIPS_ZEROS)
 
 namespace densenet_efficient::CPU_CAPABILITY {
 
-constexpr int64_t kMaskBits = 64;
+constexpr int64_t kMaskBits = 64, kMaskedRows = 128;  // at most, of a call
 
 constexpr uint64_t first_bits(int64_t count) { return count < kMaskBits ? (uint64_t{1} << count) - 1 : ~uint64_t{0}; }
 

@@ -5,11 +5,11 @@
 
 namespace densenet_efficient::CPU_CAPABILITY {
 
-// Calls function.template operator()<V>() with V = count, of Least to Most.
-template <int Least, int Most, typename Function>
+// Calls function.template operator()<V>() with V = count, of Least to Most in steps.
+template <int Least, int Most, int Step, typename Function>
 ALWAYS_INLINE void with_registers(int64_t count, Function function) {
   if constexpr (Most > Least) {
-    if (count < Most) return with_registers<Least, Most - 1>(count, function);
+    if (count < Most) return with_registers<Least, Most - Step, Step>(count, function);
   }
   function.template operator()<Most>();
 }

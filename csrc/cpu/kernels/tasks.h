@@ -44,12 +44,14 @@ class TaskRun {
   int64_t threads_, length_, thread_, visited_ = 0, task_ = 0, end_ = 0;
 };
 
-// Calls function(TaskRun&) on every thread; it takes tasks 0 to count - 1 until there are none.
+// Calls function(TaskRun&) on every thread; it takes tasks 0 to count - 1 until there are none. One task too runs among
+// several threads where there are: alone, torch's products would take these for themselves, and have other bits.
 template <typename Function>
 void parallel_tasks(int64_t count, Function function) {
   constexpr int64_t runs_of_a_thread = 8;
-  const int64_t threads = std::min<int64_t>(count, at::in_parallel_region() ? 1 : at::get_num_threads());
-  if (threads == 0) return;
+  if (count == 0) return;
+  const int64_t most = std::max<int64_t>(count, 2);
+  const int64_t threads = std::min<int64_t>(most, at::in_parallel_region() ? 1 : at::get_num_threads());
   std::vector<Share> shares(threads);
   for (int64_t thread = 0; thread < threads; thread++) {
     shares[thread].taken = count * thread / threads;

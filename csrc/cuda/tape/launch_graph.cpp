@@ -54,10 +54,13 @@ cudaMemsetParams zero_parameters(const Launch& launch, const Memories& memories)
 
 }  // namespace
 
+bool LaunchGraph::has_room_for(const std::vector<Launch>& launches) {
+  return nodes_in_use + launches.size() <= kMostNodes;
+}
+
 std::optional<LaunchGraph> LaunchGraph::make(const std::vector<Launch>& launches, const Memories& memories,
                                              cudaStream_t stream) {
   if (add_kernel() == nullptr || change_kernel() == nullptr) return std::nullopt;
-  if (nodes_in_use + launches.size() > kMostNodes) return std::nullopt;
   LaunchGraph graph(launches, memories);
   if (!graph.add_nodes() || !graph.instantiate(stream)) return std::nullopt;
   return graph;

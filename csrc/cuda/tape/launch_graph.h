@@ -15,8 +15,9 @@ namespace densenet_efficient::cuda {
 
 class LaunchGraph {
  public:
-  // Of ``launches``, which outlive it, with these memories; nothing where CUDA makes no graph of them, or where those
-  // of the process have too many nodes.
+  // Whether the graphs of the process may have so many nodes more.
+  static bool has_room_for(const std::vector<Launch>& launches);
+  // Of ``launches``, which outlive it, with these memories; nothing where CUDA makes no graph of them.
   static std::optional<LaunchGraph> make(const std::vector<Launch>& launches, const Memories& memories,
                                          cudaStream_t stream);
 

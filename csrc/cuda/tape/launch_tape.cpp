@@ -109,13 +109,17 @@ LaunchGraph* LaunchTape::graph_at(const Memories& memories, cudaStream_t stream)
   }
   auto found = std::find_if(graphs_.begin(), graphs_.end(),
                             [&](const LaunchGraph& graph) { return graph.memories() == memories; });
-  if (found == graphs_.end() && graphs_.size() == kMostGraphs) {
-    found = std::prev(found);
-    has_no_graph_ = !found->move_to(memories);
-  } else if (found == graphs_.end()) {
-    std::optional<LaunchGraph> graph = LaunchGraph::make(launches_, memories, stream);
-    has_no_graph_ = !graph.has_value();
-    if (graph) found = graphs_.insert(found, std::move(*graph));
+  if (found == graphs_.end()) {
+    const bool has_room = LaunchGraph::has_room_for(launches_);
+    if (graphs_.empty() && !has_room) return nullptr;  // for now
+    if (has_room && graphs_.size() < kMostGraphs) {
+      std::optional<LaunchGraph> graph = LaunchGraph::make(launches_, memories, stream);
+      has_no_graph_ = !graph.has_value();
+      if (graph) found = graphs_.insert(found, std::move(*graph));
+    } else {
+      found = std::prev(found);
+      has_no_graph_ = !found->move_to(memories);
+    }
   }
   if (has_no_graph_) {
     graphs_.clear();

@@ -34,6 +34,7 @@ def batch_norm_affine(
 ) -> None:
     """affine = mean, ``rstd = 1 / sqrt(variance + eps)``, ``scale = weight * rstd``, ``shift``."""
     channels = affine.shape[1]
+    mean, variance, weight, bias = (vector.contiguous() for vector in (mean, variance, weight, bias))
     with on_device(affine):
         batch_norm_affine_kernel[(ceil_div(channels, BLOCK),)](
             mean, variance, weight, bias, affine, channels, eps, BLOCK

@@ -122,7 +122,7 @@ def bn_relu_conv3x3(
     tile = _tile(x, outputs, precision)
     grid = ceil_div(rows, tile.rows - 2), ceil_div(outputs, tile.columns)
     partials = None if mean is None else mean.new_empty(3, grid[0], outputs)
-    weight = weight.to(x.dtype, memory_format=torch.channels_last)
+    weight = weight.to(x.dtype).contiguous(memory_format=torch.channels_last)
     with on_device(x):
         bn_relu_conv3x3_kernel[grid](
             x, x.stride(0), scale, shift, weight, weight.stride(3), weight.stride(0), out, out.stride(0), partials,

@@ -101,7 +101,7 @@ def _packed(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, int, int]:
     The channels lie side by side; in float32 the outputs, as the tensor cores want them for tf32.
     """
     if dtype != torch.float32:
-        weight = weight.to(dtype, memory_format=torch.channels_last)
+        weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
         return weight, weight.stride(3), weight.stride(0), 1
     outputs, channels = weight.shape[:2]
     by_channel = weight.new_empty(channels, 3, 3, outputs, dtype=dtype).copy_(weight.permute(1, 2, 3, 0))
