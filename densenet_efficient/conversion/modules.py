@@ -127,7 +127,7 @@ class ConvertedTimm(Converted):
     def _pools_averages(self) -> bool:
         pool = self.global_pool
         return (
-            not {"forward_features", "forward_head"} & set(vars(self))
+            not any(name in self.__dict__ for name in ("forward_features", "forward_head"))
             and fusion.is_class(pool, "timm.layers.adaptive_avgmax_pool", "SelectAdaptivePool2d")
             and not fusion.is_observed(pool)
             and is_global_average(list(pool.children()))

@@ -26,7 +26,7 @@ def obstacle():
 
 def environment():
     """The environment of a process whose extension takes the CPU for one with AMX."""
-    sources = [path for folder in (FOLDER, ROOT / "csrc") for path in folder.rglob("*.*")]
+    sources = [path for folder in (FOLDER, ROOT / "csrc") for path in folder.rglob("*.*") if path.suffix != ".pyc"]
     library = compiled_library(Path(_C.__file__).name, sources, _compile_into)
     link = link_package(library.parent) / library.name
     if not link.exists():
