@@ -7,6 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from densenet_efficient.files import atomic_write
+
 from .cells import GRAPH
 
 # The palette of Okabe and Ito, told apart with every kind of colour vision; the marks differ as well.
@@ -22,10 +24,10 @@ MARKS = {
     "compile-budget-0.0": ("#D55E00", "<"),
     "ours-none": ("#009E73", "D"),
     "ours-bottleneck": ("#0072B2", "P"),
-    "compile-max-autotune": ("#CC79A7", "<"),
+    "compile-max-autotune": ("#CC79A7", ">"),
     # captured in a CUDA graph
     "ours-none-graph": ("#009E73", "d"),
-    "ours-bottleneck-graph": ("#0072B2", "p"),
+    "ours-bottleneck-graph": ("#0072B2", "8"),
 }
 
 
@@ -69,9 +71,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     marks = {label: mark for panel in axes for mark, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     # two names fit below a panel
     figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=2 * columns, frameon=False)
-    temporary = path.with_suffix(".part")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def _draw_panel(panel: Any, title: str, rows: list[dict[str, Any]]) -> None:

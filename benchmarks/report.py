@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from densenet_efficient.files import atomic_write
+
 from . import blocking, coverage, markdown, uncovered
 from .cells import GRAPH
 from .conversion import table as conversion_table
@@ -22,7 +24,7 @@ from .evidence import pictures, sections
 from .gpu_tiles_table import table as tiles_table
 from .picture import draw, panels_of, picture_path, workload_of
 from .planner import table as planner_table
-from .results import MEASURED, RESULTS, ROOT, write_atomically
+from .results import MEASURED, RESULTS, ROOT
 from .roofline import COLUMNS as ROOFLINE_COLUMNS
 from .roofline import Line, Roofline, table_cells, title, without_small_lines
 from .segmentation import table as segmentation_table
@@ -97,7 +99,8 @@ def main(arguments: Sequence[str]) -> None:
         for machine in special[kind]:
             draw_picture(machine, options.pictures / pictures.picture_name(machine, kind))
     for document, text in filled.items():
-        write_atomically(document, text)
+        with atomic_write(document) as file:
+            file.write(text.encode())
 
 
 def fill(text: str, all_results: Sequence[Results], special: Mapping[str, Sequence[Results]] | None = None) -> str:

@@ -16,6 +16,7 @@ import torch
 import torchvision
 
 import densenet_efficient
+from densenet_efficient.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -117,13 +118,8 @@ def save(path: Path, results: dict[str, Any]) -> None:
     lines = ",\n    ".join(json.dumps(row) for row in results["rows"])
     text = json.dumps(results | {"rows": []}, indent=2).replace('"rows": []', f'"rows": [\n    {lines}\n  ]')
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with atomic_write(path) as file:
+        file.write(f"{text}\n".encode())
 
 
 def _cpu_name() -> str:

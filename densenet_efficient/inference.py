@@ -56,7 +56,7 @@ class StageModules(NamedTuple):
         return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
-class Plan:
+class PreparedStage:
     """A stage whose norms all use their running statistics, and what was prepared for it."""
 
     def __init__(self, stage: StageModules) -> None:
@@ -132,33 +132,33 @@ def applies(x: Tensor) -> bool:
     )
 
 
-def kept_plan(block: nn.Module, consumer: nn.Module | None) -> Plan | None:
-    """The plan kept for ``block`` with this consumer, where it is still valid."""
+def kept_stage(block: nn.Module, consumer: nn.Module | None) -> PreparedStage | None:
+    """What was prepared and is kept for ``block`` with this consumer, where it is still valid."""
     kept = beside(block)
-    plan = kept.plan  # once: another thread may put in that of another consumer
-    if plan is not None and not plan.snapshot.matches([block, consumer]):
-        plan = kept.plan = None
-    return plan
+    stage = kept.stage  # once: another thread may put in that of another consumer
+    if stage is not None and not stage.snapshot.matches([block, consumer]):
+        stage = kept.stage = None
+    return stage
 
 
-def forget_plan(block: nn.Module) -> None:
+def forget_stage(block: nn.Module) -> None:
     """Let go of what is kept for ``block``: a training is about to change its weights.
 
     It needs no memory then, and FSDP gathers new weights into the same tensors without a new version.
     """
     if not torch.compiler.is_compiling():
-        beside(block).plan = None
+        beside(block).stage = None
 
 
-def make_plan(stage: StageModules) -> Plan | None:
-    """A plan for ``stage``, kept for the next calls; None where its statistics or weights may not be kept."""
+def prepare_stage(stage: StageModules) -> PreparedStage | None:
+    """``stage`` prepared, and kept for the next calls; None where its statistics or weights may not be kept."""
     if any(map(fusion.uses_batch_statistics, stage.every_norm)):
         return None
     if any(tensor.is_inference() for tensor in stage.every_tensor):
         return None  # made under torch.inference_mode: nothing tells when they change
-    kept = beside(stage.block)  # before the plan's snapshot is taken
-    plan = kept.plan = Plan(stage)
-    return plan
+    kept = beside(stage.block)  # before the snapshot is taken
+    prepared = kept.stage = PreparedStage(stage)
+    return prepared
 
 
 class CastLinear(NamedTuple):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 if TYPE_CHECKING:
-    from .inference import CastLinear, Plan
+    from .inference import CastLinear, PreparedStage
     from .readings import Reading
 
 ATTRIBUTE = "_kept"
@@ -22,7 +22,7 @@ class Kept:
 
     def __init__(self) -> None:
         self.reading: Reading | None = None
-        self.plan: Plan | None = None
+        self.stage: PreparedStage | None = None
         self.cast: CastLinear | None = None
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:

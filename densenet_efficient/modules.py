@@ -275,10 +275,10 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
 def _run_children(children: list[nn.Module], x: Tensor, with_head: bool, later: list[Update]) -> tuple[Tensor, bool]:
     is_within_network = with_head
     while children:
-        plan = _kept_plan(children, with_head, x)
-        if plan is not None:
-            x, children = run_prepared(plan, x, keep_features=False)[0], children[2:]
-            if plan.exit.kind == HEAD:
+        prepared = _kept_stage(children, with_head, x)
+        if prepared is not None:
+            x, children = run_prepared(prepared, x, keep_features=False)[0], children[2:]
+            if prepared.exit.kind == HEAD:
                 return x, True
             continue
         traced = fusion.tracer(x, children[0].training)
@@ -311,13 +311,13 @@ def _run_alone(module: nn.Module, x: Tensor, later: list[Update]) -> Tensor:
     return output
 
 
-def _kept_plan(children: list[nn.Module], with_head: bool, x: Tensor) -> inference.Plan | None:
+def _kept_stage(children: list[nn.Module], with_head: bool, x: Tensor) -> inference.PreparedStage | None:
     """What an inference has prepared for the block that comes first and its consumer, where nothing has changed."""
     if len(children) < 2 or not isinstance(children[0], StageBlock) or not inference.applies(x):
         return None
-    plan = inference.kept_plan(*children[:2])
-    is_head = plan is not None and plan.exit.kind == HEAD
-    return plan if not is_head or (with_head and len(children) == 2) else None
+    prepared = inference.kept_stage(*children[:2])
+    is_head = prepared is not None and prepared.exit.kind == HEAD
+    return prepared if not is_head or (with_head and len(children) == 2) else None
 
 
 def run_block(block: StageBlock, consumer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

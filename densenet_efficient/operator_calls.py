@@ -35,7 +35,15 @@ from .offload import offloaded
 from .readings import read_once
 from .running_statistics import Update, is_due, moments, update_running_statistics, updates_of
 from .stage import TRANSITION, TRANSITION_DOWN
-from .stage_arguments import convolution_weights, draw_masks, parameters_of, running_of, stage_updates
+from .stage_arguments import (
+    convolution_weights,
+    draw_masks,
+    norms_of,
+    parameters_of,
+    parameters_of_exit,
+    running_of,
+    stage_updates,
+)
 from .synchronisation import exchange_counts, group_of_all
 
 
@@ -100,22 +108,15 @@ def run_stage(
     the backward goes on through all stages before this one, and then the step is at an end.
     """
     if inference.applies(x):
-        plan = inference.kept_plan(block, stage_exit.consumer) or _make_plan(block, layers, stage_exit, x)
-        if plan is not None:
-            return run_prepared(plan, x, keep_features)
+        prepared = inference.kept_stage(block, stage_exit.consumer) or _prepare_stage(block, layers, stage_exit, x)
+        if prepared is not None:
+            return run_prepared(prepared, x, keep_features)
     elif torch.is_grad_enabled():
-        inference.forget_plan(block)
-    norms: list[BatchNorm] = [norm for layer in layers for norm in layer.norms]
-    exit_norm, exit_conv = stage_exit.norm, stage_exit.conv
-    exit_parameters: list[Tensor] = []
-    if exit_norm is not None:
-        norms.append(exit_norm)
-        exit_parameters += [exit_norm.weight, exit_norm.bias]
-    if exit_conv is not None:
-        exit_parameters.append(exit_conv.weight)
+        inference.forget_stage(block)
     check_input(layers[0].norm1, layers[0].spatial_dims, x)
     if stage_exit.kind in (TRANSITION, TRANSITION_DOWN):
-        check_poolable(exit_norm, x)
+        check_poolable(stage_exit.norm, x)
+    norms, exit_parameters = norms_of(layers, stage_exit), parameters_of_exit(stage_exit)
     parameters = [parameter for layer in layers for parameter in parameters_of(layer)]
     running = [statistic for norm in norms if not fusion.uses_batch_statistics(norm) for statistic in running_of(norm)]
     check_devices(x, (*parameters, *exit_parameters, *running))
@@ -125,7 +126,7 @@ def run_stage(
     if counts is None:
         check_count(norms, count, x)
     x = as_compute_dtype(x, convolution_weights(layers, exit_parameters))
-    drop_rate, masks = draw_masks(layers, exit_conv if stage_exit.kind == TRANSITION_DOWN else None, x)
+    drop_rate, masks = draw_masks(layers, stage_exit.conv if stage_exit.kind == TRANSITION_DOWN else None, x)
     with offloaded(block.offload, x, [*parameters, *exit_parameters]):
         out, features, statistics, bottleneck_statistics, _ = operators.dense_stage(
             x,
@@ -144,7 +145,7 @@ def run_stage(
             group,
         )
     total = count if counts is None else counts.sum()
-    updates = stage_updates(layers, exit_norm, statistics, bottleneck_statistics, total)
+    updates = stage_updates(layers, stage_exit.norm, statistics, bottleneck_statistics, total)
     if later is None:
         update_running_statistics(updates)
     else:
@@ -162,7 +163,9 @@ def _reached_layers(layers: int, parameters: list[Tensor], x: Tensor) -> int:
     return layers - frozen * layers // len(parameters)
 
 
-def _make_plan(block: StageBlock, layers: list[LayerParts], stage_exit: StageExit, x: Tensor) -> inference.Plan | None:
+def _prepare_stage(
+    block: StageBlock, layers: list[LayerParts], stage_exit: StageExit, x: Tensor
+) -> inference.PreparedStage | None:
     """What an inference prepares; None where it may not, or where no kernel serves the layers."""
     if not all(spatial.has_kernel(layer.convolutions[-1].weight, layer.dilation) for layer in layers):
         return None
@@ -172,16 +175,16 @@ def _make_plan(block: StageBlock, layers: list[LayerParts], stage_exit: StageExi
     norms = [norm for layer in layers for norm in layer.norms]
     stage = inference.StageModules(block, norms, convolutions, stage_exit)
     check_devices(x, stage.every_tensor)
-    return inference.make_plan(stage)
+    return inference.prepare_stage(stage)
 
 
-def run_prepared(plan: inference.Plan, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor]:
+def run_prepared(prepared: inference.PreparedStage, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor]:
     """The outputs of `run_stage` for a stage that an inference has prepared."""
-    check_input(plan.norms[0], dims_of(plan.convolutions[0]), x)
-    if plan.exit.kind in (TRANSITION, TRANSITION_DOWN):
-        check_poolable(plan.exit.norm, x)
-    check_devices(x, plan.weights)
-    return plan.run(as_compute_dtype(x, plan.weights), keep_features)
+    check_input(prepared.norms[0], dims_of(prepared.convolutions[0]), x)
+    if prepared.exit.kind in (TRANSITION, TRANSITION_DOWN):
+        check_poolable(prepared.exit.norm, x)
+    check_devices(x, prepared.weights)
+    return prepared.run(as_compute_dtype(x, prepared.weights), keep_features)
 
 
 def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool, later: list[Update]) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .dimensions import BatchNorm, Convolution
 from .dropout import draw_mask
-from .fusion import LayerParts
+from .fusion import LayerParts, StageExit
 from .layout import as_rows
 from .module_tensors import tensor_of
 from .running_statistics import Update, is_due, moments, updates_of
@@ -18,6 +18,19 @@ def parameters_of(layer: LayerParts) -> list[Tensor]:
     for norm, conv in zip(layer.norms, layer.convolutions, strict=True):
         parameters += tensor_of(norm, "weight"), tensor_of(norm, "bias"), tensor_of(conv, "weight")
     return parameters
+
+
+def parameters_of_exit(stage_exit: StageExit) -> list[Tensor]:
+    """The same of what consumes the block; empty without a norm."""
+    norm, conv = stage_exit.norm, stage_exit.conv
+    parameters: list[Tensor] = [] if norm is None else [norm.weight, norm.bias]
+    return parameters if conv is None else [*parameters, conv.weight]
+
+
+def norms_of(layers: list[LayerParts], stage_exit: StageExit) -> list[BatchNorm]:
+    """Of a stage, in the operator's order."""
+    norms: list[BatchNorm] = [norm for layer in layers for norm in layer.norms]
+    return norms if stage_exit.norm is None else [*norms, stage_exit.norm]
 
 
 def running_of(norm: BatchNorm) -> list[Tensor]:

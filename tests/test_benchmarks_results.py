@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -72,16 +73,15 @@ def test_a_failed_write_leaves_the_previous_file(tmp_path: Path, monkeypatch: py
     results_file.save(path, results)
     before = path.read_text()
 
-    def fail(self: Path, text: str) -> None:
-        with self.open("w") as file:
-            file.write(text[:10])
+    def fail(descriptor: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     results_file.record(results, KEY, step_ms=6.0)
     with pytest.raises(OSError, match="no space left"):
         results_file.save(path, results)
     assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_results_of_other_versions_are_not_mixed(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_inference_is_prepared_once(native_backend, name):
     for _ in range(2):
         with torch.no_grad():
             assert_close({"": converted(images)}, {"": original(images)})
-        assert all(beside(block).plan is not None for block in blocks_of(converted))
+        assert all(beside(block).stage is not None for block in blocks_of(converted))
         for model in (original, converted):  # a plan may not outlive what it was made of
             torch.manual_seed(0)
             [nn.init.normal_(parameter) for parameter in model.parameters()]

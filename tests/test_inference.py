@@ -80,7 +80,7 @@ def test_autocast_prepares_each_dtype(no_operator):
         low = logits_of(model, images)
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), exact, rtol=0.1, atol=0.1)
-    assert set(inference.kept_plan(blocks_of(model)[-1], model.features.norm5).prepared) == {
+    assert set(inference.kept_stage(blocks_of(model)[-1], model.features.norm5).prepared) == {
         torch.float32,
         torch.bfloat16,
     }
@@ -91,10 +91,10 @@ def test_what_was_prepared_is_kept(no_operator):
     images = make_images(2, 3, 64, 64)
     first = logits_of(model, images)
     consumers = [model.features.transition1, model.features.norm5]
-    plans = [inference.kept_plan(*pair) for pair in zip(blocks_of(model), consumers, strict=True)]
-    assert None not in plans
+    stages = [inference.kept_stage(*pair) for pair in zip(blocks_of(model), consumers, strict=True)]
+    assert None not in stages
     torch.testing.assert_close(logits_of(model, images), first, rtol=0, atol=0)
-    assert plans == [inference.kept_plan(*pair) for pair in zip(blocks_of(model), consumers, strict=True)]
+    assert stages == [inference.kept_stage(*pair) for pair in zip(blocks_of(model), consumers, strict=True)]
 
 
 def scale_weight(model):
@@ -396,8 +396,8 @@ def test_nothing_prepared_is_saved():
     saved = pickle.dumps(model)
     assert len(saved) < size + 200  # the names of what is empty
     for other in (pickle.loads(saved), copy.deepcopy(model)):
-        assert all(beside(block).plan is None for block in blocks_of(other))
-    assert all(beside(block).plan is not None for block in blocks_of(model))
+        assert all(beside(block).stage is None for block in blocks_of(other))
+    assert all(beside(block).stage is not None for block in blocks_of(model))
 
 
 def test_features_alone(no_operator):

@@ -42,30 +42,30 @@ def test_threads_that_share_a_model():
 
 
 class Contested:
-    """What is kept beside a block where another thread's plan takes the place of each that was looked at or put in."""
+    """What is kept beside a block where another thread's stage takes the place of each that was looked at or put in."""
 
     def __init__(self, own, other):
-        self.plans = [own, other]
+        self.stages = [own, other]
 
     @property
-    def plan(self):
-        return self.plans.pop(0)
+    def stage(self):
+        return self.stages.pop(0)
 
-    @plan.setter
-    def plan(self, plan):
-        self.plans = self.plans[1:]
+    @stage.setter
+    def stage(self, stage):
+        self.stages = self.stages[1:]
 
 
 def test_threads_that_share_a_block_but_not_what_follows_it(monkeypatch):
-    """Each runs the plan that it has checked or made, whatever the other keeps meanwhile."""
+    """Each runs the stage that it has checked or made, whatever the other keeps meanwhile."""
     block, images = DenseBlock(2, 6, growth_rate=4, bn_size=3).eval(), make_images(1, 6, 8, 8, dtype=torch.float32)
     consumers = [Transition(14, 5).eval(), Transition(14, 5).eval()]
-    plans = []
+    stages = []
     for consumer in consumers:
         outputs_of(Features(OrderedDict(block=block, transition=consumer)), images)
-        plans.append(beside(block).plan)
-    own, other = plans
+        stages.append(beside(block).stage)
+    own, other = stages
     monkeypatch.setattr(inference, "beside", lambda _: Contested(own, other))
-    assert inference.kept_plan(block, consumers[0]) is own
-    made = inference.make_plan(inference.StageModules(block, own.norms, own.convolutions, own.exit))
+    assert inference.kept_stage(block, consumers[0]) is own
+    made = inference.prepare_stage(inference.StageModules(block, own.norms, own.convolutions, own.exit))
     assert made is not None and made.exit.consumer is consumers[0]

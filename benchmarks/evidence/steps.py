@@ -23,7 +23,7 @@ def memory_batches(cell: Cell, variant: Variant) -> tuple[int, int]:
     return (8, 16) if cell.size <= 224 else (2, 4)
 
 
-def measure_steps(path: Path, pairs: Sequence[Pair], rounds: int) -> dict[str, Any]:
+def measure_steps(path: Path, pairs: Sequence[Pair], rounds: int) -> None:
     """Measure what ``path`` does not hold yet: memory one by one, then all the times in turn, over so many rounds."""
     results = results_file.load(path, results_file.describe_machine())
     for cell, variant in pairs:
@@ -38,7 +38,6 @@ def measure_steps(path: Path, pairs: Sequence[Pair], rounds: int) -> dict[str, A
             results_file.record(results, row_key(cell, variant), **measured)
         results["rounds"] = rounds
         results_file.save(path, results)
-    return results
 
 
 def holds(results: dict[str, Any], pair: Pair, figure: str) -> bool:

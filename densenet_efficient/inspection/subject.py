@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from densenet_efficient.models import EfficientDenseNet, create_model
@@ -30,10 +29,7 @@ class Subject:
 
     def shown(self, images: Tensor) -> Tensor:
         """The input [N, C, H, W] as it looks, with values in [0, 1]."""
-        mean, std = (
-            torch.tensor(values)[:, None, None] for values in (self.preprocessing.mean, self.preprocessing.std)
-        )
-        return (images * std + mean).clamp(0, 1)
+        return self.preprocessing.shown(images)
 
     def class_index(self, name: str) -> int:
         """The class of this name or, where it is no name, of this index. Raises ValueError if there is none."""

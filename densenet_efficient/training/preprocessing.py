@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchvision.transforms import v2
 
 from densenet_efficient.training.option_checks import check_above_zero
@@ -47,6 +48,11 @@ class Preprocessing:
         """The inverse of `as_dict`, also after a file format has made lists of the tuples."""
         tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return cls(**{**values, **tuples})
+
+    def shown(self, inputs: Tensor) -> Tensor:
+        """Inputs [N, channels, H, W] as they look, with values in [0, 1]."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (inputs * std + mean).clamp(0, 1)
 
     def transform(self, augmentation: Sequence[Transform] = (), fit: Transform | None = None) -> Transform:
         """From a uint8 or float image [channels, H, W] to a float32 input [channels, image_size, image_size].

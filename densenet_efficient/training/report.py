@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jinja2 import Environment
-from torch import Tensor
 
 from densenet_efficient.files import atomic_write
 from densenet_efficient.inspection import grad_cam
@@ -31,7 +30,6 @@ from densenet_efficient.training.pictures import (
     draw_mistakes,
     draw_roc,
 )
-from densenet_efficient.training.preprocessing import Preprocessing
 
 METRICS, PAGE = "metrics.json", "report.html"
 MAX_MISTAKES = 12
@@ -80,7 +78,7 @@ def collect_mistakes(classifier: Classifier, data: ImageData, evaluation: Evalua
     weight = next(model.parameters())  # of another type than the images after --trainer.precision 64-true and its like
     maps = grad_cam(model, images.to(weight), classes=classes.to(weight.device))[:, None].float()
     activations = F.interpolate(maps, images.shape[2:], mode="bilinear")[:, 0].cpu().numpy()
-    visible = _denormalised(images, data.preprocessing)
+    visible: Any = data.preprocessing.shown(images).permute(0, 2, 3, 1).numpy().astype(np.float32)
     return [
         Mistake(visible[row], activations[row], _caption(evaluation, *chosen[row]), _source(evaluation, chosen[row][0]))
         for row in range(len(chosen))
@@ -98,12 +96,6 @@ def _caption(evaluation: Evaluation, image: int, given: int, right: int) -> str:
 def _source(evaluation: Evaluation, image: int) -> str:
     source = evaluation.sources[image]
     return source if isinstance(source, str) else f"image {image} of the {evaluation.split} split"
-
-
-def _denormalised(images: Tensor, preprocessing: Preprocessing) -> Any:
-    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-    pixels: Any = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy().astype(np.float32)
-    return pixels
 
 
 def _page(
