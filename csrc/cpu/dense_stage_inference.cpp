@@ -245,10 +245,10 @@ Norm make_norm(const Tensor& affine, int64_t channels, const Tensor& x) {
 Convolution make_convolution(const Tensor& affine, const Tensor& packed, int64_t kernel, int64_t channels,
                              int64_t outputs, const Tensor& x) {
   const int64_t bytes = packed_bytes(x.scalar_type(), kernel, channels, outputs);
-  TORCH_CHECK(packed.scalar_type() == at::kByte && packed.dim() == 1 && packed.numel() == bytes && packed.is_contiguous(),
-              "packed must be what packed_weight gives for ", x.scalar_type(), " and a weight [", outputs, ", ",
-              channels, ", ", kernel, ", ", kernel, "]: ", bytes, " bytes, got ", packed.scalar_type(), " of shape ",
-              packed.sizes());
+  TORCH_CHECK(
+      packed.scalar_type() == at::kByte && packed.dim() == 1 && packed.numel() == bytes && packed.is_contiguous(),
+      "packed must be what packed_weight gives for ", x.scalar_type(), " and a weight [", outputs, ", ", channels, ", ",
+      kernel, ", ", kernel, "]: ", bytes, " bytes, got ", packed.scalar_type(), " of shape ", packed.sizes());
   return {make_norm(affine, channels, x), packed.const_data_ptr(), bytes, outputs};
 }
 
