@@ -57,6 +57,15 @@ inline void check_vector(const at::Tensor& vector, const char* name, int64_t siz
               accumulation_dtype(like), " on ", like.device(), ", got ", vector.scalar_type(), " on ", vector.device());
 }
 
+// A norm's vector [channels] of any floating dtype, made contiguous, for an ``affine`` [4, channels].
+inline at::Tensor dense_norm_vector(const at::Tensor& vector, const char* name, const at::Tensor& affine) {
+  TORCH_CHECK(vector.dim() == 1 && vector.size(0) == affine.size(1), name, " must have shape [", affine.size(1),
+              "], got ", vector.sizes());
+  TORCH_CHECK(vector.device() == affine.device(), "Expected all tensors to be on the same device, but ", name,
+              " is on ", vector.device(), " and affine on ", affine.device());
+  return vector.contiguous();
+}
+
 // The data of an optional vector [size]; null where it is not given.
 inline void* optional_vector(const std::optional<at::Tensor>& vector, const char* name, int64_t size,
                              const at::Tensor& like) {

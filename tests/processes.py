@@ -21,10 +21,14 @@ def run(command, **options):
     return process.stdout
 
 
+def run_tests(arguments, environment):
+    """The report of pytest in a process of its own; fails where a test does."""
+    return run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "0", *arguments], env=environment)
+
+
 def assert_passes_alone(name, environment):
     """Runs the tests of the file ``name`` beside this one in a process of their own."""
-    tests = str(Path(__file__).with_name(name))
-    run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "0", tests], env=environment)
+    run_tests([str(Path(__file__).with_name(name))], environment)
 
 
 def load_setup():

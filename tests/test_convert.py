@@ -105,7 +105,7 @@ def test_inference_is_prepared_once(native_backend, name):
         with torch.no_grad():
             assert_close({"": converted(images)}, {"": original(images)})
         assert all(beside(block).stage is not None for block in blocks_of(converted))
-        for model in (original, converted):  # a plan may not outlive what it was made of
+        for model in (original, converted):  # what was prepared may not outlive what it was made of
             torch.manual_seed(0)
             [nn.init.normal_(parameter) for parameter in model.parameters()]
 

@@ -5,7 +5,7 @@ import sys
 import emulated_amx.build
 import pytest
 from cases import needs_native
-from processes import ROOT, run
+from processes import ROOT, run, run_tests
 
 KERNELS = ["tests/test_kernels.py", "-m", "each_capability"]
 LAYERS = ["tests/test_native_layers.py", "tests/test_inference.py"]
@@ -21,7 +21,6 @@ def test_kernels_for_amx(monkeypatch):
     folder = environment["PYTHONPATH"]
     code = "from densenet_efficient import _C; print(_C.cpu_capability())"
     assert run([sys.executable, "-c", code], env=environment, cwd=folder).strip() == "amx"
-    pytest_here = [sys.executable, "-m", "pytest", "-o", f"pythonpath={folder}", "-p", "no:cacheprovider", "-n", "0"]
     for tests in (KERNELS, LAYERS):
-        report = run([*pytest_here, *tests], env=environment)
+        report = run_tests(["-o", f"pythonpath={folder}", *tests], environment)
         assert "skipped" not in report, report

@@ -28,6 +28,7 @@ from kernel_cases import (
     run,
     write_images,
 )
+from processes import run_tests
 
 from densenet_efficient import kernels
 from densenet_efficient.kernels import CONTRACT, cpu, reference
@@ -333,10 +334,8 @@ def test_every_compiled_cpu_capability(capability):
     if "not supported by this CPU" in used.stderr:
         pytest.skip(f"this CPU does not support {capability}")
     assert used.stdout.split() == [capability], used.stderr
-    selection = ["-m", "each_capability", "-p", "no:cacheprovider"]
     files = [__file__, str(Path(__file__).with_name("test_skipped_zeros.py"))]
-    tests = run_python(["-m", "pytest", "-x", *files, *selection], environment)
-    assert tests.returncode == 0, tests.stdout
+    run_tests(["-x", *files, "-m", "each_capability"], environment)
 
 
 def run_python(arguments, environment):

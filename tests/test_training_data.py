@@ -145,7 +145,12 @@ def test_hidden_folders_are_left_out_and_linked_ones_are_not(tmp_path: Path) -> 
     [
         (1.0, 0.0, "^validation_fraction: expected a number of at least 0 and below 1, got 1.0"),
         (0.2, -0.1, "^test_fraction: expected a number of at least 0 and below 1, or 1 to test with all, got -0.1"),
-        (0.6, 0.4, "^--data.validation_fraction must be above 0 and, .* got 0.6 and 0.4$"),
+        (
+            0.6,
+            0.4,
+            "^--data.validation_fraction must be above 0 and, together with --data.test_fraction, below 1, "
+            "so that images are left to train on; got 0.6 and 0.4$",
+        ),
         (0.0, 0.4, "^--data.validation_fraction must be above 0 and, "),
         (0.0, 1.2, "^test_fraction: expected a number of at least 0 and below 1, or 1 to test with all, got 1.2"),
     ],

@@ -24,15 +24,6 @@ void fill(const Tensor& mean, const Tensor& variance, const Tensor& weight, cons
   }
 }
 
-// A vector [channels] of any floating dtype, contiguous in the dtype of ``affine``.
-Tensor checked_vector(const Tensor& vector, const char* name, const Tensor& affine) {
-  TORCH_CHECK(vector.dim() == 1 && vector.size(0) == affine.size(1), name, " must have shape [", affine.size(1),
-              "], got ", vector.sizes());
-  TORCH_CHECK(vector.device() == affine.device(), "Expected all tensors to be on the same device, but ", name,
-              " is on ", vector.device(), " and affine on ", affine.device());
-  return vector.to(affine.scalar_type()).contiguous();
-}
-
 }  // namespace
 
 void batch_norm_affine(const Tensor& mean, const Tensor& variance, const Tensor& weight, const Tensor& bias, double eps,
@@ -41,8 +32,11 @@ void batch_norm_affine(const Tensor& mean, const Tensor& variance, const Tensor&
               "affine must be contiguous of shape [4, C], got ", affine.sizes());
   check_accumulation_dtype(affine, "affine");
   const auto run = affine.scalar_type() == at::kDouble ? &fill<double> : &fill<float>;
-  run(checked_vector(mean, "mean", affine), checked_vector(variance, "variance", affine),
-      checked_vector(weight, "weight", affine), checked_vector(bias, "bias", affine), eps, affine);
+  const auto as_affine = [&](const Tensor& vector, const char* name) {
+    return dense_norm_vector(vector, name, affine).to(affine.scalar_type());
+  };
+  run(as_affine(mean, "mean"), as_affine(variance, "variance"), as_affine(weight, "weight"), as_affine(bias, "bias"),
+      eps, affine);
 }
 
 }  // namespace densenet_efficient

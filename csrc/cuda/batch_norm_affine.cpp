@@ -8,17 +8,10 @@ namespace {
 
 using at::Tensor;
 
-// A vector [channels] of any floating dtype, made contiguous.
-Tensor checked_vector(const Tensor& vector, const char* name, const Tensor& affine) {
-  TORCH_CHECK(vector.dim() == 1 && vector.size(0) == affine.size(1), name, " must have shape [", affine.size(1),
-              "], got ", vector.sizes());
-  TORCH_CHECK(vector.device() == affine.device(), "Expected all tensors to be on the same device, but ", name,
-              " is on ", vector.device(), " and affine on ", affine.device());
+AnyVector any_vector(const Tensor& vector) {
   check_storage_dtype(vector);
-  return vector.contiguous();
+  return {vector.const_data_ptr(), vector.scalar_type()};
 }
-
-AnyVector any_vector(const Tensor& vector) { return {vector.const_data_ptr(), vector.scalar_type()}; }
 
 }  // namespace
 
@@ -27,10 +20,10 @@ void batch_norm_affine(const Tensor& mean, const Tensor& variance, const Tensor&
   TORCH_CHECK(affine.dim() == 2 && affine.size(0) == 4 && affine.is_contiguous(),
               "affine must be contiguous of shape [4, C], got ", affine.sizes());
   check_accumulation_dtype(affine, "affine");
-  const Tensor dense_mean = checked_vector(mean, "mean", affine),
-               dense_weight = checked_vector(weight, "weight", affine),
-               dense_variance = checked_vector(variance, "variance", affine),
-               dense_bias = checked_vector(bias, "bias", affine);
+  const Tensor dense_mean = dense_norm_vector(mean, "mean", affine),
+               dense_weight = dense_norm_vector(weight, "weight", affine),
+               dense_variance = dense_norm_vector(variance, "variance", affine),
+               dense_bias = dense_norm_vector(bias, "bias", affine);
   const BatchNormAffine arguments{
       .dtype = affine.scalar_type(),
       .columns = affine.size(1),

@@ -1,8 +1,8 @@
 """What a trained network looks at: feature maps, Grad-CAM, first-layer filters and the reuse of features.
 
 Everything here works on any model that contains the modules it names, at every level of checkpointing: a module that is
-observed runs through its own forward. The model runs in the mode that it is in: call `eval()` first, or its running
-statistics take part.
+observed runs through its own forward. The model runs in the mode that it is in: in training mode its norms
+take the images' statistics, and their running ones change.
 """
 
 from __future__ import annotations

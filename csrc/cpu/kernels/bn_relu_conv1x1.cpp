@@ -110,7 +110,6 @@ void forward(const Conv1x1Forward& p) {
         const int64_t next_row = last ? row + tile_rows : row, next_channel = last ? 0 : c + depth;
         prefetch.add(x + next_row * p.x_stride + next_channel, p.x_stride, std::min(tile_rows, p.rows - next_row),
                      std::min(kDepth, p.channels - next_channel));
-        const T* b = weight + layout.offset(0, c);
         if constexpr (kSkips<T>) {
           if (skips) {
             multiply_skipping(ActivationProduct{.rows = rows,
@@ -119,7 +118,7 @@ void forward(const Conv1x1Forward& p) {
                                                 .a = activations.get(),
                                                 .a_row = stride,
                                                 .a_step = 1,
-                                                .b = b,
+                                                .b = weight + layout.offset(0, c),
                                                 .b_stride = layout.columns(0),
                                                 .b_strip = layout.offset(layout.columns(0), 0),
                                                 .c = sums,
