@@ -140,6 +140,7 @@ def assert_fast(compiled, architecture, directory):
     assert compiled
     for name, kernel in compiled.values():
         assert not spilled_bytes(kernel, architecture, directory), f"{name} spills registers"
+        assert kernel.metadata.enable_fp_fusion, f"{name} multiplies and adds apart"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -2,6 +2,7 @@
 
 It keeps bfloat16 as its bits in uint16, rounds float32 to it towards zero and multiplies the bits in place of the
 numbers; it rounds the product of a fused multiply-add; and it sums one after the other where a card sums in a tree.
+That of Triton 3.6 makes an index of an array with one number, which NumPy refuses from 2.4 on.
 At each call of a function by a kernel it replaces the language by its own anew, and it looks up dtypes in a table that
 it makes each time: without that it takes two thirds of the time.
 """
@@ -61,6 +62,13 @@ def mend():
             return SimpleNamespace(restore=lambda: None)  # within a kernel, which restores it
         return patch_language(function)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor_index
     interpreter._patch_lang = patch_language_once
     interpreter._get_np_dtype = np_dtype
     InterpreterBuilder.cast_impl = InterpreterBuilder.create_fp_trunc = cast_impl

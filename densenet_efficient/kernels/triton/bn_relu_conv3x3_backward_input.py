@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .activation import activate, deposit, mask_gradient
 from .blocks import block_and_part
-from .launch import Tile, ceil_div, dot_precision, grid_of, kernel, on_device
+from .launch import Tile, ceil_div, dot_precision, grid_of, has_warpgroup_products, kernel, on_device
 from .statistics import finish_sums, store_sums
 from .taps import existing_neighbours, exists_at, row_offset
 
@@ -57,10 +57,11 @@ def bn_relu_conv3x3_backward_input_kernel(
 
 
 def _tile(x: Tensor, outputs: int) -> Tile:
-    """Its depth goes into the outputs, or they into it."""
+    """Its depth goes into the outputs, or they into it. Triton 3.6 spills the registers of 128 rows on Ampere."""
     depth = 16 if outputs <= 16 or 0 < outputs % 32 <= 16 else 32
     if x.dtype.itemsize == 2:
-        return Tile(128 if x.shape[0] >= MANY_ROWS else 64, 64, depth, warps=4, stages=3)
+        many = x.shape[0] >= MANY_ROWS and has_warpgroup_products(x.device)
+        return Tile(128 if many else 64, 64, depth, warps=4, stages=3)
     if x.dtype.itemsize == 4:
         return Tile(128, 64, depth, warps=8, stages=2)
     return Tile(128, 32, depth, warps=8, stages=1)

@@ -41,13 +41,16 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 class Kernel:
-    """What `triton.jit` makes of a function, launched as that is: ``kernel[blocks](*arguments, **options)``."""
+    """What `triton.jit` makes of a function, launched as that is: ``kernel[blocks](*arguments, **options)``.
+
+    With fused multiply-adds, as the CUDA kernels are compiled: Triton's default, which is to change (3.10).
+    """
 
     def __init__(self, function: Any) -> None:
         self.function = function
 
     def __getitem__(self, blocks: Sequence[int]) -> Callable[..., Any]:
-        launch: Callable[..., Any] = self.function[blocks]
+        launch: Callable[..., Any] = functools.partial(self.function[blocks], enable_fp_fusion=True)
         listener: Listener | None = getattr(_of_thread, "listener", None)
         if listener is None:
             return launch
