@@ -9,8 +9,8 @@ import subprocess
 
 import pytest
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -125,11 +125,11 @@ class Layer:
 
 
 def spilled_bytes(kernel, architecture, directory):
-    """What ptxas reports of the kernel's PTX."""
+    """What the ptxas that Triton takes for the architecture reports of the kernel's PTX."""
     source = directory / "kernel.ptx"
     source.write_text(kernel.asm["ptx"])
     target = f"sm_{architecture}a" if architecture >= 90 else f"sm_{architecture}"
-    command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name", target, str(source), "-o", str(directory / "cubin")]
+    command = [get_ptxas(architecture).path, "-v", "--gpu-name", target, str(source), "-o", str(directory / "cubin")]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = re.findall(r"(\d+) bytes spill", report)
     assert spills, report
