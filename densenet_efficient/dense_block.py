@@ -106,7 +106,7 @@ def backward_stage(
 def _forward_exit(stage: Stage, storage: Tensor, statistics: Tensor, size: spatial.Size) -> Tensor:
     """BN-ReLU-average pooling, and the transition's 1x1 convolution, which commutes with the pooling."""
     if stage.exit_norm is None:
-        return storage.new_empty(0)
+        return storage.new_empty((0,))
     if stage.exit == TRANSITION_DOWN:
         return F.max_pool2d(as_images(_convolve_down(stage, storage, statistics), *size), 2)
     pooled = _pool(stage, storage, statistics, size)

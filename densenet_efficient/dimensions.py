@@ -16,6 +16,7 @@ BATCH_NORMS: dict[int, type[BatchNorm]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d,
 CONVOLUTIONS: dict[int, type[Convolution]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 MAX_POOLS: dict[int, type[MaxPool]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 AVG_POOLS: dict[int, type[AvgPool]] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+_GLOBAL_AVERAGES = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 AXES = {1: "L", 2: "H, W", 3: "D, H, W"}  # as error messages name them
 
 
@@ -35,6 +36,7 @@ def dims_of(module: BatchNorm | Convolution | MaxPool | AvgPool) -> int:
     return dims or next(_DIMS[base] for base in type(module).__mro__ if base in _DIMS)
 
 
-def global_average(features: Tensor) -> Tensor:
-    """relu(features) averaged over each image: [N, C, ...] to [N, C]."""
-    return F.relu(features).flatten(2).mean(2)
+def global_average(features: Tensor, spatial_dims: int, inplace: bool = False) -> Tensor:
+    """relu(features) averaged over each image, [N, C, ...] to [N, C], by the operations of torchvision's DenseNet."""
+    average: Tensor = _GLOBAL_AVERAGES[spatial_dims](F.relu(features, inplace), 1)
+    return average.flatten(1)

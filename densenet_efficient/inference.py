@@ -101,7 +101,7 @@ class PreparedStage:
             out = F.max_pool2d(out, 2)
         elif self.exit.kind == HEAD:
             out = out.flatten(1)
-        return out, x.new_empty(0) if features is None else features
+        return out, x.new_empty((0,)) if features is None else features
 
     def _prepare(self, x: Tensor) -> Prepared:
         dtype = kernels.accumulation_dtype(x.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -197,21 +197,21 @@ class EfficientDenseNet(PretrainedNetwork):
         return logits
 
     def _pooled(self, x: Tensor) -> Tensor:
-        features = self.features  # which a user may have replaced
-        return features.pooled(x) if isinstance(features, Features) else global_average(features(x))
+        features, dims = self.features, self.config["spatial_dims"]  # features that a user may have replaced
+        return features.pooled(x) if isinstance(features, Features) else global_average(features(x), dims)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accepts the keys of older checkpoints and of other libraries too: see `weights.checkpoints.own_name`."""
-        rename_old_keys(state_dict, prefix)
+        rename_old_keys(state_dict, prefix, own={*self._modules, *self._parameters, *self._buffers})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def rename_old_keys(state_dict: dict[str, Any], prefix: str = "") -> None:
+def rename_old_keys(state_dict: dict[str, Any], prefix: str = "", own: Container[str] = ()) -> None:
     """Renames, in place, "denselayer1.norm.1." to "denselayer1.norm1.", "module.features" to "features", and others."""
     for key in list(state_dict):
         if not key.startswith(prefix):
             continue
-        name = own_name(key[len(prefix) :])
+        name = own_name(key[len(prefix) :], own)
         if prefix + name not in state_dict:  # with both, loading refuses the one that it does not know
             state_dict[prefix + name] = state_dict.pop(key)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import fusion, inference
 from .argument_checks import check_drop_rate, check_kernel_size, check_positive, check_spatial_dims
-from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, BatchNorm, Convolution, global_average, is_for
+from .dimensions import AVG_POOLS, BATCH_NORMS, CONVOLUTIONS, BatchNorm, Convolution, dims_of, global_average, is_for
 from .dropout import dropout
 from .fusion import LayerParts, StageExit
 from .operator_calls import StageBlock, run_prepared, run_stage, run_stem
@@ -211,10 +211,13 @@ class Features(nn.Sequential):
     def pooled(self, x: Tensor) -> Tensor:
         """relu(forward(x)) averaged over each image, [N, C]; the last norm joins the last block's stage."""
         is_own = type(self).forward is Features.forward and not fusion.is_observed(self)
-        if not is_own or fusion.any_global_hook():
-            return global_average(self(x))
-        out, is_pooled = self._run(x, with_head=True)
-        return out if is_pooled else global_average(out)
+        whole = is_own and not fusion.any_global_hook()
+        out, is_pooled = self._run(x, with_head=True) if whole else (self(x), False)
+        return out if is_pooled else global_average(out, self._spatial_dims())
+
+    def _spatial_dims(self) -> int:
+        """Those of the convolutions: what torch.fx traces in the place of a tensor does not tell."""
+        return next((dims_of(module) for module in self.modules() if isinstance(module, Convolution)), 2)
 
     def _run(self, x: Tensor, with_head: bool) -> tuple[Tensor, bool]:
         return run_children(list(self), x, with_head)  # children() gives a module that comes twice once

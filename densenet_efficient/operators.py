@@ -150,7 +150,7 @@ def _fake_stage(
     dtype = accumulation_dtype(x.dtype)
     features = as_images(x.new_empty(rows, total), *size)
     if stage_exit == NO_EXIT:
-        out = x.new_empty(0)
+        out = x.new_empty((0,))
     elif len(exit_parameters) > 2:  # with a convolution
         pooled = spatial.pooled_size(tuple(size), pooling_window(stage_exit, tuple(size)))
         out = empty_images(x, images, exit_parameters[2].shape[0], *pooled)
@@ -191,7 +191,7 @@ def compute_stage_backward(
         parameters, exit_parameters, running, masks, epsilons, uses_running, bottleneck, dilations, stage_exit,
         drop_rate, counts, group,
     )  # fmt: skip
-    saved = StageOutput(features.new_empty(0), features, statistics, bottleneck_statistics, bottlenecks)
+    saved = StageOutput(features.new_empty((0,)), features, statistics, bottleneck_statistics, bottlenecks)
     count = 1 + len(parameters)
     layers_needed = _by_layer(needed[1:count], bottleneck)
     with _without_autocast(features.device.type):
@@ -352,7 +352,7 @@ def _fake_stem(
     size = _describe_stem(conv, weight, bias, running, stride, padding, epsilon, counts, group).output_size(x.shape[2:])
     out = empty_images(x, images, channels, *spatial.max_pooled_size(size))
     statistics = x.new_empty(2, channels, dtype=accumulation_dtype(x.dtype))
-    conv_out = empty_images(x, images, channels, *size) if save_conv else x.new_empty(0)
+    conv_out = empty_images(x, images, channels, *size) if save_conv else x.new_empty((0,))
     return out, statistics, conv_out
 
 

@@ -66,7 +66,7 @@ def forward_stem(stem: Stem, x: Tensor, save_conv: bool) -> StemOutput:
     affine = stem.norm.affine(backend, *statistics)
     out = kernels.empty_kept_images(x, x.shape[0], rows.shape[1], *spatial.max_pooled_size(size))
     spatial.bn_relu_max_pool(backend, rows, affine.scale, affine.shift, size, as_rows(out))
-    return StemOutput(out, statistics, conv_out if save_conv else x.new_empty(0))
+    return StemOutput(out, statistics, conv_out if save_conv else x.new_empty((0,)))
 
 
 def backward_stem(

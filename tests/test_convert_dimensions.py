@@ -20,6 +20,7 @@ from cases import (
 )
 from conversion_cases import monai_densenet2d as monai_densenet
 from handwritten_densenets import FailingBlock, HandwrittenDenseNet, LateBlock, ListBlock, ResidualBlock, TupleBlock
+from monai.data import MetaTensor
 from monai.networks import nets
 from test_convert import blocks_of, classes_of, seeded
 from test_exactness import assert_errors_at_most_twice, low_precision_step
@@ -54,6 +55,19 @@ def make_models(name, mode="train", seed=0):
     randomise(model, seed)
     model = set_mode(model.double(), mode)
     return copy.deepcopy(model), model, make_images(3, 3, *SIZES[dims], seed=seed)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_images_of_monais_loader(backend, dims):
+    """They are tensors of its own class, and stay so."""
+    original, converted = (monai_densenet(dims).double() for _ in range(2))
+    converted.load_state_dict(original.state_dict())
+    convert(converted)
+    images = MetaTensor(make_images(2, 3, *SIZES[dims]))
+    assert_close(step(converted, images), step(original, images))
+    with torch.no_grad():
+        assert_close({"": converted.eval()(images)}, {"": original.eval()(images)})
+        assert type(converted(images)) is type(original(images)) is MetaTensor
 
 
 @every_model

@@ -1,5 +1,6 @@
 """What `convert` leaves and why, its report, and what it refuses: the model is as it was."""
 
+import copy
 import importlib
 import re
 
@@ -7,7 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from cases import assert_close, make_images, step
+from cases import assert_close, make_images, saved_bytes, step
 from conversion_cases import (
     MODELS,
     OwnForward,
@@ -22,6 +23,7 @@ from conversion_cases import (
 from test_convert import IMAGES, blocks_of, classes_of
 from timm.layers import BlurPool2d
 from torch import nn
+from torchvision.models._utils import IntermediateLayerGetter
 
 from densenet_efficient import EfficientDenseNet, convert, revert
 from densenet_efficient.conversion.modules import Converted
@@ -284,6 +286,48 @@ def test_a_layer_that_knows_its_block():
     for model in models:
         model.features.denseblock1.denselayer2.parent = model.features.denseblock1
     convert(models[1])
+    images = make_images(*IMAGES)
+    assert_close(step(models[1], images), step(models[0], images))
+
+
+class Only(nn.Module):
+    """The one value of a dictionary."""
+
+    def forward(self, outputs):
+        (output,) = outputs.values()
+        return output
+
+
+def converted_densenet():
+    model = torchvision_densenet()
+    convert(model)
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: EfficientDenseNet(4, (3, 2), 6, 3), converted_densenet])
+@pytest.mark.parametrize(
+    "gather",
+    [
+        lambda features: nn.Sequential(*list(features.children())[:-1]),
+        lambda features: nn.Sequential(IntermediateLayerGetter(features, {"denseblock2": "out"}), Only()),
+    ],
+    ids=["sequence", "layer getter"],
+)
+def test_blocks_that_moved_take_their_transitions_along(native_backend, make, gather):
+    moved = gather(make().double().features)
+    apart, images = copy.deepcopy(moved), make_images(*IMAGES)
+    notes = {entry.note for entry in convert(moved).replaced}
+    assert {"the stem: one operator with its norm, ReLU and pooling", "one operator with its block"} <= notes
+    assert_close(step(moved, images), step(apart, images))
+    assert saved_bytes(moved, images) < saved_bytes(apart, images)
+
+
+def test_the_norm_behind_the_last_block_may_be_taken_away():
+    models = [torchvision_densenet().double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    convert(models[1])
+    for model in models:
+        model.features.norm5 = nn.Identity()
     images = make_images(*IMAGES)
     assert_close(step(models[1], images), step(models[0], images))
 

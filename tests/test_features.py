@@ -10,7 +10,7 @@ from torchvision.models import densenet
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from torchvision.ops import FeaturePyramidNetwork
 
 from densenet_efficient import Backbone, EfficientDenseNet, convert
@@ -148,3 +148,23 @@ def test_fx_extraction_trains_like_the_naive_model(backend, level):
         images = make_images(*IMAGES).requires_grad_()
         results.append(stepped(extractor, extractor(images), images))
     assert_close(*results)
+
+
+@pytest.mark.filterwarnings("ignore:a dense block runs layer by layer")
+def test_fx_names_what_torchvision_names():
+    """So that "flatten" gives the same embedding."""
+    arguments = {"growth_rate": 4, "block_config": (3, 2), "num_init_features": 6, "bn_size": 3}
+    theirs, ours = densenet.DenseNet(**arguments).double(), EfficientDenseNet(**arguments).double()
+    ours.load_state_dict(theirs.state_dict())
+    assert get_graph_node_names(ours) == get_graph_node_names(theirs)
+    images = make_images(*IMAGES)
+    assert_close(*(create_feature_extractor(model, ["flatten"])(images) for model in (ours, theirs)))
+
+
+@pytest.mark.filterwarnings("ignore:a dense block runs layer by layer")
+@pytest.mark.parametrize("dims", [1, 3])
+def test_fx_traces_every_number_of_dimensions(dims):
+    model = EfficientDenseNet(4, (2, 2), 6, spatial_dims=dims).double().eval()
+    images = make_images(2, 3, *(33,) * dims)
+    extractor = create_feature_extractor(model, ["flatten", "classifier"])
+    assert_close({"": extractor(images)["classifier"]}, {"": model(images)})

@@ -135,6 +135,17 @@ def test_keys_of_other_modules_keep_their_names():
     assert state == {"net.features.norm5.bias": 1, "module.features.norm5.bias": 2}
 
 
+def test_a_submodule_of_a_subclass_may_be_named_as_a_prefix():
+    class Ensemble(EfficientDenseNet):
+        def __init__(self):
+            super().__init__(**SMALL)
+            self.model = torch.nn.Linear(3, 4)
+
+    model, other = Ensemble(), Ensemble()
+    model.load_state_dict(other.state_dict(), strict=True)
+    assert torch.equal(model.model.weight, other.model.weight)
+
+
 def test_two_keys_of_one_weight_are_refused():
     model = EfficientDenseNet(**SMALL)
     state = model.state_dict()

@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from .. import fusion, kept
+from ..dimensions import global_average
 from ..fusion import LayerParts
 from ..modules import run_children, run_named_children, take_stage
 from ..operator_calls import StageBlock
@@ -100,6 +101,17 @@ def pooled_features(features: nn.Module, x: Tensor) -> Tensor | None:
     return features.pooled(x) if isinstance(features, ConvertedSequential) else None
 
 
+def pooled_behind_relu(features: nn.Module, x: Tensor) -> Tensor | None:
+    """`pooled_features`, and where no operator gives that, in place of the library, which rectifies in place: autograd
+    forbids that of a block's features, where somebody has taken the norm behind them away.
+    """
+    pooled = pooled_features(features, x)
+    if pooled is not None or not isinstance(features, ConvertedSequential) or fusion.tracer(x, features.training):
+        return pooled
+    out = features(x)
+    return global_average(out, out.dim() - 2, inplace=not out._is_view())
+
+
 class ConvertedTorchvision(Converted):
     """torchvision's DenseNet, whose last norm and pooling join the last block."""
 
@@ -107,7 +119,7 @@ class ConvertedTorchvision(Converted):
     classifier: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = pooled_features(self.features, x)
+        pooled = pooled_behind_relu(self.features, x)
         return cast(Tensor, super().forward(x) if pooled is None else self.classifier(pooled))
 
 
@@ -188,7 +200,7 @@ class ConvertedXray(Converted):
     def features2(self, x: Tensor) -> Tensor:
         """The pooled features, of images resized as theirs are."""
         resized = self._resized(x) if hasattr(self, "input_resolution") else x
-        pooled = pooled_features(self.features, resized)
+        pooled = pooled_behind_relu(self.features, resized)
         return cast(Tensor, super().features2(x)) if pooled is None else pooled  # type: ignore[misc]
 
     def _resized(self, x: Tensor) -> Tensor:

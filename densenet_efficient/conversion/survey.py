@@ -53,6 +53,7 @@ class Survey:
         roles: the modules to convert, with what each becomes.
         converted: the paths of blocks that are converted already.
         own_blocks: the paths of blocks of an EfficientDenseNet.
+        stage_blocks: all of these, and those to convert.
         left_blocks: the blocks that stay as they are.
     """
 
@@ -61,6 +62,7 @@ class Survey:
         self.roles: dict[nn.Module, type[Converted]] = {}
         self.converted: list[str] = []
         self.own_blocks: list[str] = []
+        self.stage_blocks: set[nn.Module] = set()
         self.left_blocks: set[nn.Module] = set()
         self.paths = {module: path for path, module in model.named_modules() if not isinstance(module, ScriptModule)}
         for module in self.paths:
@@ -69,7 +71,8 @@ class Survey:
             children = set(module.children())
             if children & self.left_blocks:
                 self._leave_neighbours(module)
-            if children & self.roles.keys():
+            is_sequence = role_of(module, SEQUENCES) is not None
+            if children & self.roles.keys() or (is_sequence and children & self.stage_blocks):
                 self._look_at_parent(module)
         for module in self.paths:
             self._look_at_network(module)
@@ -79,6 +82,8 @@ class Survey:
 
     def _look_at_block(self, module: nn.Module) -> None:
         library = library_of_block(type(module))
+        if isinstance(module, StageBlock):
+            self.stage_blocks.add(module)
         if isinstance(module, ConvertedBlock):
             self.converted.append(self.paths[module])
             self._replace(module, "converted already")
@@ -98,6 +103,7 @@ class Survey:
             self._leave_block(block, layers)
         else:
             self.roles[block] = ConvertedBlock
+            self.stage_blocks.add(block)
             self._replace(block, f"{len(layers)} layers over one storage")
 
     def _leave_neighbours(self, parent: nn.Module) -> None:
@@ -120,7 +126,7 @@ class Survey:
                 parent, f"runs its stem, and its blocks with what consumes them, as one operator each{condition}"
             )
         for index, child in enumerate(children):
-            follows_block = index > 0 and children[index - 1] in self.roles
+            follows_block = index > 0 and children[index - 1] in self.stage_blocks
             if follows_block and isinstance(child, nn.Sequential) and child not in self.roles:
                 self._look_at_transition(child, role, parent)
         if isinstance(children[0], Convolution):
@@ -156,7 +162,7 @@ class Survey:
         if features is None or self.roles.get(features) is not ConvertedSequential:
             return
         children = list(features.children())
-        if len(children) < 2 or children[-2] not in self.roles or not fusion.is_last_norm(children[-1]):
+        if len(children) < 2 or children[-2] not in self.stage_blocks or not fusion.is_last_norm(children[-1]):
             return
         role = role_of(module, NETWORKS)
         if role is None:

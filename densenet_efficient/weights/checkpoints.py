@@ -8,7 +8,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +104,14 @@ def _keys_by_name(names: Mapping[str, str]) -> dict[str, list[str]]:
     return keys
 
 
-def own_name(key: str) -> str:
-    """The key under this package's names: without prefixes, "norm1" for "norm.1", and for MONAI's "layers.norm1"."""
-    key = _OLD_KEY.sub(r"\1\2\3", _PREFIXES.sub("", key))
+def own_name(key: str, own: Container[str] = ()) -> str:
+    """The key under this package's names: without prefixes, "norm1" for "norm.1", and for MONAI's "layers.norm1".
+
+    ``own``: first parts of names that are no prefixes, of what a subclass has added.
+    """
+    if key.partition(".")[0] not in own:
+        key = _PREFIXES.sub("", key)
+    key = _OLD_KEY.sub(r"\1\2\3", key)
     for theirs, ours in _OTHER_NAMES.items():
         key = key.replace(theirs, ours)
     return key
