@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,11 @@ from .argument_checks import (
 )
 from .dimensions import BATCH_NORMS, CONVOLUTIONS, MAX_POOLS, BatchNorm, Convolution, global_average
 from .modules import DenseBlock, Features, Transition
+from .planning import MemoryPlan, plan
+from .planning.free_bottlenecks import find_free_bottlenecks
+from .planning.shapes import blocks_of
 from .weights import PretrainedNetwork
 from .weights.checkpoints import own_name
-
-if TYPE_CHECKING:
-    from .planning import MemoryPlan
 
 
 class EfficientDenseNet(PretrainedNetwork):
@@ -120,8 +120,6 @@ class EfficientDenseNet(PretrainedNetwork):
         self._find_free_bottlenecks()
 
     def _find_free_bottlenecks(self) -> None:
-        from .planning.free_bottlenecks import find_free_bottlenecks  # which counts what models hold
-
         find_free_bottlenecks([child for child in self.features._modules.values() if child is not None])
 
     def _initialise(self) -> None:
@@ -171,9 +169,6 @@ class EfficientDenseNet(PretrainedNetwork):
         Raises:
             ValueError: no levels fit; the model stays as it was.
         """
-        from .planning import plan  # which builds models
-        from .planning.shapes import blocks_of
-
         found = plan(self, input_shape, dtype, batch=batch, budget=budget, optimizer=optimizer, offload=offload)
         found.check_fits()
         for block, is_offloaded in zip(blocks_of(self), found.offloaded, strict=True):

@@ -1,18 +1,17 @@
-"""The table of a summary, and how counts and bytes are written in every table."""
+"""The table of a summary."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from .models import create_model
+from .planning.sizes import format_bytes, format_count
 from .summary import Costs, SummaryRow, format_shape, summarize, total_costs
-
-if TYPE_CHECKING:  # the planner, which the package imports, writes numbers as here and prints nothing
-    from rich.console import Console
-    from rich.table import Table
 
 TABLE_WIDTH = 120  # columns; in fewer, rich would cut digits and units off
 NOTE = 'A step at "bottleneck" also saves the bottlenecks that raise no peak (docs/planning.md), which are not counted.'
@@ -29,8 +28,6 @@ def print_summary(
     Raises:
         ValueError: the name is unknown, or `input_shape` does not fit the model (see `summarize`).
     """
-    from rich.console import Console
-
     with torch.device("meta"):
         model = create_model(model_name)
     rows = summarize(model, input_shape, dtype)
@@ -42,9 +39,6 @@ def print_summary(
 
 
 def _table(title: str, rows: Sequence[SummaryRow], batch: int) -> Table:
-    from rich import box
-    from rich.table import Table
-
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("Layer", no_wrap=True)
     for header in ("Input\nchannels", "Bottle-\nneck", "Growth\nrate", "Output\nshape", "Parameters"):
@@ -78,22 +72,3 @@ def _add_totals(table: Table, total: Costs, batch: int) -> None:
 def _format_costs(costs: Costs) -> list[str]:
     saved = (costs.saved_naive, costs.saved_none, costs.saved_bottleneck)
     return [f"{costs.parameters:,}", format_count(costs.multiply_adds), *map(format_bytes, saved)]
-
-
-def format_count(count: float) -> str:
-    """1234567 as `1.23 M`."""
-    return _format_scaled(count, 1000, ("", "k", "M", "G", "T", "P"), digits=2)
-
-
-def format_bytes(count: float) -> str:
-    """1234567 as `1.2 MiB`."""
-    return _format_scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"), digits=1)
-
-
-def _format_scaled(value: float, base: int, units: Sequence[str], digits: int) -> str:
-    if not value:
-        return "0"
-    exponent = 0
-    while value >= 1000 and exponent + 1 < len(units):
-        value, exponent = value / base, exponent + 1
-    return f"{value:.{digits}f} {units[exponent]}".rstrip()

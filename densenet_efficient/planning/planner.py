@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..argument_checks import CHECKPOINTING_LEVELS, check_positive, levels_of
-from ..models import create_model
 from ..summary import minimum_size, summarize, total_costs
-from ..summary_table import format_bytes
 from .free_bottlenecks import training_step, usual_shape
 from .shapes import NetworkShape, blocks_of, shape_of
-from .sizes import parse_bytes
+from .sizes import format_bytes, parse_bytes
 from .timeline import OPTIMIZERS, Optimizer, Peak, StageMemory, TrainingStep, inference_peak
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -190,6 +188,8 @@ def largest(fits: Callable[[int], bool], smallest: int) -> int:
 
 
 def _on_meta(name: str) -> Any:
+    from ..models import create_model  # whose networks plan
+
     with torch.device("meta"):
         return create_model(name)
 

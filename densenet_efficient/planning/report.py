@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..summary import format_shape
-from ..summary_table import TABLE_WIDTH, format_bytes
+from ..summary_table import TABLE_WIDTH
 from .planner import MemoryPlan
+from .sizes import format_bytes
 from .timeline import Memory
 
 COLUMNS = ("Weights", "Gradients", "Optimizer\nstate", "Saved\nactivations", "Workspace", "Peak of\nall memory")
