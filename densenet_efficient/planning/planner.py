@@ -97,49 +97,44 @@ def plan(
     blocks = blocks_of(network)
     shape = _with_batch(input_shape, batch)
     computed = _dtype(dtype)
-    if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
+    states = _optimizer(optimizer)
     device = _device(network, offload)
     limit = None if budget is None else parse_bytes(budget)
-    given = None if checkpointing is None else levels_of(checkpointing, len(blocks))
+    given = None if checkpointing is None else Mix(tuple(levels_of(checkpointing, len(blocks))))
     if offload and (limit is None or given is not None):
         raise ValueError("storages are offloaded to keep within a budget: give one, and no levels of checkpointing")
 
     usual = usual_shape(list(network.features), device)
 
-    def shapes(images: Sequence[int]) -> NetworkShape:
-        return shape_of(network, images, computed, device, usual)
+    def step(images: Sequence[int], mix: Mix) -> TrainingStep:
+        buffers = shape_of(network, images, computed, device, usual)
+        return training_step(buffers, mix.levels, states, device, mix.offloaded)
 
-    def step(buffers: NetworkShape, mix: Mix) -> TrainingStep:
-        return training_step(buffers, mix.levels, OPTIMIZERS[optimizer], device, mix.offloaded)
-
-    buffers = shapes(shape)
-    chosen = Mix(tuple(given or [block.checkpointing for block in blocks]))
-    least = Mix(tuple(given)) if given else Mix.least(len(blocks), offload)
-    if given is None and limit is not None:
-        chosen = cheapest_mix(buffers, OPTIMIZERS[optimizer], device, limit, offload)
-
-    def fits(images: Sequence[int]) -> bool:
-        return limit is not None and step(shapes(images), least).peak().peak <= limit
-
-    count, channels, *_ = shape
-    minimum = minimum_size(network)
-    training = step(buffers, chosen)
+    chosen = given or Mix(tuple(block.checkpointing for block in blocks))
+    largest_batch = largest_size = None
+    if limit is not None:
+        buffers = shape_of(network, shape, computed, device, usual)
+        chosen = given or cheapest_mix(buffers, states, device, limit, offload)
+        least = given or Mix.least(len(blocks), offload)
+        largest_batch, largest_size = _what_fits(
+            lambda images: step(images, least).peak().peak, limit, shape, minimum_size(network)
+        )
+    training = step(shape, chosen)
     return MemoryPlan(
-        name,
-        shape,
-        str(computed).removeprefix("torch."),
-        optimizer,
-        list(chosen.levels),
-        list(training.offloaded),
-        training.on_host,
-        training.peak(),
-        inference_peak(buffers, device),
-        training.stages(),
-        training.recomputed / total_costs(summarize(network, shape)).multiply_adds,
-        limit,
-        None if limit is None else largest(lambda n: fits((n, *shape[1:])), 1),
-        None if limit is None else largest(lambda size: fits((count, channels, size, size)), minimum),
+        model=name,
+        input_shape=shape,
+        dtype=str(computed).removeprefix("torch."),
+        optimizer=optimizer,
+        checkpointing=list(chosen.levels),
+        offloaded=list(training.offloaded),
+        on_host=training.on_host,
+        training=training.peak(),
+        inference=inference_peak(training.shape, device),
+        stages=training.stages(),
+        recomputed=training.recomputed / total_costs(summarize(network, shape)).multiply_adds,
+        budget=limit,
+        largest_batch=largest_batch,
+        largest_size=largest_size,
     )
 
 
@@ -172,6 +167,17 @@ def mixes(blocks: int, offload: bool) -> Iterator[Mix]:
     places = list(itertools.product((False, True) if offload else (False,), repeat=blocks - 1))
     for levels in itertools.product(CHECKPOINTING_LEVELS, repeat=blocks):
         yield from (Mix(levels, (*offloaded, False)) for offloaded in places)
+
+
+def _what_fits(
+    peak_of: Callable[[Sequence[int]], int], budget: int, shape: Sequence[int], minimum: int
+) -> tuple[int, int]:
+    """The largest batch of images of this shape, and the largest square images at this batch; 0 where none fits."""
+    count, channels, *size = shape
+    return (
+        largest(lambda number: peak_of((number, channels, *size)) <= budget, 1),
+        largest(lambda side: peak_of((count, channels, side, side)) <= budget, minimum),
+    )
 
 
 def largest(fits: Callable[[int], bool], smallest: int) -> int:
@@ -220,3 +226,9 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     if found is None or found not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     return found
+
+
+def _optimizer(name: str) -> Optimizer:
+    if not isinstance(name, str) or name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}; expected one of {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[name]
