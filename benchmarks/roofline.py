@@ -12,7 +12,6 @@ import contextlib
 import inspect
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -226,10 +225,9 @@ def without_small_lines(roofline: Roofline, least: float = 0.01) -> Roofline:
 
 def merged_by_operation(roofline: Roofline) -> Roofline:
     """The same with the sizes of one operation in one line."""
-    totals: dict[str, Line] = defaultdict(lambda: Line("", 0))
+    totals: dict[str, Line] = {}
     for line in roofline.lines:
-        total = totals[line.operation]
-        total.operation = line.operation
+        total = totals.setdefault(line.operation, Line(line.operation, 0))
         for field in ("calls", "seconds", "flops", "bytes"):
             setattr(total, field, getattr(total, field) + getattr(line, field))
     lines = sorted(totals.values(), key=lambda line: (line.operation == REST, -line.seconds))

@@ -58,15 +58,16 @@ def main(arguments: Sequence[str]) -> None:
     begun = time.monotonic()
     with ThreadPoolExecutor(2) as pool, tempfile.TemporaryDirectory() as folder:
         outcomes = list(pool.map(lambda part: run(part, Path(folder), begun), PARTS))
-    failed = [part for part, outcome in zip(PARTS, outcomes, strict=True) if isinstance(outcome, str)]
-    for outcome in outcomes:
+    figures: dict[str, Any] = {}
+    failed = []
+    for part, outcome in zip(PARTS, outcomes, strict=True):
         if isinstance(outcome, str):
             print(outcome, file=sys.stderr)
+            failed.append(part)
+        else:
+            figures |= outcome
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
-    figures: dict[str, Any] = {}
-    for outcome in outcomes:
-        figures |= outcome if isinstance(outcome, dict) else {}
     figures["minutes"] = round((time.monotonic() - begun) / 60, 1)
     results_file.save(path, {"header": header, "rows": [figures]})
     print("\n".join(lines(figures)))

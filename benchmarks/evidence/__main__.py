@@ -11,9 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import parts
-from benchmarks import results as results_file
-
+from .. import parts
+from .. import results as results_file
 from . import comparison, frontier, largest_image, scaling, timeline
 
 PARTS: dict[str, Callable[[Path], None]] = {

@@ -10,8 +10,7 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import results as results_file
-
+from .. import results as results_file
 from ..cells import Cell, Variant
 from ..implementations import build
 from .steps import Pair, measure_steps

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results as results_file
 from densenet_efficient.measure import MIB, make_step, status_bytes
 
+from .. import results as results_file
 from ..implementations import build
 from .processes import run_in_fresh_process
 

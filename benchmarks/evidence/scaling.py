@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import results as results_file
 from densenet_efficient import EfficientDenseNet
 from densenet_efficient.measure import MIB, peak_memory, peak_memory_per_image
 from densenet_efficient.summary import summarize, total_costs
 
+from .. import results as results_file
 from ..implementations import configuration
 
 DEPTHS = (40, 100, 190, 280, 400)  # of DenseNets-BC with growth rate 12, for 32x32 images

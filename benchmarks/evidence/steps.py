@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results as results_file
-
+from .. import results as results_file
 from ..cells import Cell, Variant, measure_memory, measure_times_together, row_key
 
 Pair = tuple[Cell, Variant]

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks import results as results_file
 from densenet_efficient.measure import MIB, make_forward
 
+from .. import results as results_file
 from ..implementations import build
 from .processes import run_in_fresh_process
 
