@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +101,13 @@ class Examination:
     backends: list[Backend]
     parity: list[Parity]
     performance: Performance
-    problems: list[str] = field(init=False)
 
-    def __post_init__(self) -> None:
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong, a sentence each."""
         missing = [f"backend {b.name}: {b.obstacle}" for b in self.backends if b.is_default and b.obstacle]
         results = [problem for parity in self.parity for problem in parity.problems]
-        object.__setattr__(self, "problems", [*missing, *results, *self.performance.problems])
+        return [*missing, *results, *self.performance.problems]
 
 
 def examine(json_path: Path | None = None, console: Console | None = None) -> int:
@@ -126,7 +127,7 @@ def examine(json_path: Path | None = None, console: Console | None = None) -> in
     examination = Examination(describe_build(), backends, parity, performance)
     print_examination(examination, console)
     if json_path is not None:
-        json_path.write_text(json.dumps(asdict(examination), indent=2) + "\n")
+        json_path.write_text(json.dumps(asdict(examination) | {"problems": examination.problems}, indent=2) + "\n")
     return 1 if examination.problems else 0
 
 
