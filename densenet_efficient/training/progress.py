@@ -6,15 +6,13 @@ import math
 import time
 from collections.abc import Sized
 from datetime import timedelta
-from pathlib import Path
-from resource import getpagesize
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 
-from densenet_efficient.measure import MIB
+from densenet_efficient.measure import MIB, status_bytes
 from densenet_efficient.training.history import RECORDED
 
 
@@ -90,4 +88,4 @@ def _memory_mib(device: torch.device) -> float:
     """The peak that torch has allocated on a GPU; the resident memory of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
-    return int(Path("/proc/self/statm").read_text().split()[1]) * getpagesize() / MIB
+    return status_bytes("VmRSS") / MIB
