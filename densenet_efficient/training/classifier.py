@@ -312,16 +312,15 @@ def _metrics(task: Task, prefix: str, ranking: bool) -> MetricCollection:
     count = len(task.class_names)
     metrics: dict[str, Any]
     if task.multi_label:
-        metrics = {"accuracy": MultilabelAccuracy(count)}
-        areas: Any = MultilabelAUROC(count)
+        metrics = {"accuracy": MultilabelAccuracy(count), "auroc": MultilabelAUROC(count)}
     else:
         metrics = {
             "accuracy": MulticlassAccuracy(count, average="micro"),
             "balanced_accuracy": MulticlassAccuracy(count, average="macro"),
+            "auroc": MulticlassAUROC(count),
         }
-        areas = MulticlassAUROC(count)
-    if ranking:
-        metrics["auroc"] = areas
+    if not ranking:
+        del metrics["auroc"]
     return MetricCollection(metrics, prefix=prefix)
 
 
