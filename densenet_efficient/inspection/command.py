@@ -48,7 +48,7 @@ def _grad_cam(subject: Subject, options: argparse.Namespace) -> str:
     chosen = int(probabilities.argmax()) if options.class_name is None else subject.class_index(options.class_name)
     [cam] = grad_cam(subject.model, images, options.layer, torch.tensor([chosen]))
     title = f"Grad-CAM of {options.layer} for {subject.class_name(chosen)} ({probabilities[chosen]:.1%})"
-    draw_grad_cam(subject.shown(images)[0], cam, title, options.output)
+    draw_grad_cam(subject.preprocessing.shown(images)[0], cam, title, options.output)
     return title
 
 

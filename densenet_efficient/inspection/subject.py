@@ -9,7 +9,6 @@ from torch import Tensor
 
 from densenet_efficient.models import EfficientDenseNet, create_model
 from densenet_efficient.training.checkpoint import load_classifier
-from densenet_efficient.training.images import read_image
 from densenet_efficient.training.preprocessing import Preprocessing, normalisation
 
 
@@ -23,13 +22,8 @@ class Subject:
 
     def read(self, path: Path) -> Tensor:
         """The model's input [1, C, H, W]. Raises as `read_image` does."""
-        raw = read_image(path, self.preprocessing.channels, self.preprocessing.value_range)
-        image: Tensor = self.preprocessing.transform()(raw)
+        image: Tensor = self.preprocessing.transform()(self.preprocessing.read(path))
         return image[None]
-
-    def shown(self, images: Tensor) -> Tensor:
-        """The input [N, C, H, W] as it looks, with values in [0, 1]."""
-        return self.preprocessing.shown(images)
 
     def class_index(self, name: str) -> int:
         """The class of this name or, where it is no name, of this index. Raises ValueError if there is none."""

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from densenet_efficient.training.check import find_unreadable, keep_readable, printable
-from densenet_efficient.training.images import read_image, what_is_wrong
+from densenet_efficient.training.images import what_is_wrong
 from densenet_efficient.training.interruption import end_with_the_run
 from densenet_efficient.training.loading import EpochSampler, LabelledImages, TrainingLoader
 from densenet_efficient.training.preprocessing import Preprocessing, Transform, normalisation
@@ -112,7 +112,7 @@ class ImageData(LightningDataModule, ABC):
 
     def read_source(self, source: Any) -> Any:
         """The image of one source, uint8 or float in [0, 1], [channels, H, W]."""
-        return read_image(source, self.preprocessing.channels, self.preprocessing.value_range)
+        return self.preprocessing.read(source)
 
     def _read_for_a_batch(self, source: Any) -> Any:
         """The same; of a file that was not checked, or was undamaged then, the error says what to do."""

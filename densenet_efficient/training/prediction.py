@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from densenet_efficient.files import FULL_DISK, atomic_write, prepare_directory
 from densenet_efficient.training.check import listing, printable
 from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier
-from densenet_efficient.training.images import read_image, what_is_wrong
+from densenet_efficient.training.images import what_is_wrong
 from densenet_efficient.training.interruption import end_with_the_run
 from densenet_efficient.training.progress import Progress
 from densenet_efficient.training.samples import OTHER_TYPE, filled, list_files, read_rows, require_a_file
@@ -52,7 +52,7 @@ class ImageFiles(Dataset[tuple[str, Any]]):
     def __getitem__(self, index: int) -> tuple[str, Any]:
         path = self.paths[index]
         try:
-            image = read_image(path, self.preprocessing.channels, self.preprocessing.value_range)
+            image = self.preprocessing.read(path)
         except (OSError, ValueError) as error:
             return path, what_is_wrong(path, error)
         return path, self.transform(image)

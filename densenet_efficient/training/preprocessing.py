@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.tv_tensors import Image as ImageTensor
 
+from densenet_efficient.training.images import read_image
 from densenet_efficient.training.option_checks import check_above_zero
 
 Transform = Callable[[Any], Any]
@@ -19,8 +22,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an image as `read_image` gives it to the model's input. A checkpoint holds it, so that `predict` needs
-    nothing else."""
+    """From an image file to the model's input. A checkpoint holds it, so that `predict` needs nothing else."""
 
     channels: int  # 1 or 3
     image_size: int  # pixels of each side of the input
@@ -48,6 +50,10 @@ class Preprocessing:
         """The inverse of `as_dict`, also after a file format has made lists of the tuples."""
         tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return cls(**{**values, **tuples})
+
+    def read(self, path: str | Path) -> ImageTensor:
+        """The image file `path` for `transform`, as `read_image` gives it; raises as that does."""
+        return read_image(path, self.channels, self.value_range)
 
     def shown(self, inputs: Tensor) -> Tensor:
         """Inputs [N, channels, H, W] as they look, with values in [0, 1]."""
