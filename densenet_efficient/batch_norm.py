@@ -11,7 +11,7 @@ from torch import Tensor
 from .synchronisation import Synchronisation
 
 
-class BatchNorm(NamedTuple):
+class Norm(NamedTuple):
     """What one batch norm brings to an operator, without its module."""
 
     weight: Tensor  # [C], gamma
@@ -52,7 +52,7 @@ class Projection:
         self.slope, self.offset = like.new_zeros(2, channels).unbind()
         self.is_empty = True  # then the batch's statistics may not even have been taken
 
-    def add(self, norm: BatchNorm, affine: Affine, sum_grad: Tensor, sum_grad_x: Tensor, count: int) -> Tensor:
+    def add(self, norm: Norm, affine: Affine, sum_grad: Tensor, sum_grad_x: Tensor, count: int) -> Tensor:
         """Adds one consumer of the first C' channels, and returns the gradient of its weight [C'].
 
         A norm with running statistics has nothing to project.

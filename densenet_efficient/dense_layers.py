@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .batch_norm import Affine, BatchNorm, Projection
+from .batch_norm import Affine, Norm, Projection
 from .dropout import drop
 from .kernels import spatial
 from .layout import as_rows, is_channels_last
@@ -242,7 +242,7 @@ class _LayerBackward:
         return self._scratch(name, last.stop - last.start, self.layer.conv1.shape[0])[: part.stop - part.start]
 
     def _norm_grads(
-        self, norm: BatchNorm, affine: Affine, sums: Sequence[Tensor | None], projection: Projection
+        self, norm: Norm, affine: Affine, sums: Sequence[Tensor | None], projection: Projection
     ) -> list[Tensor | None]:
         """The gradients of the norm's weight and bias."""
         sum_grad, sum_grad_x = sums

@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .batch_norm import BatchNorm
+from .batch_norm import Norm
 from .dense_block import backward_stage, forward_stage
 from .kernels import accumulation_dtype, spatial
 from .layout import as_images, empty_images
 from .registration import register, register_autograd, register_fake
-from .stage import NO_EXIT, DenseLayer, Stage, StageOutput, pooling_window
+from .stage import NO_EXIT, Layer, Stage, StageOutput, pooling_window
 from .stem import Stem, StemOutput, backward_stem, forward_stem
 from .synchronisation import Synchronisation
 
@@ -33,12 +33,10 @@ def _without_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def _norm(
-    weight: Tensor, bias: Tensor, epsilons: list[float], uses_running: list[bool], running: list[Tensor]
-) -> BatchNorm:
+def _norm(weight: Tensor, bias: Tensor, epsilons: list[float], uses_running: list[bool], running: list[Tensor]) -> Norm:
     """Takes the next norm off the front of the three lists."""
     pair = (running.pop(0), running.pop(0)) if uses_running.pop(0) else None
-    return BatchNorm(weight, bias, epsilons.pop(0), pair)
+    return Norm(weight, bias, epsilons.pop(0), pair)
 
 
 def _unflatten(
@@ -63,7 +61,7 @@ def _unflatten(
         norm2 = _norm(own[3], own[4], *lists) if bottleneck else None
         conv1, conv2 = (_of_plane(own[2]), own[5]) if bottleneck else (own[2], None)
         mask = masks[index] if masks else None
-        layers.append(DenseLayer(norm1, conv1, norm2, conv2, dilations[index], mask))
+        layers.append(Layer(norm1, conv1, norm2, conv2, dilations[index], mask))
     exit_norm = _norm(exit_parameters[0], exit_parameters[1], *lists) if exit_parameters else None
     exit_conv = exit_parameters[2] if len(exit_parameters) > 2 else None
     exit_dropout = masks[len(layers)] if len(masks) > len(layers) else None
@@ -328,7 +326,7 @@ def _describe_stem(
     group: str,
 ) -> Stem:
     pair = (running[0], running[1]) if running else None
-    return Stem(conv, stride, padding, BatchNorm(weight, bias, epsilon, pair), _synchronisation(counts, group))
+    return Stem(conv, stride, padding, Norm(weight, bias, epsilon, pair), _synchronisation(counts, group))
 
 
 def _synchronisation(counts: Tensor | None, group: str) -> Synchronisation | None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .batch_norm import BatchNorm
+from .batch_norm import Norm
 from .kernels import spatial
 from .layout import MEMORY_FORMATS, is_channels_last
 from .synchronisation import Synchronisation
@@ -19,21 +19,21 @@ from .synchronisation import Synchronisation
 TRANSITION, TRANSITION_DOWN, HEAD, NO_EXIT = "transition", "transition down", "head", "none"
 
 
-class DenseLayer(NamedTuple):
-    """One layer: BN-ReLU-conv1x1-BN-ReLU-conv3x3, or BN-ReLU-conv3x3 where the bottleneck's two are None.
+class Layer(NamedTuple):
+    """One layer's tensors: BN-ReLU-conv1x1-BN-ReLU-conv3x3, or BN-ReLU-conv3x3 where the bottleneck's two are None.
 
     The last convolution may have any odd kernel sizes, in one to three dimensions, and a dilation.
     """
 
-    norm1: BatchNorm  # of C_l channels
+    norm1: Norm  # of C_l channels
     conv1: Tensor  # [K, C_l, 1, 1], or [k, C_l, 3, 3] without a bottleneck
-    norm2: BatchNorm | None  # of K channels
+    norm2: Norm | None  # of K channels
     conv2: Tensor | None  # [k, K, 3, 3]
     dilation: int  # of the last convolution
     dropout: Tensor | None  # [M, k], True where an output is kept
 
     @property
-    def norms(self) -> list[BatchNorm]:
+    def norms(self) -> list[Norm]:
         return [self.norm1] if self.norm2 is None else [self.norm1, self.norm2]
 
     @property
@@ -50,9 +50,9 @@ class DenseLayer(NamedTuple):
 class Stage:
     """A dense block and its exit. The exit's norm and 1x1 convolution are None where it has none."""
 
-    layers: list[DenseLayer]
+    layers: list[Layer]
     exit: str
-    exit_norm: BatchNorm | None
+    exit_norm: Norm | None
     exit_conv: Tensor | None
     exit_dropout: Tensor | None  # [M, C'] of a transition down, True where its convolution's output is kept
     drop_rate: float
@@ -65,7 +65,7 @@ class Stage:
         return 0 if first.conv2 is None else first.conv1.shape[0]
 
     @property
-    def norms(self) -> list[BatchNorm]:
+    def norms(self) -> list[Norm]:
         """The layers', in order."""
         return [norm for layer in self.layers for norm in layer.norms]
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels, products
-from .batch_norm import BatchNorm, Projection
+from .batch_norm import Norm, Projection
 from .kernels import spatial
 from .layout import as_images, as_rows, channels_last
 from .synchronisation import Synchronisation
@@ -31,7 +31,7 @@ class Stem(NamedTuple):
     conv: Tensor  # [C, in_channels, kh, kw], or of one or three dimensions, as all here
     stride: list[int]
     padding: list[int]
-    norm: BatchNorm
+    norm: Norm
     synchronisation: Synchronisation | None = None
 
     @property

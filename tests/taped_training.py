@@ -19,7 +19,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import densenet_efficient._C
 from densenet_efficient import EfficientDenseNet, dense_block, dense_layers, kernels, launch_recording, taped_layers
-from densenet_efficient.stage import NO_EXIT, DenseLayer, Stage
+from densenet_efficient.stage import NO_EXIT, Layer, Stage
 
 triton_interpreter.mend()
 
@@ -218,7 +218,7 @@ def test_running_statistics(monkeypatch):
 
 def test_weights_are_cast_once_and_for_all():
     convolutions = {"conv1": torch.randn(8, 4, 1, 1), "conv2": torch.randn(4, 8, 3, 3)}
-    layer = DenseLayer(norm1=None, norm2=None, dilation=1, dropout=None, **convolutions)
+    layer = Layer(norm1=None, norm2=None, dilation=1, dropout=None, **convolutions)
     stage = Stage([layer], NO_EXIT, None, None, None, drop_rate=0)
     cast = stage.in_dtype(torch.bfloat16)
     for weight, own in zip(cast.layers[0].convolutions, convolutions.values(), strict=True):

@@ -36,7 +36,7 @@ from densenet_efficient.training.checkpoint import (
 from densenet_efficient.training.continuation import check_options
 from densenet_efficient.training.data import Task
 from densenet_efficient.training.option_checks import check_above_zero, check_at_least_zero
-from densenet_efficient.training.parameter_groups import HEAD, parameter_groups
+from densenet_efficient.training.parameter_groups import HEAD_GROUP, parameter_groups
 from densenet_efficient.training.schedules import Schedule, rate_factor
 from densenet_efficient.training.sharding import shard
 from densenet_efficient.weights import load_weights
@@ -188,7 +188,7 @@ class Classifier(LightningModule):
         By itself the head is trained without weight decay: AdamW is then Adam.
         """
         for group in self.trainer.optimizers[0].param_groups:
-            if group["name"] == HEAD:
+            if group["name"] == HEAD_GROUP:
                 group["weight_decay"] = 0.0 if self.trains_head_alone else self.weight_decay
         self.model.train()
         if self.trains_head_alone:
@@ -261,7 +261,7 @@ class Classifier(LightningModule):
             kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
             optimizer = kind(groups, self.learning_rate, weight_decay=self.weight_decay)
         total, head = self._total_steps(), self._head_steps()
-        factors = [self._factor(group["name"].startswith(HEAD), head, total) for group in optimizer.param_groups]
+        factors = [self._factor(group["name"].startswith(HEAD_GROUP), head, total) for group in optimizer.param_groups]
         schedule = {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from densenet_efficient.training.checkpoint import BEST, LAST
-from densenet_efficient.training.parameter_groups import HEAD, optimizer_of
+from densenet_efficient.training.parameter_groups import HEAD_GROUP, optimizer_of
 
 STAGE = re.compile(r"stage \d+")  # the name of a group of weights
 
@@ -112,7 +112,7 @@ def options_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The options that such groups were made of, as far as they show; the rates are those of the schedule's peak."""
     options: dict[str, Any] = {"optimizer": optimizer_of(groups[0])}
     stages = [group for group in groups if STAGE.fullmatch(group.get("name", ""))]
-    heads = [group for group in groups if group.get("name") == HEAD and "initial_lr" in group]
+    heads = [group for group in groups if group.get("name") == HEAD_GROUP and "initial_lr" in group]
     if not stages or not heads:
         return options
     head = heads[0]

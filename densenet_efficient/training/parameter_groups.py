@@ -10,7 +10,7 @@ from torch import nn
 from densenet_efficient.models import EfficientDenseNet
 from densenet_efficient.modules import DenseBlock
 
-HEAD = "head"
+HEAD_GROUP = "head"
 
 
 def optimizer_of(group: Mapping[str, Any]) -> str:
@@ -23,7 +23,7 @@ def optimizer_of(group: Mapping[str, Any]) -> str:
 def parameter_groups(
     model: EfficientDenseNet, learning_rate: float, layer_decay: float, decay_norms: bool
 ) -> list[dict[str, Any]]:
-    """Groups whose names begin with `HEAD` or "stage N".
+    """Groups whose names begin with `HEAD_GROUP` or "stage N".
 
     The learning rate of a stage is `layer_decay` times that of the next one.
 
@@ -39,7 +39,7 @@ def parameter_groups(
         members = [parameter for parameter, number in stage_of.items() if number == stage]
         rate = learning_rate * layer_decay ** (len(blocks) + 1 - stage)
         groups += _with_and_without_decay(f"stage {stage}", members, rate, decay_norms)
-    return groups + _with_and_without_decay(HEAD, list(model.classifier.parameters()), learning_rate, decay_norms)
+    return groups + _with_and_without_decay(HEAD_GROUP, list(model.classifier.parameters()), learning_rate, decay_norms)
 
 
 def _with_and_without_decay(
