@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import fusion
 from .dimensions import AXES, BatchNorm, Convolution, dims_of
+from .stage import HEAD
 
 
 def check_images(conv: Convolution, x: Tensor) -> None:
@@ -42,9 +43,10 @@ def check_input(norm: BatchNorm, dims: int, x: Tensor) -> None:
         raise RuntimeError(f"expected input with {norm.num_features} channels, got input size {tuple(x.shape)}")
 
 
-def check_poolable(norm: BatchNorm | None, x: Tensor) -> None:
-    """What the 2x2 pooling of a transition would raise; nothing without its ``norm``."""
-    if norm is not None and min(x.shape[2:]) < 2:
+def check_poolable(stage_exit: fusion.StageExit, x: Tensor) -> None:
+    """What the 2x2 pooling of a transition would raise; other exits have none."""
+    norm = stage_exit.norm
+    if norm is not None and stage_exit.kind != HEAD and min(x.shape[2:]) < 2:
         size, pooled = (
             "x".join(map(str, (norm.num_features, *lengths)))
             for lengths in (x.shape[2:], [length // 2 for length in x.shape[2:]])

@@ -34,7 +34,7 @@ from .kernels import spatial
 from .offload import offloaded
 from .readings import read_once
 from .running_statistics import Update, is_due, moments, update_running_statistics, updates_of
-from .stage import TRANSITION, TRANSITION_DOWN
+from .stage import TRANSITION_DOWN
 from .stage_arguments import (
     convolution_weights,
     draw_masks,
@@ -114,17 +114,13 @@ def run_stage(
     elif torch.is_grad_enabled():
         inference.forget_stage(block)
     check_input(layers[0].norm1, layers[0].spatial_dims, x)
-    if stage_exit.kind in (TRANSITION, TRANSITION_DOWN):
-        check_poolable(stage_exit.norm, x)
+    check_poolable(stage_exit, x)
     norms, exit_parameters = norms_of(layers, stage_exit), parameters_of_exit(stage_exit)
     parameters = [parameter for layer in layers for parameter in parameters_of(layer)]
-    running = [statistic for norm in norms if not fusion.uses_batch_statistics(norm) for statistic in running_of(norm)]
+    uses_running = [not fusion.uses_batch_statistics(norm) for norm in norms]
+    running = [one for norm, uses in zip(norms, uses_running, strict=True) if uses for one in running_of(norm)]
     check_devices(x, (*parameters, *exit_parameters, *running))
-    group = group_of_all(norms)
-    count = pixels(x)
-    counts = exchange_counts(count, group, x)
-    if counts is None:
-        check_count(norms, count, x)
+    group, counts, total = _count_values(norms, pixels(x), x)
     x = as_compute_dtype(x, convolution_weights(layers, exit_parameters))
     drop_rate, masks = draw_masks(layers, stage_exit.conv if stage_exit.kind == TRANSITION_DOWN else None, x)
     with offloaded(block.offload, x, [*parameters, *exit_parameters]):
@@ -135,7 +131,7 @@ def run_stage(
             running,
             masks,
             [norm.eps for norm in norms],
-            [not fusion.uses_batch_statistics(norm) for norm in norms],
+            uses_running,
             layers[0].bottleneck,
             [layer.dilation for layer in layers],
             stage_exit.kind,
@@ -144,13 +140,25 @@ def run_stage(
             counts,
             group,
         )
-    total = count if counts is None else counts.sum()
     updates = stage_updates(layers, stage_exit.norm, statistics, bottleneck_statistics, total)
     if later is None:
         update_running_statistics(updates)
     else:
         later += updates
     return out, features
+
+
+def _count_values(norms: list[BatchNorm], count: int, x: Tensor) -> tuple[str, Tensor | None, int | Tensor]:
+    """The group in which ``norms`` take their statistics, the values per channel of each of its processes, and of all.
+
+    Those of this process are ``count``, made from ``x``; by itself it has no group.
+    """
+    group = group_of_all(norms)
+    counts = exchange_counts(count, group, x)
+    if counts is None:
+        check_count(norms, count, x)
+        return group, None, count
+    return group, counts, counts.sum()
 
 
 def _reached_layers(layers: int, parameters: list[Tensor], x: Tensor) -> int:
@@ -181,8 +189,7 @@ def _prepare_stage(
 def run_prepared(prepared: inference.PreparedStage, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor]:
     """The outputs of `run_stage` for a stage that an inference has prepared."""
     check_input(prepared.norms[0], dims_of(prepared.convolutions[0]), x)
-    if prepared.exit.kind in (TRANSITION, TRANSITION_DOWN):
-        check_poolable(prepared.exit.norm, x)
+    check_poolable(prepared.exit, x)
     check_devices(x, prepared.weights)
     return prepared.run(as_compute_dtype(x, prepared.weights), keep_features)
 
@@ -193,11 +200,7 @@ def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool, lat
     running = [] if fusion.uses_batch_statistics(norm) else running_of(norm)
     check_devices(x, (conv.weight, norm.weight, norm.bias, *running))
     x = as_compute_dtype(x, [conv.weight])
-    group = group_of_all([norm])
-    count = x.shape[0] * convolved_pixels(conv, x)
-    counts = exchange_counts(count, group, x)
-    if counts is None:
-        check_count([norm], count, x)
+    group, counts, total = _count_values([norm], x.shape[0] * convolved_pixels(conv, x), x)
     # An operator's first call imports the compiler, which takes as long as torch itself; nothing sees an inference's.
     run: Callable[..., Any] = operators.compute_stem if inference.applies(x) else operators.stem
     has_backward = torch.is_grad_enabled() and any(
@@ -208,7 +211,6 @@ def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool, lat
         save_conv and has_backward, counts, group,
     )  # fmt: skip
     if is_due(norm):
-        total = count if counts is None else counts.sum()
         later += updates_of([norm], [moments(statistics, total)], total)
     return out
 
