@@ -36,7 +36,6 @@ from .readings import read_once
 from .running_statistics import Update, is_due, moments, update_running_statistics, updates_of
 from .stage import TRANSITION_DOWN
 from .stage_arguments import (
-    convolution_weights,
     draw_masks,
     norms_of,
     parameters_of,
@@ -121,7 +120,7 @@ def run_stage(
     running = [one for norm, uses in zip(norms, uses_running, strict=True) if uses for one in running_of(norm)]
     check_devices(x, (*parameters, *exit_parameters, *running))
     group, counts, total = _count_values(norms, pixels(x), x)
-    x = as_compute_dtype(x, convolution_weights(layers, exit_parameters))
+    x = as_compute_dtype(x, [*parameters[2::3], *exit_parameters[2:]])  # the convolutions' weights
     drop_rate, masks = draw_masks(layers, stage_exit.conv if stage_exit.kind == TRANSITION_DOWN else None, x)
     with offloaded(block.offload, x, [*parameters, *exit_parameters]):
         out, features, statistics, bottleneck_statistics, _ = operators.dense_stage(

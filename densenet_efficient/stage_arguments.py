@@ -39,11 +39,6 @@ def running_of(norm: BatchNorm) -> list[Tensor]:
     return [norm.running_mean, norm.running_var]
 
 
-def convolution_weights(layers: list[LayerParts], exit_parameters: list[Tensor]) -> list[Tensor]:
-    """Those that decide the dtype of a stage."""
-    return [*(tensor_of(conv, "weight") for layer in layers for conv in layer.convolutions), *exit_parameters[2:]]
-
-
 def draw_masks(layers: list[LayerParts], exit_conv: Convolution | None, x: Tensor) -> tuple[float, list[Tensor]]:
     """The dropout's masks, [M, k] per layer and [M, C'] of a transition down with ``exit_conv``."""
     rate, training, drops_channels = layers[0].dropout
