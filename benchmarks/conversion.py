@@ -15,6 +15,7 @@ from torch import nn
 
 from densenet_efficient import convert
 from densenet_efficient.measure import build_model, peak_memory_per_image
+from densenet_efficient.summary import format_shape
 
 from . import markdown
 from . import results as results_file
@@ -87,7 +88,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     cells = [
         [
             row["source"],
-            "x".join(map(str, row["image"][1:])),
+            format_shape(row["image"][1:]),
             f"{row['original']:.1f}",
             f"{row['converted']:.1f}",
             f"{row['original'] / row['converted']:.1f}x",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from densenet_efficient.measure import DTYPES, peak_memory_per_image
+from densenet_efficient.summary import format_shape
 
 from . import markdown
 from . import results as results_file
@@ -65,7 +66,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The rows of a results file in Markdown."""
     cells = []
     for row in rows:
-        words = [row["model"], "x".join(map(str, row["size"])), row["dtype"]]
+        words = [row["model"], format_shape(row["size"]), row["dtype"]]
         cells.append([*words, f"{row['naive']:.0f}", f"{row['ours']:.0f}", f"{row['naive'] / row['ours']:.1f}x"])
     return markdown.table(COLUMNS, cells, words=3)
 

@@ -27,6 +27,7 @@ from .argument_checks import CHECKPOINTING_LEVELS
 from .measure import make_step, peak_memory_per_image, step_times
 from .models import EfficientDenseNet, create_model
 from .reference import NaiveDenseNet
+from .summary import format_shape
 from .summary_table import TABLE_WIDTH
 
 SMALL: dict[str, Any] = {"growth_rate": 8, "block_config": (3, 2), "num_init_features": 12, "num_classes": 10}
@@ -276,7 +277,7 @@ def measure_performance() -> Performance:
             factory = f"{model.__module__}:{model.__qualname__}"
             mib = peak_memory_per_image(factory, arguments, TIMED_SHAPE, MEMORY_BATCHES, device=device)
             memory[name] = round(mib, 2)
-    images = "x".join(map(str, TIMED_SHAPE[1:]))
+    images = format_shape(TIMED_SHAPE[1:])
     return Performance(f"{TIMED}, float32, {images}, batch {TIMED_BATCH}, {device}", times, memory)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..argument_checks import CHECKPOINTING_LEVELS, check_positive, levels_of
-from ..summary import minimum_size, summarize, total_costs
+from ..summary import format_shape, minimum_size, summarize, total_costs
 from .free_bottlenecks import training_step, usual_shape
 from .shapes import NetworkShape, blocks_of, shape_of
 from .sizes import format_bytes, parse_bytes
@@ -55,10 +55,9 @@ class MemoryPlan:
             remedies.append(f"a batch of at most {self.largest_batch}")
         if self.largest_size:
             remedies.append(f"images of at most {self.largest_size}x{self.largest_size}")
-        shape = "x".join(map(str, self.input_shape))
         raise ValueError(
-            f"a training step of {self.model} on {shape} needs {format_bytes(self.training.peak)} "
-            f"at least, the budget is {format_bytes(self.budget or 0)}; remedy: "
+            f"a training step of {self.model} on {format_shape(self.input_shape)} needs "
+            f"{format_bytes(self.training.peak)} at least, the budget is {format_bytes(self.budget or 0)}; remedy: "
             + ", or ".join([*remedies, "a larger budget"])
         )
 

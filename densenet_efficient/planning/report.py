@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -59,10 +61,4 @@ def conclusions(plan: MemoryPlan) -> list[str]:
 
 
 def _cells(memory: Memory) -> list[str]:
-    return [
-        format_bytes(memory.weights),
-        format_bytes(memory.gradients),
-        format_bytes(memory.optimizer_state),
-        format_bytes(memory.saved_activations),
-        format_bytes(memory.workspace),
-    ]
+    return list(map(format_bytes, astuple(memory)))
