@@ -94,26 +94,7 @@ class EfficientDenseNet(PretrainedNetwork):
         levels = levels_of(level, len(block_config))
         self.features = Features()
         _add_stem(self.features, in_channels, num_init_features, small_inputs, spatial_dims)
-        channels = num_init_features
-        for index, num_layers in enumerate(block_config, start=1):
-            block = DenseBlock(
-                num_layers,
-                channels,
-                bn_size,
-                growth_rate,
-                drop_rate,
-                bottleneck,
-                levels[index - 1],
-                spatial_dims=spatial_dims,
-            )
-            self.features.add_module(f"denseblock{index}", block)
-            channels += num_layers * growth_rate
-            if index < len(block_config):
-                compressed = int(channels * compression)
-                if compressed < 1:
-                    raise ValueError(f"compression {compression} leaves none of {channels} channels; give a larger one")
-                self.features.add_module(f"transition{index}", Transition(channels, compressed, spatial_dims))
-                channels = compressed
+        channels = _add_blocks(self.features, self.config, levels)
         self.features.add_module("norm5", BATCH_NORMS[spatial_dims](channels))
         self.classifier = nn.Linear(channels, num_classes)
         self._initialise()
@@ -220,6 +201,23 @@ def _add_stem(features: nn.Sequential, in_channels: int, channels: int, small_in
     features.add_module("norm0", BATCH_NORMS[spatial_dims](channels))
     features.add_module("relu0", nn.ReLU(inplace=True))
     features.add_module("pool0", MAX_POOLS[spatial_dims](kernel_size=3, stride=2, padding=1))
+
+
+def _add_blocks(features: nn.Sequential, config: dict[str, Any], levels: list[str]) -> int:
+    """The dense blocks, each at its level, with a transition between two; the channels that the last one gives."""
+    channels, compression, dims = config["num_init_features"], config["compression"], config["spatial_dims"]
+    shared = {name: config[name] for name in ("bn_size", "growth_rate", "drop_rate", "bottleneck", "spatial_dims")}
+    for index, (num_layers, level) in enumerate(zip(config["block_config"], levels, strict=True), start=1):
+        block = DenseBlock(num_layers, channels, checkpointing=level, **shared)
+        features.add_module(f"denseblock{index}", block)
+        channels = block.num_output_features
+        if index < len(levels):
+            compressed = int(channels * compression)
+            if compressed < 1:
+                raise ValueError(f"compression {compression} leaves none of {channels} channels; give a larger one")
+            features.add_module(f"transition{index}", Transition(channels, compressed, dims))
+            channels = compressed
+    return channels
 
 
 def _check_config(config: dict[str, Any]) -> None:
