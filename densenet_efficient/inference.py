@@ -18,10 +18,13 @@ from torch.autograd import forward_ad
 
 from . import fusion, kernels
 from .dimensions import BatchNorm, Convolution
-from .fusion import StageExit
+from .fusion import LayerParts, StageExit
+from .input_checks import check_devices
 from .kept import beside
+from .kernels import spatial
 from .layout import as_rows, channels_last
 from .stage import HEAD, NO_EXIT, TRANSITION_DOWN, pooling_window
+from .stage_arguments import norms_of
 
 if TYPE_CHECKING:
     from ._C import ModuleSnapshot
@@ -36,47 +39,30 @@ class Prepared(NamedTuple):
     exit_weight: Tensor | None  # packed
 
 
-class StageModules(NamedTuple):
-    """The modules of a stage: a dense block and what consumes it, in two dimensions and without dilation."""
-
-    block: nn.Module
-    norms: list[BatchNorm]  # of the layers, in order
-    convolutions: list[Convolution]  # likewise
-    exit: StageExit
-
-    @property
-    def every_norm(self) -> list[BatchNorm]:
-        return self.norms if self.exit.norm is None else [*self.norms, self.exit.norm]
-
-    @property
-    def every_tensor(self) -> list[Tensor]:
-        """The parameters and buffers that an inference reads."""
-        last = [] if self.exit.conv is None else [self.exit.conv]
-        modules: list[nn.Module] = [*self.every_norm, *self.convolutions, *last]
-        return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-
-
 class PreparedStage:
-    """A stage whose norms all use their running statistics, and what was prepared for it."""
+    """A dense block and what consumes it, whose norms all use their running statistics, and what was prepared for it.
 
-    def __init__(self, stage: StageModules) -> None:
+    In two dimensions and without dilation.
+    """
+
+    def __init__(self, block: nn.Module, layers: list[LayerParts], stage_exit: StageExit) -> None:
         from ._C import ModuleSnapshot  # there, because the native backend is
 
-        self.norms, self.convolutions, self.exit = stage.norms, stage.convolutions, stage.exit
-        self.snapshot = ModuleSnapshot([stage.block, stage.exit.consumer], with_values=True)
-        last = [] if self.exit.conv is None else [self.exit.conv]
+        self.norms = [norm for layer in layers for norm in layer.norms]
+        self.convolutions = [conv for layer in layers for conv in layer.convolutions]
+        self.exit = stage_exit
+        self.snapshot = ModuleSnapshot([block, stage_exit.consumer], with_values=True)
+        last = [] if stage_exit.conv is None else [stage_exit.conv]
         by_dtype: dict[torch.dtype, Tensor] = {}
         for conv in [*self.convolutions, *last]:
             by_dtype.setdefault(conv.weight.dtype, conv.weight)
         self.weights = [*by_dtype.values()]  # the first of each dtype: as much as all of them say of the input's
-        has_bottleneck = self.convolutions[0].kernel_size == (1, 1)
-        self.bottleneck_channels = self.convolutions[0].out_channels if has_bottleneck else 0
-        layers = len(self.convolutions) // (2 if has_bottleneck else 1)
-        self.growth_rate = self.convolutions[-1].out_channels
-        self.total = self.norms[0].num_features + layers * self.growth_rate
-        self.out_channels = 0 if self.exit.norm is None else self.total
-        if self.exit.conv is not None:
-            self.out_channels = self.exit.conv.out_channels
+        first = layers[0]
+        self.bottleneck_channels, self.growth_rate = first.channels if first.bottleneck else (0, *first.channels)
+        self.total = first.norm1.num_features + len(layers) * self.growth_rate
+        self.out_channels = 0 if stage_exit.norm is None else self.total
+        if stage_exit.conv is not None:
+            self.out_channels = stage_exit.conv.out_channels
         self.prepared: dict[torch.dtype, Prepared] = {}
 
     def run(self, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor]:
@@ -150,14 +136,24 @@ def forget_stage(block: nn.Module) -> None:
         beside(block).stage = None
 
 
-def prepare_stage(stage: StageModules) -> PreparedStage | None:
-    """``stage`` prepared, and kept for the next calls; None where its statistics or weights may not be kept."""
-    if any(map(fusion.uses_batch_statistics, stage.every_norm)):
+def prepare_stage(block: nn.Module, layers: list[LayerParts], stage_exit: StageExit, x: Tensor) -> PreparedStage | None:
+    """A stage prepared for ``x``, and kept for the next calls.
+
+    None where no kernel serves its layers, or where its statistics or weights may not be kept.
+    """
+    if not all(spatial.has_kernel(layer.convolutions[-1].weight, layer.dilation) for layer in layers):
         return None
-    if any(tensor.is_inference() for tensor in stage.every_tensor):
+    norms = norms_of(layers, stage_exit)
+    if (layers[0].training and layers[0].drop_rate > 0) or any(map(fusion.uses_batch_statistics, norms)):
+        return None
+    last = [] if stage_exit.conv is None else [stage_exit.conv]
+    modules: list[nn.Module] = [*norms, *(conv for layer in layers for conv in layer.convolutions), *last]
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    check_devices(x, tensors)
+    if any(tensor.is_inference() for tensor in tensors):
         return None  # made under torch.inference_mode: nothing tells when they change
-    kept = beside(stage.block)  # before the snapshot is taken
-    prepared = kept.stage = PreparedStage(stage)
+    kept = beside(block)  # before the snapshot is taken
+    prepared = kept.stage = PreparedStage(block, layers, stage_exit)
     return prepared
 
 

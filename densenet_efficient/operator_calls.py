@@ -30,7 +30,6 @@ from .input_checks import (
     convolved_pixels,
     pixels,
 )
-from .kernels import spatial
 from .offload import offloaded
 from .readings import read_once
 from .running_statistics import Update, is_due, moments, update_running_statistics, updates_of
@@ -107,7 +106,8 @@ def run_stage(
     the backward goes on through all stages before this one, and then the step is at an end.
     """
     if inference.applies(x):
-        prepared = inference.kept_stage(block, stage_exit.consumer) or _prepare_stage(block, layers, stage_exit, x)
+        kept = inference.kept_stage(block, stage_exit.consumer)
+        prepared = kept or inference.prepare_stage(block, layers, stage_exit, x)
         if prepared is not None:
             return run_prepared(prepared, x, keep_features)
     elif torch.is_grad_enabled():
@@ -168,21 +168,6 @@ def _reached_layers(layers: int, parameters: list[Tensor], x: Tensor) -> int:
         return layers
     frozen = next((index for index, parameter in enumerate(parameters) if parameter.requires_grad), len(parameters))
     return layers - frozen * layers // len(parameters)
-
-
-def _prepare_stage(
-    block: StageBlock, layers: list[LayerParts], stage_exit: StageExit, x: Tensor
-) -> inference.PreparedStage | None:
-    """What an inference prepares; None where it may not, or where no kernel serves the layers."""
-    if not all(spatial.has_kernel(layer.convolutions[-1].weight, layer.dilation) for layer in layers):
-        return None
-    if layers[0].training and layers[0].drop_rate > 0:
-        return None
-    convolutions = [conv for layer in layers for conv in layer.convolutions]
-    norms = [norm for layer in layers for norm in layer.norms]
-    stage = inference.StageModules(block, norms, convolutions, stage_exit)
-    check_devices(x, stage.every_tensor)
-    return inference.prepare_stage(stage)
 
 
 def run_prepared(prepared: inference.PreparedStage, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor]:

@@ -67,5 +67,5 @@ def test_threads_that_share_a_block_but_not_what_follows_it(monkeypatch):
     own, other = stages
     monkeypatch.setattr(inference, "beside", lambda _: Contested(own, other))
     assert inference.kept_stage(block, consumers[0]) is own
-    made = inference.prepare_stage(inference.StageModules(block, own.norms, own.convolutions, own.exit))
+    made = inference.prepare_stage(block, block.read(), own.exit, images)
     assert made is not None and made.exit.consumer is consumers[0]
