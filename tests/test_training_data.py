@@ -15,8 +15,8 @@ from training_cases import LUMINANCE, make_cifar, make_images, make_patients, wr
 
 from densenet_efficient.training.data import CSVData, FolderData, ImageData
 from densenet_efficient.training.datasets import CIFARData, DigitsData, MedMNISTData, SVHNData
+from densenet_efficient.training.folders import list_files
 from densenet_efficient.training.loading import EpochSampler
-from densenet_efficient.training.samples import list_files
 
 SMALL: dict[str, Any] = {"image_size": 8, "batch_size": 4, "num_workers": 0}
 

@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from densenet_efficient.files import FULL_DISK, atomic_write, prepare_directory
 from densenet_efficient.training.check import listing, printable
 from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier
+from densenet_efficient.training.folders import OTHER_TYPE, list_files
 from densenet_efficient.training.images import what_is_wrong
 from densenet_efficient.training.interruption import end_with_the_run
 from densenet_efficient.training.progress import Progress
-from densenet_efficient.training.samples import OTHER_TYPE, filled, list_files, read_rows, require_a_file
+from densenet_efficient.training.tables import filled, read_rows, require_a_file
 
 ORIGIN_OF_PATHS = ("root", "working_directory")  # of which the latter is empty where the former does not need it
 FIRST_COLUMNS = ("path", "prediction")
