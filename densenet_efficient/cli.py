@@ -1,6 +1,6 @@
 """The command line: densenet-efficient fit, test, predict, summary, visualize and others.
 
-What is heavy to import is imported by the command that needs it, so that --help answers at once.
+What is heavier than the package itself is imported by the command that needs it, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
+
+from densenet_efficient.argument_checks import CHECKPOINTING_LEVELS
+from densenet_efficient.planning import plan
+from densenet_efficient.planning.planner import DTYPES
+from densenet_efficient.planning.timeline import OPTIMIZERS
+from densenet_efficient.summary import parse_input_shape
 
 FAILED, INTERRUPTED = 2, 130
 # Of the commands of `densenet_efficient.training`, whose options its parsers know.
@@ -88,10 +94,6 @@ def add_summary(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
-    from densenet_efficient.argument_checks import CHECKPOINTING_LEVELS
-    from densenet_efficient.planning.planner import DTYPES
-    from densenet_efficient.planning.timeline import OPTIMIZERS
-
     parser = commands.add_parser(
         "plan",
         help="predict the memory of a training step, and what fits a budget",
@@ -164,7 +166,6 @@ def run_summary(options: argparse.Namespace) -> None:
 
 
 def run_plan(options: argparse.Namespace) -> None:
-    from densenet_efficient.planning import plan
     from densenet_efficient.planning.report import print_plan
 
     levels = options.checkpointing
@@ -203,8 +204,6 @@ def positive_int(text: str) -> int:
 
 
 def input_shape(text: str) -> tuple[int, ...]:
-    from densenet_efficient.summary import parse_input_shape
-
     try:
         return parse_input_shape(text)
     except ValueError as error:

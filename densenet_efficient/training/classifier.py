@@ -40,6 +40,7 @@ from densenet_efficient.training.parameter_groups import HEAD_GROUP, parameter_g
 from densenet_efficient.training.schedules import Schedule, rate_factor
 from densenet_efficient.training.sharding import shard
 from densenet_efficient.weights import load_weights
+from densenet_efficient.weights.from_torchvision import download, find_weights, names_torchvision_weights
 
 Batch = tuple[Tensor, Tensor]  # images [N, C, H, W]; labels int64 [N], or float [N, classes]
 
@@ -139,8 +140,6 @@ class Classifier(LightningModule):
         if Path(weights).exists():
             notes = load_weights(self.model, weights)
         else:
-            from densenet_efficient.weights.from_torchvision import download, find_weights, names_torchvision_weights
-
             if not names_torchvision_weights(weights):
                 raise FileNotFoundError(
                     f"--model.weights {weights}: no such file; expected one, or a name such as IMAGENET1K_V1"
