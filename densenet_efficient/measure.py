@@ -103,6 +103,7 @@ def step_times(
 
     `warmup` rounds come first and are not timed. CUDA work is waited for. Before a step is timed it runs untimed for
     `settle` seconds, in which what the step before it left behind goes: its data in the caches, its spinning threads.
+    Raises ValueError for `rounds` below 1 and a negative `warmup`.
     """
     if rounds < 1 or warmup < 0:
         raise ValueError(f"expected rounds >= 1 and warmup >= 0, got rounds={rounds}, warmup={warmup}")
@@ -132,7 +133,8 @@ def peak_memory_per_image(
     """MiB that each further image of a batch adds to the peak memory of `task`.
 
     `factory` is "module:function"; `function(**arguments)` gives the model, and `arguments` must be JSON.
-    Each of the two batches runs in a fresh process (see `peak_memory`).
+    Each of the two batches, the smaller one first, runs in a fresh process, and raises as `peak_memory` does; other
+    batches are a ValueError.
     """
     smaller, larger = batches
     if not 0 < smaller < larger:
@@ -165,7 +167,7 @@ def first_step_seconds(
     batch: int,
     **options: Any,
 ) -> float:
-    """Seconds a fresh process takes to start, import, build the model and run one step of it."""
+    """Seconds a fresh process takes to start, import, build the model and run one step; raises as `peak_memory`."""
     return _run_in_fresh_process("first", factory, arguments, input_shape, batch, options)[1]
 
 

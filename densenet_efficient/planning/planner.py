@@ -84,8 +84,8 @@ def plan(
             the one with the fewest multiply-adds to recompute, then the lowest peak. Where none fits, they are all
             "bottleneck", which needs the least, and `MemoryPlan.fits` is false.
         optimizer: "sgd", "sgd-momentum", "rmsprop", "adam" or "adamw".
-        checkpointing: the levels to predict, one or one per block; with a budget they are not chosen then. The
-            default without a budget are the model's own.
+        checkpointing: the levels to predict, one or one per block; with a budget they are not chosen then. Without
+            either they are the model's own.
         offload: whether the storages of a GPU's blocks may wait for their backward in the host's memory. They do where
             the levels that fit recompute less for it. A model given by its name is then taken to be on a GPU.
 
