@@ -13,7 +13,8 @@ from training_cases import assert_same_bits, fails, fit, fit_arguments, make_ima
 from densenet_efficient.cli import main
 from densenet_efficient.training.checkpoint import read_checkpoint
 from densenet_efficient.training.classifier import Classifier
-from densenet_efficient.training.continuation import is_own_checkpoint, options_of
+from densenet_efficient.training.continuation import is_own_checkpoint
+from densenet_efficient.training.parameter_groups import options_of
 
 LAST = ("--ckpt_path", "last")
 ONE_EPOCH = ("--trainer.max_epochs", "1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from densenet_efficient.training.checkpoint import BEST, LAST
-from densenet_efficient.training.parameter_groups import HEAD_GROUP, optimizer_of
-
-STAGE = re.compile(r"stage \d+")  # the name of a group of weights
+from densenet_efficient.training.parameter_groups import options_of
 
 
 def is_own_checkpoint(given: Any, output: str | Path) -> bool:
@@ -106,23 +103,6 @@ def check_options(path: str | Path, groups: Sequence[Mapping[str, Any]], given: 
                 f"{_as_given(ours)}; give {_as_given(theirs)}, or start another --output from its weights alone with "
                 f"--model.weights {path}"
             )
-
-
-def options_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The options that such groups were made of, as far as they show; the rates are those of the schedule's peak."""
-    options: dict[str, Any] = {"optimizer": optimizer_of(groups[0])}
-    stages = [group for group in groups if STAGE.fullmatch(group.get("name", ""))]
-    heads = [group for group in groups if group.get("name") == HEAD_GROUP and "initial_lr" in group]
-    if not stages or not heads:
-        return options
-    head = heads[0]
-    options["learning_rate"] = head["initial_lr"]
-    options["weight_decay"] = stages[0]["weight_decay"]  # that of the head is another while it is trained alone
-    options["layer_decay"] = stages[-1]["initial_lr"] / head["initial_lr"]
-    options["decay_norms"] = len(groups) == len(stages) + len(heads)
-    if "momentum" in head:
-        options["momentum"] = head["momentum"]
-    return options
 
 
 def _as_given(value: Any) -> str:

@@ -1,8 +1,9 @@
-"""The parameters of a DenseNet as an optimizer's groups: head and stages, with and without weight decay."""
+"""The parameters of a DenseNet as an optimizer's groups: head and stages, with and without weight decay; and back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,13 +12,7 @@ from densenet_efficient.models import EfficientDenseNet
 from densenet_efficient.modules import DenseBlock
 
 HEAD_GROUP = "head"
-
-
-def optimizer_of(group: Mapping[str, Any]) -> str:
-    """Which --model.optimizer such a group is of."""
-    if "momentum" in group:
-        return "sgd"
-    return "adamw" if group["decoupled_weight_decay"] else "adam"
+STAGE = re.compile(r"stage \d+")  # the name of a group of weights
 
 
 def parameter_groups(
@@ -54,3 +49,27 @@ def _with_and_without_decay(
         {"name": f"{name}, without decay", "params": others, "lr": rate, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def options_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The options that groups of `parameter_groups` were made of, as far as they show; rates as at the peak."""
+    options: dict[str, Any] = {"optimizer": _optimizer_of(groups[0])}
+    stages = [group for group in groups if STAGE.fullmatch(group.get("name", ""))]
+    heads = [group for group in groups if group.get("name") == HEAD_GROUP and "initial_lr" in group]
+    if not stages or not heads:
+        return options
+    head = heads[0]
+    options["learning_rate"] = head["initial_lr"]
+    options["weight_decay"] = stages[0]["weight_decay"]  # that of the head is another while it is trained alone
+    options["layer_decay"] = stages[-1]["initial_lr"] / head["initial_lr"]
+    options["decay_norms"] = len(groups) == len(stages) + len(heads)
+    if "momentum" in head:
+        options["momentum"] = head["momentum"]
+    return options
+
+
+def _optimizer_of(group: Mapping[str, Any]) -> str:
+    """Which --model.optimizer such a group is of."""
+    if "momentum" in group:
+        return "sgd"
+    return "adamw" if group["decoupled_weight_decay"] else "adam"
