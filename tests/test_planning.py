@@ -257,7 +257,7 @@ def test_a_converted_network_has_the_same_plan():
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("8GiB", 2**33), ("8 GB", 8 * 10**9), ("1.5MiB", 3 * 2**19), ("77", 77), (512, 512), ("1kb", 1000)],
+    [("8GiB", 2**33), ("8 GB", 8 * 10**9), ("1.5MiB", 3 * 2**19), ("77", 77), (2**53 + 1, 2**53 + 1), ("1kb", 1000)],
 )
 def test_sizes_are_read(text, count):
     assert parse_bytes(text) == count

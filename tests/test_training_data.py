@@ -455,6 +455,8 @@ def test_medmnist(name: str, channels: int, classes: int, tmp_path: Path) -> Non
     assert images.shape == (4, channels, 28, 28) and labels.shape == ((4, 14) if classes == 14 else (4,))
     with pytest.raises(ValueError, match="expected one of pathmnist"):
         MedMNISTData("mnist", root=tmp_path, download=False)
+    with pytest.raises(TypeError, match="validation_fraction"):  # it brings validation images
+        MedMNISTData(name, root=tmp_path, download=False, validation_fraction=0.5)
 
 
 @pytest.mark.parametrize(

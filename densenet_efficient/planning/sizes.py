@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -21,7 +22,7 @@ def parse_bytes(value: int | str) -> int:
         raise TypeError(f"budget must be an int (bytes) or a str such as '8GiB', got {value!r}")
     match = NUMBER.fullmatch(str(value))
     unit = match and UNITS.get(match[2].upper())
-    count = int(float(match[1]) * unit) if match and unit else 0
+    count = int(Fraction(match[1]) * unit) if match and unit else 0
     if count < 1:
         raise ValueError(f"budget {value!r} is no positive number of bytes; expected one such as '8GiB' or '500MB'")
     return count

@@ -20,18 +20,10 @@ Pixels = NDArray[np.uint8]  # [N, H, W] or [N, H, W, 3]
 
 
 class ArrayData(ImageData):
-    """Images in memory.
-
-    Args:
-        validation_fraction: of each class of the training images; 0 validates with the test images.
-    """
+    """Images in memory."""
 
     in_memory = True
     default_augmentation: Augmentation = "none"
-
-    def __init__(self, validation_fraction: float = 0.1, **kwargs: Any) -> None:
-        self.validation_fraction = validation_fraction
-        super().__init__(**kwargs)
 
     def read_source(self, source: Any) -> Tensor:
         image = F.to_image(source)
@@ -39,8 +31,20 @@ class ArrayData(ImageData):
             return F.rgb_to_grayscale(image)
         return image.expand(self.preprocessing.channels, -1, -1)
 
+
+class UndividedData(ArrayData):
+    """Images in memory of a data set without validation images.
+
+    Args:
+        validation_fraction: of each class of the training images; 0 validates with the test images.
+    """
+
+    def __init__(self, validation_fraction: float = 0.1, **kwargs: Any) -> None:
+        self.validation_fraction = validation_fraction
+        super().__init__(**kwargs)
+
     def divide(self, class_names: list[str], train: Samples, test: Samples) -> Splits:
-        """Hold validation images out of the training images of a data set that has none."""
+        """Holds validation images out of the training images."""
         if self.validation_fraction == 0:
             return Splits(class_names, train, test, test)
         parts = split(class_names, train, self.validation_fraction, 0.0, self.seed)
@@ -62,7 +66,7 @@ def naming_data_set(name: str, root: Path, download: bool) -> Iterator[None]:
         raise RuntimeError(f"{name}: not to be had in --data.root {root} ({reason}); {remedy}") from error
 
 
-class DigitsData(ArrayData):
+class DigitsData(UndividedData):
     """scikit-learn's 1797 handwritten digits: 8x8 pixels, here enlarged to 16x16. Nothing is downloaded.
 
     Args:
@@ -84,7 +88,7 @@ class DigitsData(ArrayData):
         return split([str(name) for name in digits.target_names], samples, self.validation_fraction, 0.0, self.seed)
 
 
-class CIFARData(ArrayData):
+class CIFARData(UndividedData):
     """CIFAR-10 or CIFAR-100 through torchvision: 50,000 training and 10,000 test images of 32x32.
 
     Args:
@@ -120,7 +124,7 @@ class CIFARData(ArrayData):
         return self.divide(list(train.classes), *parts)
 
 
-class SVHNData(ArrayData):
+class SVHNData(UndividedData):
     """Street View House Numbers through torchvision: 73,257 training, 531,131 additional and 26,032 test images of
     32x32.
 
