@@ -39,6 +39,14 @@ def test_the_classifier_under_autocast(change):
     assert model.classifier.weight.grad is not None
 
 
+def test_a_classifier_of_float64_is_refused_as_by_torch():
+    """Autocast leaves float64 alone."""
+    _, model = make_pair(dtype=torch.float32, mode="eval")
+    model.classifier.double()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="same dtype"):
+        model(make_images(2, 3, 64, 64).float())
+
+
 def test_the_classifier_is_cast_once(monkeypatch):
     _, model = make_pair(dtype=torch.float32, mode="eval")
     images = make_images(2, 3, 64, 64).float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,6 +65,38 @@ def test_losses() -> None:
     targets = torch.tensor([[0.0, 1.0]] * 5)
     expected = F.binary_cross_entropy_with_logits(logits, targets * 0.8 + 0.1, pos_weight=weighted)
     torch.testing.assert_close(several.loss(logits, targets, 0.2, weighted), expected)
+
+
+@pytest.mark.parametrize(("multi_label", "labels"), [(False, [0, 1, 1]), (True, [[0, 1], [1, 1], [1, 0]])])
+def test_losses_of_a_validation_are_plain(multi_label: bool, labels: list[Any]) -> None:
+    """They tell trainings of other weights and smoothing apart."""
+    task = Task(["a", "b"], multi_label, PREPROCESSING, class_weights=torch.tensor([0.5, 2.0]))
+    module, logged = classifier(task, label_smoothing=0.2).eval(), {}
+    module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[assignment]
+    module.log_dict = lambda *_, **__: None  # type: ignore[assignment]
+    images, targets = torch.rand(3, 3, 8, 8), torch.tensor(labels)
+    targets = targets.float() if multi_label else targets
+    module.validation_step((images, targets), 0)
+    plain = F.binary_cross_entropy_with_logits if multi_label else F.cross_entropy
+    torch.testing.assert_close(logged["val_loss"], plain(module(images), targets))
+
+
+def test_each_process_and_step_draws_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, seeds = classifier(), []
+    for rank, step in ((0, 0), (1, 0), (0, 1), (0, 0)):
+        loop = SimpleNamespace(total_batch_idx=step)
+        monkeypatch.setattr(Classifier, "trainer", SimpleNamespace(fit_loop=loop))
+        monkeypatch.setattr(Classifier, "global_rank", rank)
+        module.on_train_batch_start((torch.empty(0), torch.empty(0)), 0)
+        seeds.append(torch.initial_seed())
+    assert len(set(seeds[:3])) == 3 and seeds[3] == seeds[0]
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.0, False)])
+def test_sgd_has_nesterov_momentum(momentum: float, nesterov: bool, tmp_path: Path) -> None:
+    trainer = train(classifier(optimizer="sgd", momentum=momentum), folder(tmp_path))
+    (optimizer,) = trainer.optimizers
+    assert isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["nesterov"] == nesterov
 
 
 def test_schedules() -> None:

@@ -205,6 +205,35 @@ def test_hooks_around_what_is_fused(backend, name, path, before):
     assert len(seen) == 2
 
 
+BEHIND = [("timm", path) for path in ("global_pool", "global_pool.pool", "global_pool.flatten", "head_drop")]
+BEHIND += [("MONAI", f"class_layers{path}") for path in ("", ".relu", ".pool", ".flatten", ".out")]
+
+
+@pytest.mark.parametrize(("name", "path"), BEHIND)
+def test_hooks_behind_the_features(backend, name, path):
+    seen, models = [], make_models(name)
+    convert(models[1])
+    for model in models:
+        model.get_submodule(path).register_forward_hook(lambda _, inputs, output: seen.append(output) or output * 1.5)
+    images = make_images(*IMAGES)
+    results = [step(model, images) for model in models]
+    assert_close(results[1], results[0])
+    assert_close({"": seen[1]}, {"": seen[0]})
+
+
+@pytest.mark.parametrize(("name", "head"), [("timm", "global_pool"), ("MONAI", "class_layers")])
+def test_a_pooling_replaced_after_the_conversion(backend, name, head):
+    models = make_models(name)
+    convert(models[1])
+    for model in models:
+        model.get_submodule(head).pool = nn.AdaptiveAvgPool2d(2)
+        parent, last = (model, "classifier") if name == "timm" else (model.class_layers, "out")
+        torch.manual_seed(0)
+        setattr(parent, last, nn.Linear(4 * getattr(parent, last).in_features, 5).double())
+    images = make_images(*IMAGES)
+    assert_close(step(models[1], images), step(models[0], images))
+
+
 @every_library
 @every_level
 @pytest.mark.parametrize("path", ["features.denseblock1", "features.transition1", "features.norm5"])

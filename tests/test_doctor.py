@@ -83,6 +83,11 @@ def test_a_missing_gradient_is_an_infinite_error():
     assert doctor._errors(results, truth) == {"outputs": 0.0, "gradients": float("inf"), "buffers": 0.0}
 
 
+def test_a_result_that_is_no_number_is_named():
+    parity = doctor.Parity("cpu", "float32", "none", {"outputs": float("nan")}, {"outputs": 1e-6})
+    assert len(parity.problems) == 1
+
+
 def test_memory_without_gain_is_named():
     problems = Performance("a network", {"naive": 1.0}, {"naive": 10.0, "bottleneck": 12.0}).problems
     assert problems == ["memory: bottleneck takes 12.0 MiB per image, the naive model 10.0"]

@@ -110,6 +110,12 @@ def test_intervals_have_the_width_of_the_binomial() -> None:
     assert (entry["high"] - entry["low"]) / expected == pytest.approx(1, abs=0.1)
 
 
+def test_intervals_follow_from_the_seed() -> None:
+    one = evaluation()
+    first, again, other = (summarise(one, seed) for seed in (0, 0, 1))
+    assert first == again and first["accuracy"] != other["accuracy"]
+
+
 def test_roc_curve_and_calibration() -> None:
     one = evaluation()
     false, true = roc_curve(one.probabilities[:, 0], one.labels[:, 0])

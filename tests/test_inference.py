@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import FLOAT64_TOLERANCE, VARIANTS, make_images, make_pair, needs_native, norms_of, randomise
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 from densenet_efficient import inference, operators
@@ -161,6 +162,10 @@ class DoublingConvolution(nn.Conv2d):
         return 2 * super().forward(x)
 
 
+def append_a_module(model):
+    model.features.add_module("extra", nn.Tanh())
+
+
 def change_the_class(model):
     model.features.denseblock1.denselayer2.conv1.__class__ = DoublingConvolution
 
@@ -215,6 +220,7 @@ CHANGES = [
     train_the_statistics,
     change_epsilon,
     add_a_hook,
+    append_a_module,
     change_the_class,
     update_in_inference_mode,
     move_to_another_dtype_and_back,
@@ -259,6 +265,36 @@ def test_batch_statistics_are_not_prepared():
     for _ in range(2):
         torch.testing.assert_close(logits_of(efficient, images), logits_of(naive, images), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(efficient.state_dict(), naive.state_dict(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", ["norm0", "denseblock2.denselayer1.norm1", "transition1.norm", "norm5"])
+def test_batch_statistics_of_one_norm(path):
+    pair = make_pair(mode="eval")
+    images = make_images(3, 3, 64, 64)
+    for model in pair:
+        model.features.get_submodule(path).train()
+    for _ in range(2):
+        naive, efficient = (logits_of(model, images) for model in pair)
+        torch.testing.assert_close(efficient, naive, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*(model.state_dict() for model in reversed(pair)), rtol=1e-9, atol=1e-9)
+
+
+def test_a_dispatch_mode_sees_the_operators():
+    """Also after something was prepared."""
+    _, model = make_pair(mode="eval")
+    images, seen = make_images(2, 3, 64, 64), set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(function)
+            return function(*args, **kwargs or {})
+
+    with torch.no_grad():
+        model(images)
+        with Watch():
+            model(images)
+    assert {operators.stem, operators.dense_stage} <= seen
+    assert torch.ops.densenet_efficient.dense_stage_inference.default not in seen
 
 
 def test_dropout_of_layers_in_training():

@@ -197,3 +197,13 @@ def test_forward_mode_after_an_inference(backend, with_gradient):
             of_weight = model(images)
             results.append([forward_ad.unpack_dual(dual).tangent for dual in (of_images, of_weight)])
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+
+
+def test_vmap_after_an_inference(backend):
+    """What was prepared for it knows one batch of images alone."""
+    _, model = make_pair(mode="eval")
+    images = make_images(3, 3, *SIZE)
+    with torch.no_grad():
+        expected = model(images)
+        mapped = vmap(lambda image: model(image[None])[0])(images)
+    assert_close({"": mapped}, {"": expected})

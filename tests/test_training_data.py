@@ -202,6 +202,7 @@ def test_table_of_several_labels(layout: str, rows: list[dict[str, Any]], tmp_pa
     labels = data.splits.train.labels
     assert labels.shape == (len(data.splits.train), 2) and len(labels) + len(data.splits.validation) == 20
     torch.testing.assert_close(data.task.class_weights, (len(labels) - labels.sum(0)) / labels.sum(0))
+    assert not labels.any(1).all() and (data._sampling_weights() > 0).all()  # an image of nothing is drawn too
 
 
 @pytest.mark.parametrize(
@@ -357,6 +358,7 @@ def test_the_order_follows_from_seed_and_epoch() -> None:
     assert sorted(order(sampler, 0)) == list(range(10))
     assert order(sampler, 0) == order(EpochSampler(10, 2, 3), 0)
     assert order(sampler, 0) != order(sampler, 1)
+    assert order(EpochSampler(10, 2, 0), 1) != order(EpochSampler(10, 2, 1), 0)
     shares = [order(EpochSampler(11, 2, 3, rank=rank, world_size=2), 5) for rank in (0, 1)]
     assert [len(share) for share in shares] == [4, 4] and not set(shares[0]) & set(shares[1])
     with pytest.raises(ValueError, match=r"one batch of 8 images.*2 processes, got 10 images; lower --data.batch_size"):

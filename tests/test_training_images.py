@@ -20,6 +20,7 @@ from training_cases import LUMINANCE, make_images, make_patients, write_dicom, w
 from densenet_efficient.cli import main
 from densenet_efficient.training.data import FolderData
 from densenet_efficient.training.images import read_image
+from densenet_efficient.training.preprocessing import normalisation
 
 SMALL: dict[str, Any] = {"image_size": 8, "batch_size": 4, "num_workers": 0}
 
@@ -69,6 +70,22 @@ def test_dicom_with_a_palette(depth: int, stored: str, tmp_path: Path) -> None:
     image = read_image(write_dicom(tmp_path / "slice", indices, **elements), 3)
     values = image.numpy() / 255 if image.dtype == torch.uint8 else image.numpy()
     np.testing.assert_allclose(values, palette[:, indices] / (2**depth - 1), atol=1e-6)
+
+
+def test_dicom_with_a_palette_of_opacity(tmp_path: Path) -> None:
+    palette = np.arange(16, dtype=np.uint8).reshape(4, 4) * 15
+    elements: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for name, entries in zip(("Red", "Green", "Blue", "Alpha"), palette, strict=True):
+        elements[f"{name}PaletteColorLookupTableDescriptor"] = [4, 0, 8]
+        elements[f"{name}PaletteColorLookupTableData"] = entries.tobytes()
+    indices = np.arange(48).reshape(6, 8) % 4
+    image = read_image(write_dicom(tmp_path / "slice", indices, **elements), 3)
+    np.testing.assert_array_equal(image.numpy(), palette[:3, indices])
+
+
+def test_grey_images_are_normalised_by_the_average_of_imagenets_channels() -> None:
+    mean, std = normalisation(1)
+    assert (*mean, *std) == pytest.approx(((0.485 + 0.456 + 0.406) / 3, (0.229 + 0.224 + 0.225) / 3))
 
 
 def test_dicom_of_several_frames(tmp_path: Path) -> None:
