@@ -85,6 +85,17 @@ class LateBlock(_DenseBlock):
     layer = LateLayer
 
 
+class EvaluationLayer(_DenseLayer):
+    """Another layer in evaluation than in training."""
+
+    def forward(self, x):
+        return super().forward(x) * (1 if self.training else 2)
+
+
+class EvaluationBlock(_DenseBlock):
+    layer = EvaluationLayer
+
+
 class FailingBlock(_DenseBlock):
     def forward(self, x, *, mask):
         return super().forward(x) * mask

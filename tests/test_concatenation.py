@@ -193,6 +193,13 @@ def test_a_copy_has_no_room():
     assert_close({"": start[:, 2:]}, {"": make_images(1, 2, 3, 3, seed=1)}, 0)
 
 
+def test_a_result_of_other_data_has_no_room():
+    start = concatenate([make_images(1, 2, 3, 3), make_images(1, 2, 3, 3, seed=1)], channels=8)
+    start.data = start.data.transpose(2, 3)
+    more = make_images(1, 2, 3, 3, seed=2)
+    assert_close({"": concatenate([start, more])}, {"": torch.cat([start, more], 1)}, 0)
+
+
 # Bad input
 
 

@@ -19,7 +19,15 @@ from cases import (
     trained,
 )
 from conversion_cases import monai_densenet2d as monai_densenet
-from handwritten_densenets import FailingBlock, HandwrittenDenseNet, LateBlock, ListBlock, ResidualBlock, TupleBlock
+from handwritten_densenets import (
+    EvaluationBlock,
+    FailingBlock,
+    HandwrittenDenseNet,
+    LateBlock,
+    ListBlock,
+    ResidualBlock,
+    TupleBlock,
+)
 from monai.data import MetaTensor
 from monai.networks import nets
 from test_convert import blocks_of, classes_of, seeded
@@ -158,6 +166,7 @@ def test_saves_a_tenth_of_the_memory(native_backend, dims, size):
     [
         (ResidualBlock, "not that of a dense block"),
         (LateBlock, "not that of a dense block"),
+        (EvaluationBlock, "not that of a dense block"),
         (FailingBlock, "raises TypeError: .*mask"),
         (TupleBlock, "not that of a dense block"),
     ],

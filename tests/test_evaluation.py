@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 from sklearn import metrics
+from torch import nn
 from training_cases import fails, fit, make_images, make_patients, write_table
 
 from densenet_efficient.cli import main
@@ -31,6 +32,7 @@ from densenet_efficient.training.checkpoint import (
     marks_of,
     read_checkpoint,
 )
+from densenet_efficient.training.comparison import _accuracy
 from densenet_efficient.training.evaluation import (
     MAX_RESAMPLED_AREAS,
     Evaluation,
@@ -108,6 +110,12 @@ def test_intervals_have_the_width_of_the_binomial() -> None:
     entry = summarise(evaluation(count=1000))["accuracy"]
     expected = 2 * 1.96 * np.sqrt(entry["value"] * (1 - entry["value"]) / 1000)
     assert (entry["high"] - entry["low"]) / expected == pytest.approx(1, abs=0.1)
+
+
+def test_the_accuracy_that_is_compared_is_that_of_the_decisions() -> None:
+    logits = torch.tensor([[0.3, -1.0], [-0.2, 2.0]])
+    several, one = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([0, 0])
+    assert [_accuracy(nn.Identity(), [(logits, labels)], "cpu") for labels in (several, one)] == [0.75, 0.5]
 
 
 def test_intervals_follow_from_the_seed() -> None:

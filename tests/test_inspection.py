@@ -105,6 +105,7 @@ def test_grad_cam_needs_no_gradients_elsewhere():
     _, model = make_pair(mode="eval")
     images = make_images(*IMAGES)
     expected = grad_cam(model, images)
+    assert not images.requires_grad
     with torch.no_grad():
         assert_close({"": grad_cam(model, images)}, {"": expected})
     for parameter in model.parameters():

@@ -9,12 +9,13 @@ import copy
 import onnxruntime
 import pytest
 import torch
-from cases import LEVELS, VARIANTS, assert_close, make_images, make_pair, relative_error
+from cases import LEVELS, SMALL, VARIANTS, assert_close, make_images, make_pair, relative_error
 from conversion_cases import make_models
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
-from densenet_efficient import convert
+from densenet_efficient import EfficientDenseNet, convert
 from densenet_efficient.registration import NAMESPACE
 
 pytestmark = [
@@ -207,3 +208,11 @@ def test_vmap_after_an_inference(backend):
         expected = model(images)
         mapped = vmap(lambda image: model(image[None])[0])(images)
     assert_close({"": mapped}, {"": expected})
+
+
+def test_fake_tensors_outside_their_mode(native_backend):
+    """A forward that computes shapes alone, as before a large model is built."""
+    with FakeTensorMode():
+        model, images = EfficientDenseNet(**SMALL).eval(), torch.randn(2, 3, *SIZE)
+    with torch.no_grad():
+        assert model(images).shape == (2, SMALL["num_classes"])

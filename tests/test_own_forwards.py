@@ -65,6 +65,16 @@ def test_of_a_converted_model(backend, place, change):
     assert_same(converted, original)
 
 
+@pytest.mark.parametrize("method", ["forward_features", "forward_head"])
+def test_a_method_of_timm_set_on_a_converted_instance(backend, method):
+    original, converted = make_models("timm")
+    convert(converted)
+    for model in (original, converted):
+        theirs = getattr(model, method)
+        setattr(model, method, lambda x, theirs=theirs: 2 * theirs(x))
+    assert_same(converted, original)
+
+
 def test_a_subclass_without_a_forward_of_its_own_stays_one_operator(backend):
     """Only what is changed is called."""
     naive, efficient = make_pair()

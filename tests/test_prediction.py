@@ -18,7 +18,7 @@ from PIL import Image
 from training_cases import fit, make_images, write_dicom
 
 from densenet_efficient.cli import main
-from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier, read_checkpoint
+from densenet_efficient.training.checkpoint import ENTRY, SavedClassifier, load_classifier, read_checkpoint
 from densenet_efficient.training.images import read_image
 from densenet_efficient.training.prediction import CSVWriter, Predictor, views_of
 
@@ -97,9 +97,11 @@ def test_what_is_no_image_in_a_folder_is_named(
     assert f"left out as of another type, by its name: {tmp_path / 'notes.txt'}" in captured.err
 
 
-def test_a_table_of_paths(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_table_of_paths(mark: str, folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """With the mark of UTF-8 at its beginning, as spreadsheets write it, or without."""
     table = folder / "images" / "table.csv"
-    table.write_text("file,age\nbright/0.png,40\ndark/1.png,50\n")
+    table.write_text(f"{mark}file,age\nbright/0.png,40\ndark/1.png,50\n", encoding="utf-8")
     assert predict(checkpoint, table, "--path_column", "file", "--output", tmp_path / "out.csv") == 0
     names = [Path(row["path"]).name for row in rows_of(tmp_path / "out.csv")]
     assert names == ["0.png", "1.png"]
@@ -185,7 +187,11 @@ def test_a_table_is_of_one_model_alone(
     content = read_checkpoint(checkpoint)
     content["state_dict"]["model.classifier.bias"] += 1
     torch.save(content, tmp_path / "other.ckpt")
-    for given in ((checkpoint, "--views", "mirror"), (tmp_path / "other.ckpt",)):
+    content = read_checkpoint(checkpoint)
+    content[ENTRY]["preprocessing"]["stretch"] = not content[ENTRY]["preprocessing"]["stretch"]
+    torch.save(content, tmp_path / "other images.ckpt")
+    others = ((tmp_path / "other.ckpt",), (tmp_path / "other images.ckpt",))
+    for given in ((checkpoint, "--views", "mirror"), *others):
         assert predict(given[0], folder / "images", "--output", output, *given[1:]) == 2
         assert "holds predictions of other weights or --views (out.csv.json" in capsys.readouterr().err
     assert output.read_bytes() == whole

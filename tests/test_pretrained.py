@@ -180,6 +180,12 @@ def test_save_and_load(tmp_path, make, network):
     assert "pytorch_model_hub_mixin" in card.data.tags
 
 
+@pytest.mark.parametrize(("options", "level"), [({}, "bottleneck"), ({"memory_efficient": False}, "none")])
+def test_the_memory_flag_wins_over_the_level_that_was_saved(tmp_path, options, level):
+    small(checkpointing="bottleneck").save_pretrained(tmp_path)
+    assert EfficientDenseNet.from_pretrained(tmp_path, **options).checkpointing == level
+
+
 def test_the_preprocessing_of_torchvision_is_saved(tmp_path):
     model = small()
     model.weights = DenseNet121_Weights.DEFAULT

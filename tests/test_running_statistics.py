@@ -39,6 +39,18 @@ def test_without_a_counter(backend, momentum):
     assert_same_steps(pair)
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["norm0", "denseblock1.denselayer2.norm2", "denseblock2.denselayer1.norm1", "transition1.norm", "norm5"],
+)
+@pytest.mark.parametrize(("mode", "trains"), [("frozen", True), ("train", False)])
+def test_one_norm_unlike_all_others(backend, path, mode, trains):
+    pair = make_pair(mode=mode)
+    for model in pair:
+        model.features.get_submodule(path).train(trains)
+    assert_same_steps(pair)
+
+
 @pytest.mark.parametrize("momentum", [None, 0.3], ids=str)
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_norm_that_layers_share_is_updated_by_each(backend, level, momentum):

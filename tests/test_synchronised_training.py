@@ -63,6 +63,17 @@ def test_a_process_by_itself_needs_no_group() -> None:
     assert torch.equal(plain.eval()(images), synchronised.eval()(images))
 
 
+def test_frozen_norms_of_a_block_are_of_no_group() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(EfficientDenseNet(4, (2, 2), 4, num_classes=2))
+    for norm in (model.features.denseblock1["denselayer1"].norm2, model.features.norm5):
+        norm.eval()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 2)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_norms_of_a_block_in_different_groups_are_refused() -> None:
     model = EfficientDenseNet(4, (2, 2), 4, num_classes=2)
     block = model.features.denseblock1

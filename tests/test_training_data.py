@@ -178,7 +178,7 @@ def test_table_with_patients(rows: list[dict[str, Any]], tmp_path: Path) -> None
 
 def test_table_that_names_the_splits(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     for row in rows[4:6] + rows[-2:]:
-        row["split"] = "val"
+        row["split"] = " Val "
     data = CSVData(write_table(tmp_path / "table.csv", rows), split_column="split", group_column="patient", **SMALL)
     assert [len(samples) for samples in data.splits.parts().values()] == [16, 4]
 
@@ -194,7 +194,7 @@ def test_one_finding_is_a_table_of_two_classes(rows: list[dict[str, Any]], tmp_p
 def test_table_of_several_labels(layout: str, rows: list[dict[str, Any]], tmp_path: Path) -> None:
     for index, row in enumerate(rows):
         row["label"] = "a|b" if index % 2 else "a" if index % 3 else ""
-        row |= {"a": int("a" in row["label"]), "b": int("b" in row["label"])}
+        row |= {"a": int("a" in row["label"]), "b": float("b" in row["label"])}
     table = write_table(tmp_path / "table.csv", rows)
     how: dict[str, Any] = {"label_separator": "|"} if layout == "separator" else {"label_columns": ["a", "b"]}
     data = CSVData(table, class_weights=True, **how, **SMALL)

@@ -19,6 +19,7 @@ from training_cases import LUMINANCE, make_images, make_patients, write_dicom, w
 
 from densenet_efficient.cli import main
 from densenet_efficient.training.data import FolderData
+from densenet_efficient.training.datasets import DigitsData
 from densenet_efficient.training.images import read_image
 from densenet_efficient.training.preprocessing import normalisation
 
@@ -86,6 +87,10 @@ def test_dicom_with_a_palette_of_opacity(tmp_path: Path) -> None:
 def test_grey_images_are_normalised_by_the_average_of_imagenets_channels() -> None:
     mean, std = normalisation(1)
     assert (*mean, *std) == pytest.approx(((0.485 + 0.456 + 0.406) / 3, (0.229 + 0.224 + 0.225) / 3))
+
+
+def test_a_deviation_that_is_given_is_taken_in_place_of_the_data_sets_own() -> None:
+    assert DigitsData(std=[0.5]).preprocessing.std == (0.5,)
 
 
 def test_dicom_of_several_frames(tmp_path: Path) -> None:
