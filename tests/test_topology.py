@@ -303,6 +303,8 @@ def test_copies_are_whole(duplicate):
         *(({name: 0}, ValueError) for name in ("growth_rate", "num_init_features", "bn_size")),
         *(({name: -1}, ValueError) for name in ("num_classes", "in_channels")),
         ({"growth_rate": 12.0}, TypeError),
+        *(({name: True}, TypeError) for name in ("growth_rate", "drop_rate")),
+        ({"spatial_dims": True}, ValueError),
         ({"num_classes": "10"}, TypeError),
         ({"block_config": ()}, ValueError),
         ({"block_config": (2, 0)}, ValueError),
