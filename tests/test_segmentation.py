@@ -7,6 +7,7 @@ import torch
 from cases import (
     assert_close,
     gathered,
+    loss_of,
     make_images,
     randomise,
     relative_error,
@@ -18,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from densenet_efficient.modules import run_block
 from densenet_efficient.reference import NaiveFCDenseNet
 from densenet_efficient.segmentation import FCDenseNet, FCDenseNet56, FCDenseNet67, FCDenseNet103
 
@@ -142,6 +144,21 @@ def test_hooks_see_every_call(backend, path):
     images = make_images(2, 3, 13, 15)
     assert_close(step(efficient, images), step(naive, images))
     assert seen == [path]
+
+
+def test_a_transition_down_whose_block_nobody_else_reads(backend):
+    _, model = make_pair()
+    block, transition = model.down_blocks[0], model.transitions_down[0]
+    images = make_images(2, block.denselayer1.norm1.num_features, 13, 15)
+    results = []
+    for run in (lambda x: run_block(block, transition, x)[0], lambda x: transition(block.forward_by_layers(x))):
+        model.zero_grad()
+        x = images.clone().requires_grad_()
+        out = run(x)
+        loss_of(out).backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results.append({"out": out, "images": x.grad, **gradients})
+    assert_close(*results)
 
 
 def test_another_dropout_in_a_transition_down(backend):

@@ -337,6 +337,8 @@ def test_a_list_that_was_given_is_the_caller_s():
     levels[0] = "bottleneck"
     assert model.config["block_config"] == [2, 1]
     assert model.checkpointing == ["none", "bottleneck"]
+    model.checkpointing[0] = "bottleneck"
+    assert model.checkpointing == ["none", "bottleneck"]
 
 
 def test_a_plain_network_has_no_weights_of_torchvision():
