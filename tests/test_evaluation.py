@@ -133,6 +133,8 @@ def test_roc_curve_and_calibration() -> None:
     assert sum(entry["share"] for entry in bins) == pytest.approx(1)
     certain = Evaluation(["a", "b"], False, np.array([[0.9, 0.1]] * 10), np.eye(2)[[0] * 9 + [1]], [], "test")
     assert calibration(certain)[1] == pytest.approx(0)
+    surest = replace(certain, probabilities=np.array([[1.0, 0.0]] * 10))
+    assert calibration(surest)[1] == pytest.approx(0.1)
     assert 0 < error < 1
 
 
