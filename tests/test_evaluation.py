@@ -113,7 +113,7 @@ def test_intervals_have_the_width_of_the_binomial() -> None:
 
 
 def test_the_accuracy_that_is_compared_is_that_of_the_decisions() -> None:
-    logits = torch.tensor([[0.3, -1.0], [-0.2, 2.0]])
+    logits = torch.tensor([[0.0, -1.0], [-0.2, 2.0]])
     several, one = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([0, 0])
     assert [_accuracy(nn.Identity(), [(logits, labels)], "cpu") for labels in (several, one)] == [0.75, 0.5]
 
@@ -182,6 +182,11 @@ def test_worst_mistakes_come_first() -> None:
     assert chances == sorted(chances) and len(chances) == 5
     several = evaluation(multi_label=True)
     assert all(abs(several.probabilities[i, k] - several.labels[i, k]) > 0.5 for i, k, _ in worst_mistakes(several, 5))
+
+
+def test_half_a_chance_is_given_and_may_be_a_mistake() -> None:
+    one = Evaluation(["a", "b"], True, np.array([[0.5, 0.1]]), np.zeros((1, 2)), ["image"], "test")
+    assert one.correct.sum() == 0 and worst_mistakes(one, 5) == [(0, 0, 0)]
 
 
 # ---- the page ----

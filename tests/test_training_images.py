@@ -89,8 +89,9 @@ def test_grey_images_are_normalised_by_the_average_of_imagenets_channels() -> No
     assert (*mean, *std) == pytest.approx(((0.485 + 0.456 + 0.406) / 3, (0.229 + 0.224 + 0.225) / 3))
 
 
-def test_a_deviation_that_is_given_is_taken_in_place_of_the_data_sets_own() -> None:
-    assert DigitsData(std=[0.5]).preprocessing.std == (0.5,)
+def test_a_mean_or_deviation_that_is_given_is_taken_in_place_of_the_data_sets_own() -> None:
+    preprocessings = DigitsData(std=[0.5]).preprocessing, DigitsData(mean=[0.3]).preprocessing
+    assert [(one.mean, one.std) for one in preprocessings] == [((0.305,), (0.5,)), ((0.3,), (0.376,))]
 
 
 def test_dicom_of_several_frames(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def _accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device
     right, count = 0, 0
     for images, labels in batches:
         logits = model(images.to(device)).cpu()
-        given = logits.argmax(1) if labels.dim() == 1 else (logits > 0).to(labels.dtype)
+        given = logits.argmax(1) if labels.dim() == 1 else (logits >= 0).to(labels.dtype)
         right += int((given == labels).sum())
         count += labels.numel()
     return right / count

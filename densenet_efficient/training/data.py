@@ -234,8 +234,9 @@ class ImageData(LightningDataModule, ABC):
         size = self.default_size if image_size is None else image_size
         if size < 1:
             raise ValueError(f"--data.image_size: expected at least 1, got {size}")
-        if mean is None and std is None and self.own_normalisation and channels == len(self.own_normalisation[0]):
-            mean, std = self.own_normalisation
+        own = self.own_normalisation
+        if own is not None and channels == len(own[0]):
+            mean, std = own[0] if mean is None else mean, own[1] if std is None else std
         mean, std = normalisation(channels, mean, std)
         resize = () if self.recorded_size is None else (self.recorded_size, size)
         return Preprocessing(channels, size, mean, std, resize, stretch, value_range)

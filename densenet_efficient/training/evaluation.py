@@ -227,10 +227,10 @@ def worst_mistakes(evaluation: Evaluation, count: int) -> list[tuple[int, int, i
     Of several labels per image the two classes are the same: one that was wrongly seen or missed.
     """
     if evaluation.multi_label:
-        wrong = np.abs(evaluation.probabilities - evaluation.labels)
-        image, column = np.unravel_index(np.argsort(-wrong, axis=None, kind="stable"), wrong.shape)
-        pairs = [(int(i), int(k), int(k)) for i, k in zip(image, column, strict=True) if wrong[i, k] > 0.5]
-        return pairs[:count]
+        distance = np.abs(evaluation.probabilities - evaluation.labels)
+        image, column = np.unravel_index(np.argsort(-distance, axis=None, kind="stable"), distance.shape)
+        wrong = evaluation.decisions != evaluation.labels
+        return [(int(i), int(k), int(k)) for i, k in zip(image, column, strict=True) if wrong[i, k]][:count]
     right, given = evaluation.labels.argmax(1), evaluation.probabilities.argmax(1)
     wrong = np.flatnonzero(right != given)
     order = wrong[np.argsort(evaluation.probabilities[wrong, right[wrong]], kind="stable")]
