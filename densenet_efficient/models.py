@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Container, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -236,57 +237,62 @@ def _check_config(config: dict[str, Any]) -> None:
         check_flag(name, config[name])
 
 
-class EfficientDenseNet121(EfficientDenseNet):
+class _ImageNetDenseNet(EfficientDenseNet):
+    """A network of the paper's table 1, with the arguments of torchvision's function of its name."""
+
+    layout: ClassVar[tuple[int, tuple[int, ...], int]]  # growth_rate, block_config, num_init_features
+
+    def __init__(
+        self, *, weights: Any = None, progress: bool = True, pretrained: bool | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*self.layout, **kwargs)
+        self.load_torchvision(weights if pretrained is None else _former_choice(weights, pretrained), progress)
+
+
+def _former_choice(weights: Any, pretrained: bool) -> str | None:
+    """The ``weights`` that ``pretrained`` means: torchvision takes it still, and warns."""
+    if weights is not None:
+        raise TypeError("pretrained is the former name of weights; give one of them")
+    warnings.warn("pretrained is deprecated; give weights='IMAGENET1K_V1', or None", stacklevel=3)
+    return "IMAGENET1K_V1" if pretrained else None
+
+
+class EfficientDenseNet121(_ImageNetDenseNet):
     """DenseNet-121: blocks 6, 12, 24, 16, growth rate 32; 8.0 M parameters."""
 
     architecture = "densenet121"
-
-    def __init__(self, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> None:
-        super().__init__(32, (6, 12, 24, 16), 64, **kwargs)
-        self.load_torchvision(weights, progress)
+    layout = 32, (6, 12, 24, 16), 64
 
 
-class EfficientDenseNet161(EfficientDenseNet):
+class EfficientDenseNet161(_ImageNetDenseNet):
     """DenseNet-161: blocks 6, 12, 36, 24, growth rate 48; 28.7 M parameters."""
 
     architecture = "densenet161"
-
-    def __init__(self, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> None:
-        super().__init__(48, (6, 12, 36, 24), 96, **kwargs)
-        self.load_torchvision(weights, progress)
+    layout = 48, (6, 12, 36, 24), 96
 
 
-class EfficientDenseNet169(EfficientDenseNet):
+class EfficientDenseNet169(_ImageNetDenseNet):
     """DenseNet-169: blocks 6, 12, 32, 32, growth rate 32; 14.1 M parameters."""
 
     architecture = "densenet169"
-
-    def __init__(self, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> None:
-        super().__init__(32, (6, 12, 32, 32), 64, **kwargs)
-        self.load_torchvision(weights, progress)
+    layout = 32, (6, 12, 32, 32), 64
 
 
-class EfficientDenseNet201(EfficientDenseNet):
+class EfficientDenseNet201(_ImageNetDenseNet):
     """DenseNet-201: blocks 6, 12, 48, 32, growth rate 32; 20.0 M parameters."""
 
     architecture = "densenet201"
-
-    def __init__(self, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> None:
-        super().__init__(32, (6, 12, 48, 32), 64, **kwargs)
-        self.load_torchvision(weights, progress)
+    layout = 32, (6, 12, 48, 32), 64
 
 
-class EfficientDenseNet264(EfficientDenseNet):
+class EfficientDenseNet264(_ImageNetDenseNet):
     """DenseNet-264: blocks 6, 12, 64, 48, growth rate 32; 33.3 M parameters.
 
     The paper's name counts one less than the rule that gives 121, 161, 169 and 201: `depth` is 265.
     """
 
     architecture = "densenet264"
-
-    def __init__(self, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> None:
-        super().__init__(32, (6, 12, 64, 48), 64, **kwargs)
-        self.load_torchvision(weights, progress)
+    layout = 32, (6, 12, 64, 48), 64
 
 
 def cifar_densenet(

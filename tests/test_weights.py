@@ -255,6 +255,16 @@ def test_weights_of_torchvision(weights_of_torchvision, weights):
     assert EfficientDenseNet121().weights is None
 
 
+def test_the_former_name_of_weights(weights_of_torchvision):
+    with pytest.warns(UserWarning, match="^pretrained is deprecated; give weights='IMAGENET1K_V1'"):
+        model = EfficientDenseNet121(pretrained=True)
+    assert_close(model.state_dict(), weights_of_torchvision.state_dict(), 0)
+    with pytest.warns(UserWarning, match="^pretrained is deprecated"):
+        assert EfficientDenseNet121(pretrained=False).weights is None
+    with pytest.raises(TypeError, match="give one of them"):
+        EfficientDenseNet121(weights="DEFAULT", pretrained=True)
+
+
 def test_weights_of_torchvision_with_other_classes(weights_of_torchvision):
     model = EfficientDenseNet121(weights="DEFAULT", num_classes=3, in_channels=1)
     assert_close(model.features.denseblock1.state_dict(), weights_of_torchvision.features.denseblock1.state_dict(), 0)
