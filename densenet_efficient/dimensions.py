@@ -36,7 +36,7 @@ def dims_of(module: BatchNorm | Convolution | MaxPool | AvgPool) -> int:
     return dims or next(_DIMS[base] for base in type(module).__mro__ if base in _DIMS)
 
 
-def global_average(features: Tensor, spatial_dims: int, inplace: bool = False) -> Tensor:
+def global_average(features: Tensor, spatial_dims: int) -> Tensor:
     """relu(features) averaged over each image, [N, C, ...] to [N, C], by the operations of torchvision's DenseNet."""
-    average: Tensor = _GLOBAL_AVERAGES[spatial_dims](F.relu(features, inplace), 1)
+    average: Tensor = _GLOBAL_AVERAGES[spatial_dims](F.relu(features), 1)
     return average.flatten(1)

@@ -322,12 +322,26 @@ def test_blocks_that_moved_take_their_transitions_along(native_backend, make, ga
     assert saved_bytes(moved, images) < saved_bytes(apart, images)
 
 
-def test_the_norm_behind_the_last_block_may_be_taken_away():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_norm_behind_the_last_block_may_be_taken_away(compiled):
     models = [torchvision_densenet().double() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     convert(models[1])
     for model in models:
         model.features.norm5 = nn.Identity()
+    if compiled:
+        models[1].compile(fullgraph=True, backend="aot_eager")
+    images = make_images(*IMAGES)
+    assert_close(step(models[1], images), step(models[0], images))
+
+
+def test_a_hooked_head_compiles_to_a_full_graph(native_backend):
+    models = [torchvision_densenet().double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    convert(models[1])
+    for model in models:
+        model.features.norm5.register_forward_hook(lambda _, inputs, output: output * 2)
+    models[1].compile(fullgraph=True, backend="aot_eager")
     images = make_images(*IMAGES)
     assert_close(step(models[1], images), step(models[0], images))
 

@@ -102,14 +102,17 @@ def pooled_features(features: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def pooled_behind_relu(features: nn.Module, x: Tensor) -> Tensor | None:
-    """`pooled_features`, and where no operator gives that, in place of the library, which rectifies in place: autograd
-    forbids that of a block's features, where somebody has taken the norm behind them away.
+    """`pooled_features`, also where somebody has taken the norm behind the last block away: the library rectifies in
+    place, which autograd forbids of a block's features.
     """
     pooled = pooled_features(features, x)
     if pooled is not None or not isinstance(features, ConvertedSequential) or fusion.tracer(x, features.training):
         return pooled
+    children = [child for child in features.children() if type(child) is not nn.Identity]
+    if not (children and isinstance(children[-1], StageBlock)):
+        return None
     out = features(x)
-    return global_average(out, out.dim() - 2, inplace=not out._is_view())
+    return global_average(out, out.dim() - 2)
 
 
 class ConvertedTorchvision(Converted):
