@@ -36,6 +36,7 @@ def nan_memory():
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # the reference has an atomic addition on a GPU
     assert torch.empty(1).isnan().all() and kernels.empty_kept(torch.empty(1), 1).isnan().all()
+    assert kernels.empty_kept_images(torch.empty(1), 1, 1, 1).isnan().all()
     yield
     torch.use_deterministic_algorithms(deterministic)
 

@@ -39,6 +39,16 @@ def test_the_classifier_under_autocast(change):
     assert model.classifier.weight.grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_snapshot_sees_other_values_of_any_dtype(dtype):
+    from densenet_efficient._C import ModuleSnapshot
+
+    linear = nn.Linear(64, 64, dtype=dtype)
+    snapshot = ModuleSnapshot([linear], with_values=True)
+    linear.weight.data.add_(1)
+    assert not snapshot.matches([linear])
+
+
 def test_a_classifier_of_float64_is_refused_as_by_torch():
     """Autocast leaves float64 alone."""
     _, model = make_pair(dtype=torch.float32, mode="eval")

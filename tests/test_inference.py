@@ -50,6 +50,8 @@ def test_float64(no_operator, variant, shape):
     images = make_images(*shape)
     for x in (images, images.to(memory_format=torch.channels_last), images[:, :, ::2]):
         torch.testing.assert_close(logits_of(efficient, x), logits_of(naive, x), rtol=FLOAT64_TOLERANCE, atol=1e-9)
+    x = logits_of(efficient.to(memory_format=torch.channels_last), images)
+    torch.testing.assert_close(x, logits_of(naive, images), rtol=FLOAT64_TOLERANCE, atol=1e-9)
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -111,6 +113,13 @@ def take_an_optimizer_step(model):
 def assign_data(model):
     weight = model.features.denseblock2.denselayer1.conv2.weight
     weight.data = weight.data * 2
+
+
+def assign_data_that_differ_in_one_element(model):
+    weight = model.features.denseblock1.denselayer2.conv1.weight
+    other = weight.data.clone()
+    other[1, 5] += 5
+    weight.data = other
 
 
 def replace_parameter(model):
@@ -212,6 +221,7 @@ CHANGES = [
     scale_weight,
     take_an_optimizer_step,
     assign_data,
+    assign_data_that_differ_in_one_element,
     replace_parameter,
     replace_module,
     replace_layer,

@@ -105,6 +105,28 @@ def test_images_of_any_layout(layout, dtype):
         assert torch.equal(results["variance"], variance)
 
 
+@pytest.mark.each_capability
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", [(9, 4, 5, 3, 2), (1, 120, 130, 3, 2), (1, 2, 1100, 3, 2)], ids=str)
+@pytest.mark.parametrize("operation", ["bn_relu_conv3x3", "bn_relu_conv3x3_backward"])
+def test_tiles_of_several_images_many_tiles_and_wide_ones(operation, geometry, dtype):
+    assert_exact(getattr(Factory(*geometry), operation)(), dtype)
+
+
+@pytest.mark.each_capability
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operation", ["bn_relu_conv3x3", "bn_relu_conv3x3_backward"])
+def test_weights_with_their_channels_last(operation, dtype):
+    """And their gradients."""
+    for geometry in GEOMETRIES[3:8]:
+        case = getattr(Factory(*geometry), operation)()
+        weight = case.arguments["weight"].contiguous(memory_format=torch.channels_last)
+        weights = {name: weight for name in ("weight", "grad_weight") if name in case.arguments}
+        assert_exact(case._replace(arguments=case.arguments | weights), dtype)
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [(1, 1), (2, 2), (3, 2), (7, 9), (1, 9)])
@@ -161,6 +183,15 @@ def test_statistics_far_from_zero():
 
 
 @needs_native
+def test_statistics_of_one_tile_far_from_zero():
+    """Whose second pass corrects the mean of the first, which alone would get the variance wrong by a thousandth."""
+    x = torch.randn(128, 33, generator=torch.Generator().manual_seed(0)) + 1e5
+    mean, variance = torch.empty(2, 33)
+    cpu.channel_stats(x, mean, variance)
+    torch.testing.assert_close(variance.double(), x.double().var(0, correction=0), rtol=1e-5, atol=0)
+
+
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("operation", [name for name in CONTRACT if "conv" in name])
 def test_float32_weights_beside_low_precision_activations(operation, dtype):
@@ -189,6 +220,24 @@ def test_non_finite_values_come_out(operation, value, dtype):
         assert_same_finite(run(cpu, case, arguments), run(reference, case, arguments))
 
 
+@pytest.mark.each_capability
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("operation", [name for name in OVER_ROWS if name.endswith("backward")])
+def test_a_relu_lets_pass_what_is_positive_or_nan(operation, dtype):
+    """At zero nothing passes."""
+    case = getattr(Factory(2, 7, 5, 19, 13), operation)()
+    arguments = cast(case, dtype)
+    activation = arguments["x"].clamp(-1, 1).round()
+    assert (activation == 0).any()
+    activation[:9] = torch.nan  # of several pixels in a window
+    arguments |= {"x": activation, "scale": torch.ones(19, dtype=dtype), "shift": torch.zeros(19, dtype=dtype)}
+    results, expected = run(cpu, case, arguments), run(reference, case, arguments)
+    for name in ("grad", "sum_grad"):
+        assert expected[name].isfinite().all()
+        torch.testing.assert_close(results[name], expected[name])
+
+
 @needs_native
 @pytest.mark.parametrize("operation", [name for name in CONTRACT if "conv" in name])
 def test_no_pair_of_bfloat16_is_flushed_as_a_denormal_float(operation):
@@ -209,8 +258,9 @@ def test_no_pair_of_bfloat16_is_flushed_as_a_denormal_float(operation):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operation", CONTRACT)
 def test_the_same_bits_in_every_run_and_with_any_number_of_threads(operation, dtype):
-    """Of several tiles, of many channels, and of what is a single task."""
-    for geometry in [(2, 33, 31, 40, 24), (4, 7, 7, 513, 48), (1, 2, 9, 128, 32), (2, 17, 1, 16, 128)]:
+    """Of several tiles, of many channels, of what is a single task, and of more threads than groups of rows."""
+    of_tiles, of_channels, of_threads = (2, 33, 31, 40, 24), (4, 7, 7, 513, 48), (2, 31, 17, 130, 16)
+    for geometry in [of_tiles, of_channels, (1, 2, 9, 128, 32), (2, 17, 1, 16, 128), of_threads]:
         case = getattr(Factory(*geometry), operation)()
         arguments = cast(case, dtype)
         results = []
@@ -249,12 +299,13 @@ def test_no_images(operation):
     assert_nothing(results)
 
 
-# A row stride of 2^25 elements puts the last of 70 rows beyond 2^31; of each row a page is touched.
+# A row stride of 2^25 elements puts the last row of pixels of 7x11 beyond 2^31; of each pixel a page is touched.
 @pytest.mark.large
 @needs_native
+@pytest.mark.parametrize("channels", [24, 48])
 @pytest.mark.parametrize("operation", CONTRACT)
-def test_more_than_2_to_the_31_elements_in_one_storage(operation):
-    rows, stride = 70, 2**25
+def test_more_than_2_to_the_31_elements_in_one_storage(operation, channels):
+    rows, stride = 77, 2**25
     storages = {}
 
     def place(matrix):
@@ -263,8 +314,8 @@ def test_more_than_2_to_the_31_elements_in_one_storage(operation):
         view = storages[name].as_strided((matrix.shape[0], matrix.shape[1]), (stride, 1))
         return view.copy_(matrix)
 
-    case = getattr(Factory(1, 7, 10, 24, 8), operation)()
-    assert (rows - 1) * stride > 2**31
+    case = getattr(Factory(1, 7, 11, channels, channels * 2 // 3), operation)()
+    assert (rows - 11) * stride > 2**31
     arguments = cast(case, torch.bfloat16)
     expected = run(cpu, case, arguments)
     results = run(cpu, case, arguments, place)
@@ -289,8 +340,11 @@ def spoiled(operation, arguments):
         yield name, "device", value.to("meta")
         if name not in ANY_DTYPE[operation]:
             yield name, "dtype", value.to(torch.float64 if value.dtype != torch.float64 else torch.float32)
+        if value.dim() == 1 and operation != "batch_norm_affine":
+            yield name, "stride", value.repeat_interleave(2)[::2]
+        if value.dim() == 2 or (value.dim() == 4 and name != "weight"):
+            yield name, "stride", value.transpose(0, 1).contiguous().transpose(0, 1)
         if value.dim() == 2:
-            yield name, "stride", value.t().contiguous().t()
             yield name, "overlap", value[:1].expand(value.shape)
 
 
@@ -304,6 +358,26 @@ def test_impossible_arguments(operation):
         message = None if wrong == "device" else f"{named}must"
         with pytest.raises(RuntimeError, match=message):
             getattr(cpu, operation)(**arguments | {name: value})
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("operation", "changed", "message"),
+    [
+        ("bn_relu_conv1x1_backward", {"sum_grad_x": None}, "must be given together"),
+        ("bn_relu_conv3x3_backward", {"sum_grad": None}, "must be given together"),
+        ("bn_relu_conv1x1_backward", {"sum_grad": None, "sum_grad_x": None}, "grad needs sum_grad and sum_grad_x"),
+        ("bn_relu_conv3x3_backward", {"sum_grad": None, "sum_grad_x": None}, "grad needs sum_grad and sum_grad_x"),
+        ("batch_norm_gradients", {"offset": None}, "must be given together"),
+        ("batch_norm_gradients", {"count": 0}, "count must be positive, got 0"),
+        ("bn_relu_avg_pool", {"window_height": 0}, "Expected a window that fits"),
+        ("bn_relu_avg_pool_backward", {"window_width": 7}, "Expected a window that fits"),
+    ],
+)
+def test_arguments_that_do_not_go_together(operation, changed, message):
+    case = getattr(Factory(2, 4, 6, 5, 3), operation)()
+    with pytest.raises(RuntimeError, match=message):
+        getattr(cpu, operation)(**cast(case, torch.float32) | changed)
 
 
 @needs_native

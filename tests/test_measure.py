@@ -209,6 +209,22 @@ def test_freed_memory_goes_back_when_asked(monkeypatch: pytest.MonkeyPatch) -> N
     assert returned > 64 + 0.8 * 256
 
 
+RETURN_KERNEL_MEMORY = """
+channels = 1024  # whose weight is transformed in 64 MiB
+x, vector, weight = torch.rand(4, channels), torch.ones(channels), torch.rand(channels, channels, 3, 3)
+torch.ops.densenet_efficient.bn_relu_conv3x3(x, vector, vector, weight, 2, 2, torch.empty_like(x), None, None)
+held = resident()
+return_freed_memory()
+print((held - resident()) >> 20)
+"""
+
+
+@needs_native
+def test_the_memory_of_kernels_goes_back_when_asked() -> None:
+    (returned,) = measured(RETURN_KERNEL_MEMORY)
+    assert returned > 48  # MiB
+
+
 KEEP_MEMORY = """
 first = kept(4)
 address = first.data_ptr()

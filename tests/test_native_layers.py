@@ -127,6 +127,8 @@ def test_schema_of_the_loops(operation, dtype):
     ("operation", "index", "value", "message"),
     [
         ("dense_layers", 6, [torch.rand(6)], "one or two entries per layer"),
+        ("dense_layers", 7, [torch.rand(6)], "one or two entries per layer"),
+        ("dense_layers", 8, [1e-5], "one or two entries per layer"),
         ("dense_layers", 9, [None], "one or two entries per layer"),
         ("dense_layers", 1, 7, "one row per pixel"),
         ("dense_layers", 1, 0, "one row per pixel"),

@@ -246,6 +246,7 @@ def test_opcheck_outside_traces(name):
         ("growth_rate", 0, "Expected channels"),
         ("affines", [torch.rand(4, 6)], "one entry per convolution"),
         ("exit_affine", torch.rand(4, 13), "affines must be contiguous"),
+        ("exit_affine", torch.rand(14, 4).t(), "affines must be contiguous"),
         ("exit_affine", None, "Expected exit_affine with out"),
         ("exit_packed", torch.zeros(3, dtype=torch.uint8), "packed must be what packed_weight gives"),
         ("window", [5, 1], "Expected a window that fits"),
@@ -256,6 +257,22 @@ def test_opcheck_outside_traces(name):
 def test_impossible_arguments_of_the_inference(name, value, message):
     with pytest.raises(RuntimeError, match=message):
         torch.ops.densenet_efficient.dense_stage_inference(**inference_arguments() | {name: value})
+
+
+@pytest.mark.large
+@needs_native
+def test_inference_on_images_more_than_2_to_the_31_bytes_apart():
+    arguments = inference_arguments(torch.bfloat16)
+    torch.ops.densenet_efficient.dense_stage_inference(**arguments)
+    apart = {}
+    for name in ("x", "features", "out"):
+        shape = arguments[name].shape
+        view = torch.empty(shape[0] * 2**27, dtype=torch.bfloat16).as_strided(shape, (2**27, 1))
+        apart[name] = view.copy_(arguments[name]) if name == "x" else view
+    torch.set_num_threads(2)  # of an image each
+    torch.ops.densenet_efficient.dense_stage_inference(**arguments | apart)
+    for name in ("features", "out"):
+        assert torch.equal(apart[name], arguments[name])
 
 
 @needs_native
