@@ -145,3 +145,11 @@ def test_impossible_arguments(operation, index, value, message):
     arguments[index] = value
     with pytest.raises(RuntimeError, match=message):
         getattr(torch.ops.densenet_efficient, operation)(*arguments)
+
+
+@pytest.mark.parametrize("bottleneck", [True, False])
+def test_a_step_of_no_images(bottleneck, loops):
+    block, images = DenseBlock(2, 6, growth_rate=4, bottleneck=bottleneck), torch.rand(0, 6, 8, 8, requires_grad=True)
+    block(images).sum().backward()
+    assert all(loops) and images.grad.shape == images.shape
+    assert not any(parameter.grad.any() for parameter in block.parameters())
