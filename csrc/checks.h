@@ -30,11 +30,12 @@ inline void check_flat_images(const at::Tensor& images, const char* name) {
   TORCH_CHECK(images.dim() == 3, name, " must have shape [images, channels, pixels], got ", images.sizes());
 }
 
-// The number of images of height x width pixels, each a row of ``matrix``.
+// The number of images of height x width pixels, each a row of ``matrix``. Divides, for the product may overflow.
 inline int64_t check_images(const at::Tensor& matrix, const char* name, int64_t height, int64_t width) {
-  TORCH_CHECK(height > 0 && width > 0 && matrix.size(0) % (height * width) == 0, name,
+  const int64_t rows = matrix.size(0);
+  TORCH_CHECK(height > 0 && width > 0 && rows % height == 0 && rows / height % width == 0, name,
               " must have one row per pixel of ", height, "x", width, " images, got shape ", matrix.sizes());
-  return matrix.size(0) / (height * width);
+  return rows / height / width;
 }
 
 // A pooling window that fits the images.

@@ -382,7 +382,9 @@ def test_arguments_that_do_not_go_together(operation, changed, message):
 
 @needs_native
 @pytest.mark.parametrize("operation", [name for name in CONTRACT if "3x3" in name or "pool" in name])
-@pytest.mark.parametrize("size", [{"height": 5}, {"height": 0}, {"width": -6, "height": -4}])
+@pytest.mark.parametrize(
+    "size", [{"height": 5}, {"height": 0}, {"width": -6, "height": -4}, {"height": 2**32, "width": 2**32}]
+)
 def test_rows_that_are_no_images(operation, size):
     case = getattr(Factory(2, 4, 6, 5, 3), operation)()
     with pytest.raises((RuntimeError, ValueError), match=r"row.*images|height|width"):

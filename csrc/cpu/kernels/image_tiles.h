@@ -68,7 +68,7 @@ class ImageTiles {
     if (stacked()) {
       const int64_t image = tile * images_per_tile_ + (row < 0 ? 0 : row / (height_ + 1));
       const int64_t y = row < 0 ? -1 : row % (height_ + 1);
-      return y < 0 || y == height_ || image >= images_ ? -1 : (image * height_ + y) * width_;
+      return y < 0 || y == height_ ? -1 : (image * height_ + y) * width_;
     }
     const int64_t y = first_row(tile % tiles_per_image_) + row;
     return y < 0 || y >= height_ ? -1 : (tile / tiles_per_image_ * height_ + y) * width_;
