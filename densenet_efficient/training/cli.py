@@ -448,4 +448,6 @@ class SaveConfig(SaveConfigCallback):
             for name in (LAST, PREVIOUS, BEST):
                 (output / name).unlink(missing_ok=True)
         remove_left_over(output / name for name in (LAST, PREVIOUS, BEST, CONFIG, METRICS, PAGE))
-        write_text(output / CONFIG, self.parser.dump(self.config))
+        config = self.config.clone()
+        config.overwrite, config.ckpt_path = False, None  # of this call, not of the run
+        write_text(output / CONFIG, self.parser.dump(config))

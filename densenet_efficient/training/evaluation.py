@@ -1,14 +1,20 @@
 """How good a classifier is on labelled images, with bootstrap confidence intervals.
 
-A bootstrap sample gives each image a weight, the number of times it was drawn. Every figure here is a function of such
-weights, so that it is computed for many samples at once; with weights of one it is the figure itself.
+A bootstrap sample gives each image a weight, the number of times it was drawn; of patients with several images, the
+patients are drawn. Every figure here is a function of such weights, so that it is computed for many samples at once;
+with weights of one it is the figure itself.
+
+Where all samples agree, as of five images that are all right, they tell nothing: then a share has Wilson's interval
+(1927, "Probable inference, the law of succession, and statistical inference"), and another figure none.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -35,6 +41,7 @@ class Evaluation:
     split: str  # which images these are
     chose_epoch: bool = False  # whether the best epoch was chosen by them
     trained_on: int | None = None  # how many of them the model was trained on, where it is known
+    groups: Sequence[str] | None = None  # N names, of patients for one; without them each image is of its own
 
     @cached_property
     def decisions(self) -> Array:
@@ -47,6 +54,12 @@ class Evaluation:
     def correct(self) -> Array:
         """[N, 1]. Of several labels per image: whether all are right."""
         return (self.decisions == self.labels).all(1, keepdims=True).astype(float)
+
+    @cached_property
+    def members(self) -> NDArray[np.intp]:
+        """[N], the index of each image's group."""
+        names = np.arange(len(self.labels)) if self.groups is None else np.asarray(self.groups)
+        return np.unique(names, return_inverse=True)[1]
 
     @cached_property
     def hits(self) -> Array:
@@ -72,6 +85,7 @@ def summarise(evaluation: Evaluation, seed: int = 0) -> dict[str, Any]:
         "chose_epoch": evaluation.chose_epoch,
         "trained_on": evaluation.trained_on,
         "images": len(evaluation.labels),
+        "grouped": len(set(evaluation.members)) < len(evaluation.labels),
         "multi_label": evaluation.multi_label,
         **overall,
         "macro_auroc": float(np.mean(areas)) if areas else None,
@@ -88,36 +102,62 @@ def with_intervals(evaluation: Evaluation, seed: int) -> dict[str, list[dict[str
     once = np.ones((1, count))
     values = figures(evaluation, once) | {"auroc": aurocs(cells, once)}
     drawn: dict[str, list[Array]] = {name: [] for name in values}
-    for weights in _bootstrap_weights(count, seed):
+    for weights in _bootstrap_weights(evaluation.members, seed):
         sample = figures(evaluation, weights)
         if num_classes <= MAX_RESAMPLED_AREAS:
             sample["auroc"] = aurocs(cells, weights)
         for name, figure in sample.items():
             drawn[name].append(figure)
-    return {name: _intervals(value[0], drawn[name]) for name, value in values.items()}
+    counts = _independent_counts(evaluation)
+    return {name: _intervals(value[0], drawn[name], counts.get(name)) for name, value in values.items()}
 
 
-def _bootstrap_weights(count: int, seed: int) -> Iterator[Array]:
-    generator = np.random.default_rng(seed)
+def _independent_counts(evaluation: Evaluation) -> dict[str, list[int]]:
+    """Of how many groups the figures are shares that are shares."""
+    of = {"accuracy": np.ones((len(evaluation.labels), 1)), "recall": evaluation.labels}
+    of["precision"] = evaluation.decisions
+    return {
+        name: [len(np.unique(evaluation.members[column > 0])) for column in counted.T] for name, counted in of.items()
+    }
+
+
+def _bootstrap_weights(members: NDArray[np.intp], seed: int) -> Iterator[Array]:
+    generator, count = np.random.default_rng(seed), members.max(initial=-1) + 1
     for _ in range(RESAMPLES // CHUNK):
-        draws = [np.bincount(generator.integers(count, size=count), minlength=count) for _ in range(CHUNK)]
+        draws = [np.bincount(generator.integers(count, size=count), minlength=count)[members] for _ in range(CHUNK)]
         yield np.stack(draws).astype(float)
 
 
-def _intervals(values: Array, drawn: list[Array]) -> list[dict[str, float | None]]:
-    """Of each of the values [C], with the samples [B, C] drawn, if any."""
+def _intervals(values: Array, drawn: list[Array], counts: list[int] | None) -> list[dict[str, float | None]]:
+    """Of each of the values [C], with the samples [B, C] drawn, if any; ``counts`` [C] of those that are shares."""
     samples = np.concatenate(drawn) if drawn else np.empty((0, len(values)))
-    return [_interval(value, column) for value, column in zip(values, samples.T, strict=True)]
+    return [
+        _interval(value, column, count)
+        for value, column, count in zip(values, samples.T, counts or [0] * len(values), strict=True)
+    ]
 
 
-def _interval(value: float, samples: Array) -> dict[str, float | None]:
+def _interval(value: float, samples: Array, count: int) -> dict[str, float | None]:
     if np.isnan(value):
         return {"value": None, "low": None, "high": None}
     defined = samples[~np.isnan(samples)]
     if not len(defined):
         return {"value": float(value), "low": None, "high": None}
     low, high = np.quantile(defined, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    if np.isclose(defined.min(), defined.max(), rtol=0, atol=1e-12):
+        if not count:
+            return {"value": float(value), "low": None, "high": None}
+        low, high = _wilson(value, count)
     return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+def _wilson(share: float, count: int) -> tuple[float, float]:
+    """The interval of a share of so many."""
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    scale = 1 + z**2 / count
+    centre = (share + z**2 / (2 * count)) / scale
+    width = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / scale
+    return max(centre - width, 0.0), min(centre + width, 1.0)
 
 
 # ---- figures: of weights [B, N], one row per bootstrap sample ----

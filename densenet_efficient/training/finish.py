@@ -95,6 +95,7 @@ def evaluate(trainer: Trainer, classifier: Classifier, data: ImageData) -> Evalu
         "validation" if splits.test is None else "test",
         splits.test is None or splits.test is splits.validation,
         classifier.trained_on.count(data.test_samples.sources, data.root),
+        data.test_samples.groups,
     )
 
 
@@ -151,8 +152,9 @@ def _summary_table(summary: dict[str, Any]) -> Table:
     for name in ("accuracy", "balanced_accuracy", "macro_f1"):
         if name in summary:
             entry = summary[name]
-            bounds = f"{entry['low']:.2%} to {entry['high']:.2%}"
-            table.add_row(name.replace("_", " "), f"{entry['value']:.2%}", bounds)
+            bounds = "" if entry["low"] is None else f"{entry['low']:.2%} to {entry['high']:.2%}"
+            all_labels = name == "accuracy" and summary["multi_label"]
+            table.add_row("all labels right" if all_labels else name.replace("_", " "), f"{entry['value']:.2%}", bounds)
     if summary["macro_auroc"] is not None:
         table.add_row("mean area under the ROC curve", f"{summary['macro_auroc']:.4f}", "")
     return table

@@ -10,9 +10,18 @@ from pathlib import Path
 import torch
 
 from densenet_efficient.training.images import is_image
-from densenet_efficient.training.samples import SPLIT_NAMES, Samples, Splits, require_several_classes, split
+from densenet_efficient.training.samples import (
+    SPLIT_NAMES,
+    Samples,
+    Splits,
+    check_no_fraction,
+    only_to_test,
+    require_several_classes,
+    split,
+)
 
-SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # which file managers leave in folders of images
+# Which file managers, archives and storage devices leave among images, in any case of letters.
+SYSTEM_FILES = {"thumbs.db", "desktop.ini", "@eadir", "__macosx", "$recycle.bin"}
 MAX_FOLDERS_NAMED = 10  # by a note
 OTHER_TYPE = "of another type, by its name"
 
@@ -44,6 +53,11 @@ def read_folder(folder: Path, validation_fraction: float, test_fraction: float, 
         other_names, parts[part], others = _list_classes(path)
         strays |= others
         _require_same_classes(train_folder, names, path, other_names)
+    if test_fraction == 1:
+        every = [train, *parts.values()]
+        whole = Samples([path for part in every for path in part.sources], torch.cat([part.labels for part in every]))
+        return replace(only_to_test(names, whole), strays=strays, notes=notes)
+    check_no_fraction(folder, test_fraction)
     if "validation" not in parts:
         raise FileNotFoundError(
             f"{folder}: found {train_folder.name}, but no val beside it; add one, or give {train_folder} itself"
@@ -128,7 +142,7 @@ def _seems_image(path: Path) -> bool:
 
 
 def _is_hidden(path: Path) -> bool:
-    return path.name.startswith(".") or path.name in SYSTEM_FILES
+    return path.name.startswith(".") or path.name.lower() in SYSTEM_FILES
 
 
 def list_files(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -31,6 +31,7 @@ TURNS: dict[Any, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF, and its value for images as films are
 # What pydicom says of Pillow where another decoder is needed, which is not installed.
 BEYOND_PILLOW = re.compile("Pillow (does not support|cannot decode)")
 MAY_BE_EMPTY = ("WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept")  # in DICOM files, as if not there
@@ -50,8 +51,8 @@ def read_image(path: str | Path, channels: int, value_range: ValueRange = None) 
     """The image file `path` as [channels, H, W], 1 or 3 channels: uint8, or float32 in [0, 1] if it is deeper.
 
     `value_range` are the values that become 0 and 1 in images deeper than 8 bits, in Hounsfield units for CT. Without
-    it they are the window that a DICOM file names, else the darkest and the brightest value there is, and of other
-    files the range of 16 bits.
+    it they are the window that a DICOM file names, or its table's, else the darkest and the brightest value there is,
+    and of other files the range of 16 bits.
 
     Raises OSError if the file is missing, ValueError if it is damaged, empty, no image or a TIFF of
     several pages. Of an animation it is the first picture.
@@ -73,6 +74,8 @@ def read_image(path: str | Path, channels: int, value_range: ValueRange = None) 
         raise ValueError(f"{path}: expected a TIFF of one page, got {pages}; export the pages")
     if image.mode[0] in "IF":
         values = _scaled(path, _upright(image), value_range or _range_of(path, image))
+        if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # type: ignore[attr-defined]
+            values = 1 - values  # which Pillow does up to 8 bits
         return _with_channels(torch.from_numpy(values)[None], channels)
     return F.to_image(_upright(image).convert("L" if channels == 1 else "RGB"))
 
@@ -155,8 +158,10 @@ def _read_dicom(path: str | Path, value_range: ValueRange) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(colours[..., :3])).permute(2, 0, 1)
     values = apply_modality_lut(pixels, dataset)
     _require_finite(path, values)
-    low, high = value_range or _window(dataset) or (float(values.min()), float(values.max()))
-    scaled = _unit(values, low, high)
+    if value_range is None and (looked_up := _by_table(dataset, values)) is not None:
+        scaled = looked_up
+    else:
+        scaled = _unit(values, *(value_range or _window(dataset) or _extremes(dataset, pixels, values)))
     if dataset.PhotometricInterpretation == "MONOCHROME1":  # the lowest value is white
         scaled = 1 - scaled
     return torch.from_numpy(scaled)[None]
@@ -180,6 +185,23 @@ def _lacking_decoder(dataset: Any, reason: str) -> str | None:
     by_gdcm = any(text.startswith("gdcm") for text in decoder.missing_dependencies)
     remedy = "pip install python-gdcm, or 'pylibjpeg[all]'" if by_gdcm else "pip install 'pylibjpeg[all]'"
     return f"no decoder of its transfer syntax, {name}, is installed; {remedy}"
+
+
+def _by_table(dataset: Any, values: NDArray[Any]) -> NDArray[np.float32] | None:
+    """By the first table of a DICOM file without a window, which may well turn dark into bright (PS3.3 C.11.2.1.1)."""
+    from pydicom.pixels.processing import apply_voi
+
+    if not dataset.get("VOILUTSequence") or _window(dataset) is not None:
+        return None
+    bits = dataset.VOILUTSequence[0].LUTDescriptor[2]
+    return _unit(apply_voi(values, dataset), 0, 2**bits - 1)
+
+
+def _extremes(dataset: Any, pixels: NDArray[Any], values: NDArray[Any]) -> tuple[float, float]:
+    """The lowest and highest value, without those of the padding around the image."""
+    within = pixels != dataset.get("PixelPaddingValue")
+    inner = values[within] if np.any(within) else values
+    return float(inner.min()), float(inner.max())
 
 
 def _window(dataset: Any) -> tuple[float, float] | None:

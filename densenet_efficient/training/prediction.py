@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
@@ -121,7 +121,7 @@ def predict(
     writer: BasePredictionWriter = LineWriter(classifier, bad_files)
     if output is not None:
         prepare_directory(output.parent)
-        writer = CSVWriter(classifier, bad_files, output, views, root)
+        writer = CSVWriter(classifier, bad_files, output, views, root, paths)
         paths = [path for path in paths if path not in writer.done]
         print(f"{len(writer.done)} predictions are in {output}; {len(paths)} to go")
     if not paths:
@@ -212,12 +212,18 @@ class CSVWriter(LineWriter):
     """
 
     def __init__(
-        self, classifier: SavedClassifier, bad_files: str, path: Path, views: str, root: Path | None = None
+        self,
+        classifier: SavedClassifier,
+        bad_files: str,
+        path: Path,
+        views: str,
+        root: Path | None = None,
+        paths: Iterable[str] = (),
     ) -> None:
         super().__init__(classifier, bad_files)
         self.path, self.header = path, [*FIRST_COLUMNS, *classifier.class_names]
         self.origin = {"weights_sha256": _fingerprint(classifier), "views": views}
-        self.origin_of_paths = _origin_of_paths(root)
+        self.origin_of_paths = _origin_of_paths(root, paths)
         self.done = self._rows_so_far()
 
     def _rows_so_far(self) -> set[str]:
@@ -243,7 +249,7 @@ class CSVWriter(LineWriter):
                 f"{self.path}: holds predictions of other weights or --views ({origin.name} beside it tells of which); "
                 "name another --output"
             )
-        if paths != self.origin_of_paths:
+        if paths != self.origin_of_paths and (paths or ORIGIN_OF_PATHS[0] in self.origin_of_paths):  # else an old table
             raise ValueError(
                 f"{self.path}: holds predictions {_as_given(paths)}, not {_as_given(self.origin_of_paths)}; "
                 "give the same, or name another --output"
@@ -287,18 +293,17 @@ class CSVWriter(LineWriter):
             raise OSError(error.errno, reason, str(self.path)) from error
 
 
-def _origin_of_paths(root: Path | None) -> dict[str, str]:
-    """What the rows' paths start with, and where that is. Without a root nothing, as in tables of earlier versions."""
+def _origin_of_paths(root: Path | None, paths: Iterable[str]) -> dict[str, str]:
+    """What the rows' paths start with, and where that is; nothing of absolute paths without a root."""
     if root is None:
-        return {}
+        return {} if all(map(os.path.isabs, paths)) else {ORIGIN_OF_PATHS[1]: str(Path.cwd())}
     return dict(zip(ORIGIN_OF_PATHS, (str(root), "" if root.is_absolute() else str(Path.cwd())), strict=True))
 
 
 def _as_given(paths: Mapping[str, str]) -> str:
-    if not paths:
-        return "without --root"
-    root, folder = (paths[name] for name in ORIGIN_OF_PATHS)
-    return f"with --root {root}" + (f" (in {folder})" if folder else "")
+    root, folder = (paths.get(name) for name in ORIGIN_OF_PATHS)
+    given = "without --root" if root is None else f"with --root {root}"
+    return given + (f" (in {folder})" if folder else "")
 
 
 def _whole_records(content: bytes, width: int) -> tuple[list[list[str]], int]:

@@ -105,6 +105,15 @@ def split(
     return splits
 
 
+def check_no_fraction(where: object, test_fraction: float) -> None:
+    """Raise ValueError for a share to test with of samples whose splits are named already."""
+    if test_fraction:
+        raise ValueError(
+            f"{where}: names its splits, of which --data.test_fraction takes nothing: expected 0, or 1 to test with "
+            f"all, got {test_fraction}"
+        )
+
+
 def only_to_test(class_names: list[str], samples: Samples) -> Splits:
     """All of them to test with, none to train on."""
     none = samples.subset([])

@@ -15,6 +15,7 @@ from densenet_efficient.training.samples import (
     SPLIT_NAMES,
     Samples,
     Splits,
+    check_no_fraction,
     only_to_test,
     require_every_class,
     require_several_classes,
@@ -72,7 +73,11 @@ def read_table(
     labels = _labels(row_classes, names, columns.multi_label)
     groups = [filled(place, row, columns.group).strip() for place, row in rows.items()] if columns.group else None
     if columns.split is not None:
-        return _as_told(table, names, Samples(paths, labels, groups), parts)
+        samples = Samples(paths, labels, groups)
+        if test_fraction == 1:
+            return only_to_test(names, samples)
+        check_no_fraction(table, test_fraction)
+        return _as_told(table, names, samples, parts)
     # Without groups the rows of one file are one, so that no split falls between them.
     return split(names, Samples(paths, labels, groups or paths), validation_fraction, test_fraction, seed, table)
 
@@ -89,9 +94,13 @@ def _remedy_of_one(columns: Columns) -> str:
 def require_a_file(where: object, paths: Sequence[str], option: str) -> None:
     """Raise FileNotFoundError if there is none of these files, so that they are looked for in a wrong place."""
     if not any(map(os.path.lexists, paths)):
+        remedy = f"say with {option} what the paths are relative to"
+        if os.path.lexists(paths[0].replace("\\", "/")):
+            remedy = "write them with / between folders"
+        elif os.path.lexists(paths[0].strip()):
+            remedy = "remove the blanks around them"
         raise FileNotFoundError(
-            f"{where}: none of the {len(paths)} files that are listed is there, such as {paths[0]}; "
-            f"say with {option} what the paths are relative to"
+            f"{where}: none of the {len(paths)} files that are listed is there, such as {paths[0]}; {remedy}"
         )
 
 
@@ -104,7 +113,9 @@ def read_rows(table: Path, needed: Mapping[str, str]) -> dict[str, dict[str, str
         with open(table, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
             header = [name.strip() for name in next(reader, [])]
-            rows = {f"{table}:{reader.line_num}": cells for cells in reader if cells}
+            if header and header[0].startswith("sep="):  # for Excel
+                header = [name.strip() for name in next(reader, [])]
+            rows = {f"{table}:{reader.line_num}": cells for cells in reader if any(map(str.strip, cells))}
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{table}: expected a table in UTF-8, got {error.object[error.start : error.end]!r}; save it as UTF-8"
@@ -131,7 +142,7 @@ def _check_header(table: Path, header: list[str], needed: Mapping[str, str]) -> 
     missing = {name: option for name, option in needed.items() if name not in header}
     if not missing:
         return
-    mark = next((mark for mark in (";", "\t") if mark in header[0]), None) if len(header) == 1 else None
+    mark = next((mark for mark in (";", "\t") if mark in header[0]), None)
     options = ", ".join(dict.fromkeys(missing.values()))
     remedy = f"save it with commas between the cells, in place of {mark!r}" if mark else f"name another with {options}"
     raise ValueError(f"{table}: no column {', '.join(missing)}; it has {', '.join(header)}; {remedy}")
