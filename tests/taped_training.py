@@ -216,6 +216,14 @@ def test_running_statistics(monkeypatch):
     assert Tape.repetitions == 2 + 1
 
 
+def test_another_epsilon(monkeypatch):
+    model = make_model(checkpointing="none")
+    assert_same_bits(monkeypatch, model, batches(3))
+    model.features.denseblock1.denselayer1.norm2.eps = 0.1
+    assert_same_bits(monkeypatch, model, batches(3))
+    assert Tape.repetitions == 2 * 2
+
+
 def test_weights_are_cast_once_and_for_all():
     convolutions = {"conv1": torch.randn(8, 4, 1, 1), "conv2": torch.randn(4, 8, 3, 3)}
     layer = Layer(norm1=None, norm2=None, dilation=1, dropout=None, **convolutions)
@@ -244,6 +252,15 @@ def test_the_oldest_tape_makes_way(monkeypatch):
             taped_layers._run(("loop",), lambda size=size: [torch.zeros(size)], stage, [torch.zeros(size)])
     assert len(taped_layers._tapes) == 2
     assert Tape.repetitions == 0  # three layouts take turns
+
+
+def test_a_tape_that_is_used_stays(monkeypatch):
+    monkeypatch.setattr(taped_layers, "MOST_TAPES", 2)
+    stage = Stage([], NO_EXIT, None, None, None, drop_rate=0)
+    for size in (1, 1, 2, 1, 3, 1):
+        x = torch.ones(size)
+        taped_layers._run(("loop",), lambda x=x: [x.new_zeros(len(x))], stage, [x])
+    assert Tape.repetitions == 2
 
 
 @pytest.mark.parametrize(

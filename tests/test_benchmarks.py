@@ -67,6 +67,9 @@ def test_a_runtime_that_is_not_installed_is_left_out_and_named(
     variants = run.variants_in(run.plan(options)[0], options)
     assert {"onnxruntime"} == {variant.implementation for variant in variants} & set(RUNTIMES)
     assert "openvino" in capsys.readouterr().out
+    options = run.parse(["--quick", "--output=quick.json", "--tasks=train"])
+    run.variants_in(run.plan(options)[0], options)
+    assert not capsys.readouterr().out
 
 
 def test_an_unknown_implementation_is_refused() -> None:
@@ -342,6 +345,11 @@ def test_what_a_cuda_graph_replays_has_a_line_of_its_own(published: tuple[Path, 
     (backwards,) = panels_of(results | {"rows": results["rows"][::-1]}).values()
     (forwards,) = panels_of(results).values()
     assert backwards == forwards[::-1]
+
+
+def test_where_ours_was_not_replayed_there_is_no_such_line(published: tuple[Path, list[str]]) -> None:
+    _, lines = report_with(published, "train", {"torchvision-graph": 80.0})
+    assert not any(line.startswith(f"| {WORKLOAD}, in a CUDA graph") for line in lines)
 
 
 def test_the_roofline_stands_in_the_document(published: tuple[Path, list[str]]) -> None:

@@ -120,6 +120,11 @@ def test_discriminative_learning_rates_cover_every_parameter_once() -> None:
     }
     grouped = [parameter for group in groups for parameter in group["params"]]
     assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
+    parts = {parameter: name.removeprefix("features.") for name, parameter in model.named_parameters()}
+    stages = {parts[key].partition(".")[0]: group["name"][:7] for group in groups for key in group["params"]}
+    assert [stages[f"denseblock{number}"] for number in (1, 2, 3)] == ["stage 1", "stage 2", "stage 3"]
+    followers = [stages[name] for name in ("conv0", "transition1", "transition2", "norm5")]
+    assert followers == ["stage 0", "stage 1", "stage 2", "stage 3"]
     undecayed = {parameter for group in groups if "weight_decay" in group for parameter in group["params"]}
     assert undecayed == {parameter for parameter in model.parameters() if parameter.dim() == 1}
 

@@ -245,6 +245,8 @@ def test_a_checkpoint_of_another_run_does_not_replace_this_one(
 def test_which_checkpoints_are_of_the_run_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to("run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.ckpt").symlink_to(tmp_path / "elsewhere.ckpt")
     own = ("last", "best", "run/last.ckpt", tmp_path / "run" / "mine.ckpt", "link/last.ckpt", "run/kept/epoch.ckpt")
     assert all(is_own_checkpoint(given, "run") for given in own)
     assert not any(

@@ -104,6 +104,18 @@ def test_outputs_and_gradients(backend, name, mode):
     assert_close(*results)
 
 
+@pytest.mark.parametrize("name", ["MONAI 1D dropout", "MONAI 3D dropout"])
+def test_dropouts_that_train_by_themselves(backend, name):
+    """As for Monte Carlo dropout."""
+    original, converted, images = make_models(name, "eval")
+    convert(converted)
+    for model in map(seeded, (original, converted)):
+        for module in model.modules():
+            if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+                module.train()
+    assert_close(*({"": model(images).detach()} for model in (converted, original)))
+
+
 @pytest.mark.parametrize("name", ["MONAI 1D", "MONAI 3D"])
 @pytest.mark.parametrize("level", LEVELS)
 def test_float32(backend, name, level):

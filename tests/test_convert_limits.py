@@ -222,6 +222,12 @@ def test_the_report_says_where_a_sequence_may_not_be_called(name, path, conditio
     assert notes[path].endswith(f"as one operator each{condition}")
 
 
+def test_a_sequence_of_sequences_calls_each_as_a_whole():
+    model = nn.Sequential(make_model("torchvision").features, nn.ReLU())
+    notes = {entry.path: entry.note for entry in convert(model).replaced}
+    assert notes["0"].endswith("as one operator each")
+
+
 # Bad input
 
 

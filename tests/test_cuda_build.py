@@ -96,6 +96,22 @@ def test_cuda_home_comes_first(setup, tmp_path, monkeypatch):
     assert setup.find_nvcc() is None
 
 
+def test_cuda_path_says_the_same_as_cuda_home(setup, tmp_path, monkeypatch):
+    nvcc = fake_nvcc(tmp_path, "exit 1")
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path))
+    assert setup.find_nvcc() == str(nvcc)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "elsewhere"))
+    assert setup.find_nvcc() is None
+
+
+def test_nvcc_is_tried_with_the_host_compiler_that_torch_will_choose(setup, tmp_path, monkeypatch):
+    fake_nvcc(tmp_path, 'echo release 13.0; case "$*" in *probe*) echo "$*"; exit 1;; esac')
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "gcc-13")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "link (-ccbin gcc-13 " in setup.why_not_cuda()
+
+
 @pytest.mark.parametrize(
     ("script", "reason"),
     [

@@ -10,6 +10,8 @@ import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,9 +25,10 @@ from torch import nn
 from training_cases import fails, fit, make_images, make_patients, write_table
 
 from densenet_efficient.cli import main
-from densenet_efficient.training import pictures
+from densenet_efficient.training import pictures, report
 from densenet_efficient.training.checkpoint import (
     ENTRY,
+    TrainingImages,
     check_fits,
     describe_classifier,
     load_classifier,
@@ -281,6 +284,17 @@ def test_names_are_drawn_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert all(any(text.startswith(name) for text in shown) for name in NAMES)
 
 
+def test_curves_of_the_hardest_of_many_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))
+    one = evaluation(classes=10)
+    areas = {name: 0.5 + index / 20 for index, name in enumerate(one.class_names)}
+    pictures.draw_roc(one, areas, tmp_path / "roc.png")
+    legend = figures[0].axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text().rsplit("  ")[0] for text in legend.get_texts()] == one.class_names[:8]
+
+
 needs_chromium = pytest.mark.skipif(
     shutil.which("chromium") is None, reason="no chromium; Debian's package of this name brings it"
 )
@@ -377,6 +391,22 @@ def test_images_that_a_model_was_trained_on_are_counted(
     assert f"the model was trained on {count} of the " in capfd.readouterr().err
 
 
+def test_mistakes_are_looked_at_as_they_were_made(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, grad_cam = [], report.grad_cam
+
+    def observed(model: nn.Module, images: torch.Tensor, **options: Any) -> torch.Tensor:
+        training.append(model.training)
+        return grad_cam(model, images, **options)
+
+    monkeypatch.setattr(report, "worst_mistakes", lambda *_: [(0, 0, 1)])
+    monkeypatch.setattr(report, "grad_cam", observed)
+    folder = shutil.copytree(trained, tmp_path / "mistaken")
+    claims_of_a_test(folder, folder / "run" / "best.ckpt")
+    assert training == [False]
+
+
 def test_of_an_earlier_checkpoint_nothing_is_claimed(trained: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(trained, tmp_path / "earlier")
     content = read_checkpoint(folder / "run" / "best.ckpt")
@@ -384,6 +414,15 @@ def test_of_an_earlier_checkpoint_nothing_is_claimed(trained: Path, tmp_path: Pa
     torch.save(content, folder / "earlier.ckpt")
     count, sentence = claims_of_a_test(folder, folder / "earlier.ckpt")
     assert count is None and "trained on" not in sentence
+
+
+def test_a_checkpoint_is_evaluated_with_its_own_epsilon(trained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained, tmp_path / "keras")
+    content = read_checkpoint(folder / "run" / "best.ckpt")
+    content[ENTRY]["config"]["norm_eps"] = 0.5
+    torch.save(content, folder / "keras.ckpt")
+    claims_of_a_test(folder, folder / "keras.ckpt")
+    assert json.loads((folder / "run" / "test" / "metrics.json").read_text())["config"]["norm_eps"] == 0.5
 
 
 def test_a_continuation_with_another_split_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -417,6 +456,19 @@ def test_images_are_told_apart(tmp_path: Path) -> None:
     assert len(marks_of(pixels, tmp_path).unique()) == 3
 
 
+def test_an_image_that_is_in_both_splits_is_not_one_of_another_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = np.arange(16, dtype=np.uint8).reshape(4, 2, 2)
+    images = TrainingImages(marks_of(pixels[:3], tmp_path))
+    for train, said in ((pixels[:3], ""), (pixels[:2], "the model was trained on 1 of the 2 images of the validation")):
+        splits = SimpleNamespace(train=SimpleNamespace(sources=train), validation=SimpleNamespace(sources=pixels[2:]))
+        data = SimpleNamespace(splits=splits, root=tmp_path)
+        images.begin(SimpleNamespace(datamodule=data, is_global_zero=True))
+        error = capsys.readouterr().err
+        assert error.startswith(said) and bool(error) == bool(said)
+
+
 @pytest.mark.parametrize("command", ["validate", "test"])
 @pytest.mark.parametrize(
     ("options", "difference"),
@@ -439,3 +491,10 @@ def test_other_labels_than_those_of_the_training_are_refused(trained: Path) -> N
     saved = load_classifier(trained / "run" / "best.ckpt")
     with pytest.raises(ValueError, match=r"^best.ckpt: .* \(multi_label True, not False\); give the --data options"):
         check_fits("best.ckpt", describe_classifier(replace(saved, multi_label=True)), saved)
+
+
+def test_a_checkpoint_from_before_an_option_fits(trained: Path) -> None:
+    saved = load_classifier(trained / "run" / "best.ckpt")
+    theirs = describe_classifier(saved)
+    theirs["config"] = {name: value for name, value in theirs["config"].items() if name != "spatial_dims"}
+    check_fits("best.ckpt", theirs, saved)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pytorch_lightning.tuner.tuning import Tuner
 from training_cases import fails, fit_arguments, make_images, write_table
 
 from densenet_efficient.cli import main
@@ -38,6 +39,15 @@ def test_a_learning_rate_needs_more_than_a_trial_run(
     error = fails(["find-learning-rate", *arguments[1:]], capsys)
     assert "no learning rate stands out; train for longer, or with larger batches" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_learning_rate_is_that_of_the_whole_network(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head_epochs = []
+    monkeypatch.setattr(Tuner, "lr_find", lambda _, model, **options: head_epochs.append(model.head_epochs))
+    fails(["find-learning-rate", *fit_arguments(images, tmp_path, "--model.head_epochs", "1")[1:]], capsys)
+    assert head_epochs == [0]
 
 
 def test_the_batch_size_finder(

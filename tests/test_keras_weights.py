@@ -63,8 +63,8 @@ def save_as_keras2(model, path):
     """As the files that keras.applications downloads: names with slashes and ":0", listed in attributes in pieces."""
     with h5py.File(path, "w") as file:
         layers = [(layer.name.replace("_conv", "/conv").replace("_bn", "/bn"), layer.weights) for layer in model.layers]
-        for index, start in enumerate(range(0, len(layers), 100)):
-            file.attrs[f"layer_names{index}"] = [name.encode() for name, _ in layers[start : start + 100]]
+        for index, start in enumerate(range(0, len(layers), 30)):
+            file.attrs[f"layer_names{index}"] = [name.encode() for name, _ in layers[start : start + 30]]
         for name, weights in layers:
             group = file.create_group(name)
             group.attrs["weight_names"] = [f"{name}/{weight.name}:0".encode() for weight in weights]

@@ -245,6 +245,24 @@ def test_stages_add_up():
     assert found.training.peak >= max(stage.peak for stage in found.stages)
 
 
+def test_what_is_frozen_has_neither_gradients_nor_a_state():
+    model = EfficientDenseNet(**NETWORK)
+    model.features.denseblock2.requires_grad_(False)
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    stages = plan(model, SHAPE).stages
+    assert sum(stage.own.gradients for stage in stages) == trained
+    assert sum(stage.own.optimizer_state for stage in stages) == 2 * trained
+
+
+def test_the_masks_of_a_dropout_are_saved():
+    """A byte for each feature that the layers of a block add."""
+    stages = [
+        plan(EfficientDenseNet(**NETWORK, drop_rate=rate), SHAPE, checkpointing="none").stages for rate in (0.0, 0.2)
+    ]
+    masks = [more.own.saved_activations - less.own.saved_activations for less, more in zip(*stages, strict=True)]
+    assert masks == [0, 4 * 16**2 * 2 * 8, 4 * 8**2 * 3 * 8, 4 * 4**2 * 3 * 8, 0]
+
+
 def test_a_converted_network_has_the_same_plan():
     torchvision = pytest.importorskip("torchvision")
     with torch.device("meta"):
@@ -263,7 +281,7 @@ def test_sizes_are_read(text, count):
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "8 Gibi", "-1GiB", "0", 0, -5, "8GiB each"])
+@pytest.mark.parametrize("text", ["", "GiB", "8 Gibi", "-1GiB", "0", 0, -5, "8GiB each", "\u0663GiB"])
 def test_other_sizes_are_refused(text):
     with pytest.raises(ValueError, match="expected one such as '8GiB'"):
         parse_bytes(text)

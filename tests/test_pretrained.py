@@ -95,6 +95,15 @@ def test_tags_of_timm(cache, timms, prefix, network):
     assert model.checkpointing == "none"
 
 
+def test_an_older_description_of_timm(cache, timms):
+    """In one level."""
+    config = timms.pretrained_cfg | {"architecture": "densenet121", "num_classes": timms.num_classes}
+    put_in_cache(cache, "me/mine", {"config.json": config, "pytorch_model.bin": timms.state_dict()})
+    model = EfficientDenseNet.from_pretrained("me/mine")
+    assert_close(model.state_dict(), timms.state_dict(), 0)
+    assert model.weights == Preprocessing.of_timm(timms.pretrained_cfg)
+
+
 def test_transforms_of_timm(timms):
     config = timms.pretrained_cfg | {"crop_pct": 0.9}
     theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config))
@@ -117,7 +126,9 @@ def test_transforms_of_timm_that_are_not_the_same(timms, changes, message):
 
 def test_a_model_that_was_registered_here(cache):
     theirs = timm.create_model("efficient_densenet121", num_classes=2)
-    config = config_of_timm(theirs, architecture="efficient_densenet121", model_args={"drop_rate": 0.1})
+    config = config_of_timm(
+        theirs, architecture="efficient_densenet121", model_args={"drop_rate": 0.1, "global_pool": "avg"}
+    )
     put_in_cache(cache, "me/mine", {"config.json": config, "pytorch_model.bin": theirs.state_dict()})
     model = EfficientDenseNet.from_pretrained("me/mine")
     assert_close(model.state_dict(), theirs.state_dict(), 0)
@@ -237,6 +248,8 @@ def test_a_repository_of_the_hub(cache, source, filename):
     assert_close(EfficientDenseNet.from_pretrained(source).state_dict(), original.state_dict(), 0)
     revised = EfficientDenseNet.from_pretrained("me/mine", revision=revision, local_files_only=True)
     assert_close(revised.state_dict(), original.state_dict(), 0)
+    named = EfficientDenseNet.from_pretrained(f"me/mine@{revision}", revision="another")
+    assert_close(named.state_dict(), original.state_dict(), 0)
 
 
 def test_offline_the_error_says_which_file_to_put_where(cache):

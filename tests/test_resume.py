@@ -21,7 +21,7 @@ import pytest
 import torch
 from training_cases import assert_same_bits, fails, fit, fit_arguments, make_images, stopping_at, weights
 
-from densenet_efficient.files import SILENCE, atomic_write, prepare_directory, remove_left_over
+from densenet_efficient.files import SILENCE, atomic_write, naming_full_disk, prepare_directory, remove_left_over
 from densenet_efficient.training.checkpoint import AtomicCheckpointIO, is_whole, last_whole, read_checkpoint
 from densenet_efficient.training.finish import CollectOutputs
 from densenet_efficient.training.interruption import SIGNALS
@@ -149,6 +149,14 @@ def test_a_run_is_replaced_only_by_one_that_trains(
     assert fit(images, run, "--overwrite", "true", "--trainer.max_epochs", "1") == 0
     assert files(run).keys() == {"best.ckpt", "last.ckpt", "config.yaml"}
     assert read_checkpoint(run / "last.ckpt")["global_step"] == 5
+
+
+def test_a_run_that_goes_on_is_not_replaced(images: Path, whole: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    step = read_checkpoint(run / "last.ckpt")["global_step"]
+    more = ("--overwrite", "true", "--ckpt_path", "last", "--trainer.max_epochs", "4")
+    assert fit(images, run, *AVERAGED, *more) == 0
+    assert read_checkpoint(run / "previous.ckpt")["global_step"] == step
 
 
 def test_sigterm_after_the_last_batch_of_an_epoch(
@@ -279,6 +287,19 @@ def test_what_may_still_be_written_is_not_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == fresh | kept
 
 
+def test_what_another_users_process_may_still_write_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(process: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", kill)
+    theirs = tmp_path / f".last.ckpt.{os.uname().nodename}.{os.getppid()}"
+    theirs.write_bytes(b"half")
+    remove_left_over([tmp_path / "last.ckpt"])
+    assert theirs.exists()
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_previous_one(
     images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -349,7 +370,8 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a run begins, and by the file that is written."""
-    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/file'"), atomic_write(tmp_path / "file"):
+    named = pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/file'")
+    with named, naming_full_disk(tmp_path), atomic_write(tmp_path / "file"):
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: FileIO("/dev/full", "w"))
     with pytest.raises(OSError, match=rf"cannot write into {tmp_path} \(No space left on device\); choose another"):
@@ -374,6 +396,14 @@ def test_a_name_is_on_the_disk_before_the_write_ends(tmp_path: Path, monkeypatch
     with atomic_write(tmp_path / "file") as file:
         file.write(b"whole")
     assert len(synced) == 2 and synced[-1] == str(tmp_path)
+
+
+def test_a_damaged_checkpoint_does_not_replace_the_previous_one(tmp_path: Path) -> None:
+    for step in range(3):
+        AtomicCheckpointIO().save_checkpoint({"step": step}, tmp_path / "last.ckpt")
+        if step == 1:
+            (tmp_path / "last.ckpt").write_bytes(b"damaged")
+    assert [read_checkpoint(tmp_path / name)["step"] for name in ("previous.ckpt", "last.ckpt")] == [0, 2]
 
 
 def test_the_previous_checkpoint_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

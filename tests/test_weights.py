@@ -180,6 +180,15 @@ def test_what_stands_beside_the_weights():
     assert_close(model.state_dict(), average.module.state_dict(), 0)
 
 
+def test_what_stands_beside_the_weights_of_both():
+    xray = make_model("torchxrayvision")
+    xray.op_threshs = torch.rand(5)
+    model = small()
+    model.register_buffer("op_threshs", torch.zeros(5))
+    assert load_weights(model, xray.state_dict()) == []
+    assert torch.equal(model.op_threshs, xray.op_threshs)
+
+
 class Dangerous:
     def __reduce__(self):
         return pytest.fail, ("code was executed",)
