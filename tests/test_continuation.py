@@ -259,3 +259,13 @@ def test_groups_without_names_tell_only_their_optimizer() -> None:
     layer = torch.nn.Linear(2, 2)
     assert options_of(torch.optim.SGD(layer.parameters(), 0.1).param_groups) == {"optimizer": "sgd"}
     assert options_of(torch.optim.Adam(layer.parameters(), 0.1).param_groups) == {"optimizer": "adam"}
+
+
+def test_a_configuration_says_nothing_of_the_call_that_wrote_it(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert fit(images, run, "--overwrite", "true", "--trainer.max_epochs", "1") == 0
+    assert "holds an earlier run" in fails(["fit", "--config", str(run / "config.yaml")], capsys)
+    assert fit(images, run, "--ckpt_path", "last", "--trainer.max_epochs", "2") == 0
+    assert "--ckpt_path" in fails(["test", "--config", str(run / "config.yaml")], capsys)

@@ -434,3 +434,21 @@ def test_several_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     for row in rows:
         seen = [name for name in ("bright", "dark", "grey") if float(row[name]) >= 0.5]
         assert row["prediction"] == "|".join(seen)
+
+
+def test_the_same_relative_paths_of_another_folder_are_not_taken_for_predicted(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for patient in ("first", "second"):
+        make_images(tmp_path / patient / "images", per_class=1)
+    output = tmp_path / "out.csv"
+    monkeypatch.chdir(tmp_path / "first")
+    for _ in range(2):
+        assert predict(checkpoint, "images", "--output", output) == 0
+    monkeypatch.chdir(tmp_path / "second")
+    capsys.readouterr()
+    assert predict(checkpoint, "images", "--output", output) == 2
+    assert f"predictions without --root (in {tmp_path / 'first'}), not" in capsys.readouterr().err
+    origin = output.with_name("out.csv.json")
+    origin.write_text(json.dumps({k: v for k, v in json.loads(origin.read_text()).items() if k != "working_directory"}))
+    assert predict(checkpoint, "images", "--output", output) == 0  # a table of an earlier version

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageOps
-from pydicom import dcmread, uid
+from pydicom import Dataset, dcmread, uid
 from pydicom.encaps import encapsulate
 from pydicom.pixels.decoders.base import get_decoder
 from training_cases import LUMINANCE, make_images, make_patients, write_dicom, write_table
@@ -412,3 +412,35 @@ def test_check_data_names_files_whose_names_are_not_utf8(tmp_path: Path, capsys:
     assert f"Unreadable: {tmp_path}/dark/m\\xfc.png: expected" in capsys.readouterr().out
     FolderData(tmp_path, bad_files="skip", **SMALL)
     assert f"files: {tmp_path}/dark/m\\xfc.png: expected" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_films_as_tiff_are_turned_into_positives(dtype: Any, tmp_path: Path) -> None:
+    Image.fromarray(np.linspace(0, np.iinfo(dtype).max, 48, dtype=dtype).reshape(6, 8)).save(tmp_path / "print.tif")
+    black_is_zero = b"\x06\x01\x03\x00\x01\x00\x00\x00\x01"  # tag 262 as one number of 16 bits
+    content = (tmp_path / "print.tif").read_bytes()
+    assert content.count(black_is_zero) == 1
+    (tmp_path / "film.tif").write_bytes(content.replace(black_is_zero, black_is_zero[:-1] + b"\x00"))
+    film, positive = (read_image(tmp_path / name, 1).float() for name in ("film.tif", "print.tif"))
+    torch.testing.assert_close(film, positive.max() - positive)
+
+
+def test_dicom_by_its_table(tmp_path: Path) -> None:
+    """Which is used without a window, and here turns dark into bright."""
+    table = Dataset()
+    table.LUTDescriptor = [48, 0, 16]
+    table.LUTData = np.arange(65535, 65535 - 48 * 100, -100).astype("<u2").tobytes()
+    pixels = np.arange(48).reshape(6, 8)
+    for name, elements in {"table": {}, "window": {"WindowCenter": 24, "WindowWidth": 48}}.items():
+        write_dicom(tmp_path / name, pixels, VOILUTSequence=[table], **elements)
+    by_table, by_window = (read_image(tmp_path / name, 1)[0].flatten() for name in ("table", "window"))
+    torch.testing.assert_close(by_table, 1 - torch.arange(48) * 100 / 65535)
+    assert (by_window.diff() >= 0).all()
+
+
+def test_padding_of_dicom_is_no_part_of_the_range(tmp_path: Path) -> None:
+    pixels = np.array([[0, 0, 1000], [1500, 2000, 0]])
+    image = read_image(write_dicom(tmp_path / "slice", pixels, PixelPaddingValue=0), 1)
+    np.testing.assert_allclose(image[0].numpy(), [[0, 0, 0], [0.5, 1, 0]])
+    empty = read_image(write_dicom(tmp_path / "empty", 0 * pixels, PixelPaddingValue=0), 1)
+    assert empty.isfinite().all()

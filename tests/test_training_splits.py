@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from training_cases import fails, fit, make_images, write_table
 
 from densenet_efficient.cli import main
+from densenet_efficient.training.data import CSVData, FolderData
 from densenet_efficient.training.splits import stratified_split
 
 
@@ -117,3 +119,54 @@ def test_all_images_of_another_hospital_are_tested(
     for command in ("fit", "validate"):
         error = fails([command, *data, *model, *checkpoint], capsys)
         assert "all images are of the test split" in error and "evaluate them with the command test" in error
+
+
+def test_images_in_named_splits_are_tested_with_all_of_them(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        make_images(tmp_path / "images" / split, per_class=2)
+    splits = FolderData(tmp_path / "images", test_fraction=1, image_size=8, batch_size=2).splits
+    assert splits.only_test and splits.test is not None and len(splits.test) == 12
+    rows = [{"path": f"{name}/{n}.png", "label": name, "split": "train"} for name in ("bright", "dark") for n in (0, 1)]
+    table = write_table(tmp_path / "images" / "train" / "table.csv", rows)
+    splits = CSVData(table, split_column="split", test_fraction=1, image_size=8, batch_size=2).splits
+    assert splits.only_test and splits.test is not None and len(splits.test) == 4
+    for data, options in ((tmp_path / "images", {}), (table, {"split_column": "split"})):
+        kind = CSVData if options else FolderData
+        with pytest.raises(ValueError, match=r"names its splits, .*: expected 0, or 1 to test with all, got 0.2"):
+            kind(data, test_fraction=0.2, image_size=8, batch_size=2, **options)
+
+
+def test_what_systems_leave_among_images_is_no_class(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images")
+    make_images(images / "bright", names=("@eaDir", "__MACOSX"))
+    make_images(tmp_path / "more", names=("@eaDir", "$RECYCLE.BIN"))
+    for path in (tmp_path / "more").iterdir():
+        path.rename(images / path.name)
+    (images / "dark" / "THUMBS.DB").write_bytes(b"")
+    splits = FolderData(images, image_size=8, batch_size=2).splits
+    assert splits.class_names == ["bright", "dark"]
+    assert sum(map(len, splits.parts().values())) == 12
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("path;label;age (years, months)\n0.png;dark;40\n", "save it with commas between the cells, in place of ';'"),
+        ("path,label\nbright\\0.png,bright\ndark\\0.png,dark\n", "write them with / between folders"),
+        ("path,label\nbright/0.png ,bright\ndark/0.png ,dark\n", "remove the blanks around them"),
+    ],
+)
+def test_tables_of_other_programs(text: str, remedy: str, tmp_path: Path) -> None:
+    table = make_images(tmp_path / "images") / "table.csv"
+    table.write_text(text)
+    with pytest.raises((FileNotFoundError, ValueError), match=re.escape(remedy)):
+        CSVData(table, image_size=8, batch_size=2)
+
+
+def test_a_table_as_excel_writes_it(tmp_path: Path) -> None:
+    """It names its separator, and ends in rows of nothing."""
+    table = make_images(tmp_path / "images") / "table.csv"
+    rows = [f"{name}/{number}.png,{name}" for name in ("bright", "dark") for number in range(6)]
+    table.write_bytes("\r\n".join(["sep=,", "path,label", *rows, ",", ",", ""]).encode("utf-8-sig"))
+    splits = CSVData(table, image_size=8, batch_size=2).splits
+    assert sum(map(len, splits.parts().values())) == 12

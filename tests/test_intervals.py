@@ -1,0 +1,49 @@
+"""The intervals of an evaluation: of patients where they are named, and where all bootstrap samples agree."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from densenet_efficient.training.evaluation import Evaluation, summarise
+
+
+def evaluation(right: list[bool], positives: int) -> Evaluation:
+    """Images of which the first so many are of class b."""
+    labels = np.eye(2)[[1] * positives + [0] * (len(right) - positives)]
+    given = np.where(np.array(right)[:, None], labels, 1 - labels)
+    return Evaluation(["a", "b"], False, 0.1 + 0.8 * given, labels, [""] * len(right), "test")
+
+
+@pytest.mark.parametrize(("right", "bounds"), [(True, (0.2065, 1.0)), (False, (0.0, 0.7935))])
+def test_one_image_tells_little(right: bool, bounds: tuple[float, float]) -> None:
+    recall = summarise(evaluation([right, *[True] * 20], positives=1))["classes"]["b"]["recall"]
+    assert recall["value"] == right and (recall["low"], recall["high"]) == pytest.approx(bounds, abs=1e-4)
+
+
+def test_where_all_are_right_a_share_has_wilsons_interval_and_others_none() -> None:
+    summary = summarise(evaluation([True] * 21, positives=5))
+    assert summary["accuracy"] == {"value": 1.0, "low": pytest.approx(0.8454, abs=1e-4), "high": 1.0}
+    assert summary["classes"]["b"]["precision"]["low"] == pytest.approx(0.5655, abs=1e-4)
+    for figure in (summary["macro_f1"], summary["classes"]["b"]["f1"], summary["classes"]["b"]["auroc"]):
+        assert figure == {"value": 1.0, "low": None, "high": None}
+
+
+def test_patients_are_drawn_and_not_their_images() -> None:
+    """Ten patients of ten images, who are right or wrong as a whole, say as much as ten images."""
+    alone = evaluation([True] * 7 + [False] * 3, positives=5)
+    images = evaluation([True] * 70 + [False] * 30, positives=50)
+    patients = replace(images, groups=[str(number // 10) for number in range(100)])
+    widths = [
+        summarise(one)["accuracy"]["high"] - summarise(one)["accuracy"]["low"] for one in (alone, images, patients)
+    ]
+    assert widths[2] == pytest.approx(widths[0], abs=0.11) and widths[1] < widths[2] / 2
+    assert [summarise(one)["grouped"] for one in (alone, images, patients)] == [False, False, True]
+
+
+def test_one_patient_is_one_whatever_its_images() -> None:
+    images = evaluation([True] * 20, positives=10)
+    accuracy = summarise(replace(images, groups=["only"] * 20))["accuracy"]
+    assert accuracy == {"value": 1.0, "low": pytest.approx(0.2065, abs=1e-4), "high": 1.0}
