@@ -431,11 +431,20 @@ def test_dicom_by_its_table(tmp_path: Path) -> None:
     table.LUTDescriptor = [48, 0, 16]
     table.LUTData = np.arange(65535, 65535 - 48 * 100, -100).astype("<u2").tobytes()
     pixels = np.arange(48).reshape(6, 8)
-    for name, elements in {"table": {}, "window": {"WindowCenter": 24, "WindowWidth": 48}}.items():
+    for name, elements in {
+        "table": {},
+        "rescaled": {"RescaleSlope": 1, "RescaleIntercept": 0},
+        "window": {"WindowCenter": 24, "WindowWidth": 48},
+    }.items():
         write_dicom(tmp_path / name, pixels, VOILUTSequence=[table], **elements)
-    by_table, by_window = (read_image(tmp_path / name, 1)[0].flatten() for name in ("table", "window"))
+    by_table, rescaled, by_window = (
+        read_image(tmp_path / name, 1)[0].flatten() for name in ("table", "rescaled", "window")
+    )
     torch.testing.assert_close(by_table, 1 - torch.arange(48) * 100 / 65535)
-    assert (by_window.diff() >= 0).all()
+    assert torch.equal(rescaled, by_table) and (by_window.diff() >= 0).all()
+    del table.LUTDescriptor
+    with pytest.raises(ValueError, match="expected an undamaged image"):
+        read_image(write_dicom(tmp_path / "damaged", pixels, VOILUTSequence=[table]), 1)
 
 
 def test_padding_of_dicom_is_no_part_of_the_range(tmp_path: Path) -> None:

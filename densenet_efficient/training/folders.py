@@ -30,7 +30,7 @@ def read_folder(folder: Path, validation_fraction: float, test_fraction: float, 
     """One subfolder of images per class, either directly in `folder` or in its subfolders train, val and test.
 
     Raises FileNotFoundError if there is no such folder, or of train, val and test only some; ValueError for a class
-    without images or one that is missing in val or test.
+    without images or one that is missing in val or test, and for a share to test with where val or test are there.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected one with a subfolder of images per class")

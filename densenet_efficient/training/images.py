@@ -158,10 +158,11 @@ def _read_dicom(path: str | Path, value_range: ValueRange) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(colours[..., :3])).permute(2, 0, 1)
     values = apply_modality_lut(pixels, dataset)
     _require_finite(path, values)
-    if value_range is None and (looked_up := _by_table(dataset, values)) is not None:
-        scaled = looked_up
+    bounds = value_range or _window(dataset)
+    if bounds is None and dataset.get("VOILUTSequence"):
+        scaled = _by_table(path, dataset, values)
     else:
-        scaled = _unit(values, *(value_range or _window(dataset) or _extremes(dataset, pixels, values)))
+        scaled = _unit(values, *(bounds or _extremes(dataset, pixels, values)))
     if dataset.PhotometricInterpretation == "MONOCHROME1":  # the lowest value is white
         scaled = 1 - scaled
     return torch.from_numpy(scaled)[None]
@@ -187,14 +188,15 @@ def _lacking_decoder(dataset: Any, reason: str) -> str | None:
     return f"no decoder of its transfer syntax, {name}, is installed; {remedy}"
 
 
-def _by_table(dataset: Any, values: NDArray[Any]) -> NDArray[np.float32] | None:
-    """By the first table of a DICOM file without a window, which may well turn dark into bright (PS3.3 C.11.2.1.1)."""
+def _by_table(path: str | Path, dataset: Any, values: NDArray[Any]) -> NDArray[np.float32]:
+    """By the first table of a DICOM file, which may well turn dark into bright (PS3.3 C.11.2.1.1)."""
     from pydicom.pixels.processing import apply_voi
 
-    if not dataset.get("VOILUTSequence") or _window(dataset) is not None:
-        return None
-    bits = dataset.VOILUTSequence[0].LUTDescriptor[2]
-    return _unit(apply_voi(values, dataset), 0, 2**bits - 1)
+    try:
+        looked_up = apply_voi(np.rint(values).astype(np.int64), dataset)
+        return _unit(looked_up, 0, 2 ** dataset.VOILUTSequence[0].LUTDescriptor[2] - 1)
+    except Exception as error:  # pydicom raises many kinds for damaged tables
+        raise ValueError(f"{path}: {UNREADABLE} ({' '.join(str(error).split())})") from error
 
 
 def _extremes(dataset: Any, pixels: NDArray[Any], values: NDArray[Any]) -> tuple[float, float]:
