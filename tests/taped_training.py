@@ -247,9 +247,9 @@ def test_no_images(monkeypatch):
 def test_the_oldest_tape_makes_way(monkeypatch):
     monkeypatch.setattr(taped_layers, "MOST_TAPES", 2)
     stage = Stage([], NO_EXIT, None, None, None, drop_rate=0)
-    for _ in range(3):
-        for size in (1, 2, 3):
-            taped_layers._run(("loop",), lambda size=size: [torch.zeros(size)], stage, [torch.zeros(size)])
+    for size in (1, 2, 3) * 3:
+        x = torch.ones(size)
+        taped_layers._run(("loop",), lambda x=x: [x.new_zeros(len(x))], stage, [x])
     assert len(taped_layers._tapes) == 2
     assert Tape.repetitions == 0  # three layouts take turns
 
