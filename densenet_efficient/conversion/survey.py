@@ -71,8 +71,9 @@ class Survey:
             children = set(module.children())
             if children & self.left_blocks:
                 self._leave_neighbours(module)
-            is_sequence = role_of(module, SEQUENCES) is not None
-            if children & self.roles.keys() or (is_sequence and children & self.stage_blocks):
+            if children & self.roles.keys() or (
+                children & self.stage_blocks and role_of(module, SEQUENCES) is not None
+            ):
                 self._look_at_parent(module)
         for module in self.paths:
             self._look_at_network(module)

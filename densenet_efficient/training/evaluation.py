@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 RESAMPLES, CHUNK = 1000, 100
 CONFIDENCE = 0.95
+AGREEMENT = 1e-12  # between the least and the greatest of samples that agree but for rounding
 # Whose areas under the ROC curve get intervals. Nobody reads a thousand of them, and each takes time as all images do.
 MAX_RESAMPLED_AREAS = 100
 CALIBRATION_BINS = 15
@@ -114,10 +115,13 @@ def with_intervals(evaluation: Evaluation, seed: int) -> dict[str, list[dict[str
 
 def _independent_counts(evaluation: Evaluation) -> dict[str, list[int]]:
     """Of how many groups the figures are shares that are shares."""
-    of = {"accuracy": np.ones((len(evaluation.labels), 1)), "recall": evaluation.labels}
-    of["precision"] = evaluation.decisions
+    wholes = {
+        "accuracy": np.ones((len(evaluation.labels), 1)),
+        "recall": evaluation.labels,
+        "precision": evaluation.decisions,
+    }
     return {
-        name: [len(np.unique(evaluation.members[column > 0])) for column in counted.T] for name, counted in of.items()
+        name: [len(np.unique(evaluation.members[column > 0])) for column in whole.T] for name, whole in wholes.items()
     }
 
 
@@ -138,17 +142,17 @@ def _intervals(values: Array, drawn: list[Array], counts: list[int] | None) -> l
 
 
 def _interval(value: float, samples: Array, count: int) -> dict[str, float | None]:
-    if np.isnan(value):
-        return {"value": None, "low": None, "high": None}
+    entry = {"value": None if np.isnan(value) else float(value), "low": None, "high": None}
     defined = samples[~np.isnan(samples)]
-    if not len(defined):
-        return {"value": float(value), "low": None, "high": None}
-    low, high = np.quantile(defined, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    if np.isclose(defined.min(), defined.max(), rtol=0, atol=1e-12):
-        if not count:
-            return {"value": float(value), "low": None, "high": None}
+    if np.isnan(value) or not len(defined):
+        return entry
+    if np.ptp(defined) > AGREEMENT:
+        low, high = np.quantile(defined, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    elif count:
         low, high = _wilson(value, count)
-    return {"value": float(value), "low": float(low), "high": float(high)}
+    else:
+        return entry
+    return entry | {"low": float(low), "high": float(high)}
 
 
 def _wilson(share: float, count: int) -> tuple[float, float]:

@@ -14,10 +14,10 @@ from densenet_efficient.training.samples import (
     SPLIT_NAMES,
     Samples,
     Splits,
-    check_no_fraction,
     only_to_test,
     require_several_classes,
     split,
+    tests_with_all,
 )
 
 # Which file managers, archives and storage devices leave among images, in any case of letters.
@@ -53,11 +53,10 @@ def read_folder(folder: Path, validation_fraction: float, test_fraction: float, 
         other_names, parts[part], others = _list_classes(path)
         strays |= others
         _require_same_classes(train_folder, names, path, other_names)
-    if test_fraction == 1:
+    if tests_with_all(folder, test_fraction):
         every = [train, *parts.values()]
         whole = Samples([path for part in every for path in part.sources], torch.cat([part.labels for part in every]))
         return replace(only_to_test(names, whole), strays=strays, notes=notes)
-    check_no_fraction(folder, test_fraction)
     if "validation" not in parts:
         raise FileNotFoundError(
             f"{folder}: found {train_folder.name}, but no val beside it; add one, or give {train_folder} itself"

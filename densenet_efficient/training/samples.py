@@ -105,13 +105,14 @@ def split(
     return splits
 
 
-def check_no_fraction(where: object, test_fraction: float) -> None:
-    """Raise ValueError for a share to test with of samples whose splits are named already."""
-    if test_fraction:
+def tests_with_all(where: object, test_fraction: float) -> bool:
+    """Whether samples whose splits are named are all to test with. Raises ValueError for another share of them."""
+    if test_fraction not in (0, 1):
         raise ValueError(
             f"{where}: names its splits, of which --data.test_fraction takes nothing: expected 0, or 1 to test with "
             f"all, got {test_fraction}"
         )
+    return test_fraction == 1
 
 
 def only_to_test(class_names: list[str], samples: Samples) -> Splits:

@@ -15,11 +15,11 @@ from densenet_efficient.training.samples import (
     SPLIT_NAMES,
     Samples,
     Splits,
-    check_no_fraction,
     only_to_test,
     require_every_class,
     require_several_classes,
     split,
+    tests_with_all,
 )
 
 
@@ -74,9 +74,8 @@ def read_table(
     groups = [filled(place, row, columns.group).strip() for place, row in rows.items()] if columns.group else None
     if columns.split is not None:
         samples = Samples(paths, labels, groups)
-        if test_fraction == 1:
+        if tests_with_all(table, test_fraction):
             return only_to_test(names, samples)
-        check_no_fraction(table, test_fraction)
         return _as_told(table, names, samples, parts)
     # Without groups the rows of one file are one, so that no split falls between them.
     return split(names, Samples(paths, labels, groups or paths), validation_fraction, test_fraction, seed, table)
