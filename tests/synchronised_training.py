@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from densenet_efficient import EfficientDenseNet, EfficientDenseNet201, synchronisation
 from densenet_efficient.reference import NaiveDenseNet
+from densenet_efficient.training.process_group import let_go_of_exchanged
 
 CONFIG: dict[str, Any] = {"growth_rate": 4, "block_config": (2, 3), "num_init_features": 6, "num_classes": 3}
 SHARES = {2: (2, 3), 3: (2, 0, 3)}  # images of each process; together 5
@@ -104,4 +105,5 @@ def work(rank: int, folder: Path) -> None:
     if rank < 2:
         torch.save(train_share(rank, 2, pair, "bottleneck"), folder / f"2-{rank}-bottleneck.pt")
     torch.save(exchanged_by_densenet201(), folder / f"bytes-{rank}.pt")
+    let_go_of_exchanged()
     dist.destroy_process_group()

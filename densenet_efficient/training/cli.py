@@ -51,6 +51,7 @@ from densenet_efficient.training.history import History
 from densenet_efficient.training.interruption import Interrupted, SaveLast, is_of_a_lost_process
 from densenet_efficient.training.option_checks import check_above_zero
 from densenet_efficient.training.pictures import draw_learning_rates
+from densenet_efficient.training.process_group import let_go_of_exchanged
 from densenet_efficient.training.progress import Progress
 from densenet_efficient.training.quiet import quieten_lightning
 from densenet_efficient.training.recipes import describe_recipes
@@ -108,6 +109,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
         if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning makes a status of 1, without a word
             raise KeyboardInterrupt from end
         raise
+    finally:
+        let_go_of_exchanged()
     return 0
 
 

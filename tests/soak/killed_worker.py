@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from densenet_efficient import EfficientDenseNet, synchronisation
 from densenet_efficient.files import atomic_write
+from densenet_efficient.training.process_group import let_go_of_exchanged
 
 STEPS, FATAL_STEP, PROCESSES = 6, 3, 3
 
@@ -74,6 +75,7 @@ def main():
                 state = {"step": step + 1, "model": plain.state_dict(), "optimizer": optimizer.state_dict()}
                 torch.save(state, file)
     torch.save(plain.state_dict(), folder / f"end-{rank}.pt")
+    let_go_of_exchanged()
     dist.destroy_process_group()
 
 
