@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -63,6 +64,13 @@ def test_a_folder_becomes_a_table_of_the_models_own_probabilities(
         given = torch.tensor([float(row["bright"]), float(row["dark"])])
         torch.testing.assert_close(given, own_probabilities(classifier, row["path"]), atol=2e-6, rtol=0)
         assert row["prediction"] == ("bright" if given[0] > given[1] else "dark")
+
+
+def test_a_class_called_as_another_column_has_one_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
+    classifier = replace(load_classifier(checkpoint), class_names=["normal", "path"])
+    CSVWriter(classifier, "refuse", tmp_path / "out.csv", "none").write(["a.png"], torch.tensor([[0.25, 0.75]]))
+    expected = {"path": "a.png", "prediction": "path", "normal": "0.250000", "path (class)": "0.750000"}
+    assert rows_of(tmp_path / "out.csv") == [expected]
 
 
 def test_slices_in_hounsfield_units_are_seen_as_in_training(tmp_path: Path) -> None:

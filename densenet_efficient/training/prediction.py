@@ -206,7 +206,7 @@ class LineWriter(BasePredictionWriter):
 
 
 class CSVWriter(LineWriter):
-    """Appends a row per image: its path, the decision, and the probability of each class.
+    """Appends a row per image: its path, the decision, and the probability of each class, in a column of its name.
 
     A file beside it says by which weights and views, so that a table is of one model alone, and below which root.
     """
@@ -221,7 +221,7 @@ class CSVWriter(LineWriter):
         paths: Iterable[str] = (),
     ) -> None:
         super().__init__(classifier, bad_files)
-        self.path, self.header = path, [*FIRST_COLUMNS, *classifier.class_names]
+        self.path, self.header = path, [*FIRST_COLUMNS, *map(_column_of, classifier.class_names)]
         self.origin = {"weights_sha256": _fingerprint(classifier), "views": views}
         self.origin_of_paths = _origin_of_paths(root, paths)
         self.done = self._rows_so_far()
@@ -291,6 +291,11 @@ class CSVWriter(LineWriter):
                 raise
             reason = f"{error.strerror}; make room, and the same command goes on"
             raise OSError(error.errno, reason, str(self.path)) from error
+
+
+def _column_of(class_name: str) -> str:
+    """Its own name, but for a class that is called as another column is, such as "path" of what is pathological."""
+    return f"{class_name} (class)" if class_name in FIRST_COLUMNS else class_name
 
 
 def _origin_of_paths(root: Path | None, paths: Iterable[str]) -> dict[str, str]:
