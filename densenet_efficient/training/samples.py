@@ -101,7 +101,8 @@ def split(
         samples.subset(part) for part in stratified_split(labels, fractions, seed, samples.groups)
     )
     splits = Splits(class_names, train, validation, test if test_fraction else None)
-    require_every_class(splits, where, "more images (or patients) of it, or another validation_fraction")
+    fractions_named = "another --data.validation_fraction or --data.test_fraction"
+    require_every_class(splits, where, f"more images (or patients) of it, or {fractions_named}")
     return splits
 
 
