@@ -9,16 +9,29 @@ from . import markdown
 
 MissedLines = dict[str, dict[str, list[int]]]  # by file and function, "" outside of every function
 
+AMX = "for AMX; tests run it with tiles in AVX-512, uncounted"
+EXPRESSION = "a line of an expression that is counted at its other lines"
+END = "the end of a function, counted at the lines before it"
+
 # By file, or by "file::function" where the rest of the file runs. Line numbers would go out of date.
 REASONS: dict[str, str] = {
     "csrc/cpu/capability.cpp": "asks for AMX's tiles; names what may be asked for, in tests by processes of their own",
-    "csrc/cpu/kernels/bn_relu_conv3x3_backward.cpp": "a line of an expression that is counted at its other lines",
+    "csrc/cpu/dense_layers_backward.cpp": END,
+    "csrc/cpu/gemm.cpp": "multiplies float16 with AMX, and asks whether this CPU does",
+    "csrc/cpu/kernels/bn_relu_conv1x1.cpp": EXPRESSION,
+    "csrc/cpu/kernels/bn_relu_conv1x1_backward.cpp": EXPRESSION,
+    "csrc/cpu/kernels/bn_relu_conv3x3_backward.cpp": EXPRESSION,
+    "csrc/cpu/kernels/bn_relu_conv3x3_backward_winograd.cpp": EXPRESSION,
+    "csrc/cpu/kernels/bn_relu_conv3x3_winograd.cpp": EXPRESSION,
     "csrc/cpu/kernels/dispatch.h": "a dtype that the checks before every kernel have refused",
-    "csrc/cpu/kernels/multiply.h": "for AMX; tests run it with tiles in AVX-512, uncounted",
-    "csrc/cpu/kernels/multiply_amx.h": "for AMX; tests run it with tiles in AVX-512, uncounted",
-    "csrc/cpu/kernels/product.h": "for AMX; tests run it with tiles in AVX-512, uncounted",
-    "csrc/cpu/kernels/tile.h": "inlined, and counted at the lines around it",
-    "csrc/cpu/memory.cpp": "what torch's allocators must offer, and torch calls for no tensor",
+    "csrc/cpu/kernels/multiply.cpp": AMX,
+    "csrc/cpu/kernels/multiply.h": AMX,
+    "csrc/cpu/kernels/multiply_amx.h": AMX,
+    "csrc/cpu/kernels/product.h": AMX,
+    "csrc/cpu/kernels/registers.h": END,
+    "csrc/cpu/kernels/tile.h": "for float16 with AMX",
+    "csrc/cpu/memory.cpp": "what an allocator must offer, which torch calls for no tensor; for a process that may map no more",
+    "csrc/cpu/pages.cpp": "for a process that may map no more ranges; ends of functions, counted at the lines before",
     "densenet_efficient/kernels/__init__.py::empty_kept_images": "for a GPU, whose allocator keeps freed memory",
     "densenet_efficient/kernels/cuda.py::architectures": "for an installation without the native extension",
     "densenet_efficient/kernels/triton/launch.py::multiprocessors": "asks a GPU for its number of multiprocessors",

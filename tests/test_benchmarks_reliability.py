@@ -50,6 +50,18 @@ def test_the_lines_that_no_test_runs_are_kept() -> None:
     assert coverage.native_figures(NATIVE) == {"lines": 3, "missed": 1, "missed_lines": {"a.cpp": {"": [3]}}}
 
 
+def test_the_counts_are_those_of_the_extensions_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose names the compiler gives from where it ran."""
+    lines = [{"line_number": 3, "count": 2}]
+    files = [{"file": name, "lines": lines} for name in ("cpu/vector.h", "operators.h", "/usr/include/math.h")]
+    report = {"current_working_directory": str(results_file.ROOT / "csrc"), "files": files}
+    gcov = tmp_path / "gcov"
+    gcov.write_text(f"#!/bin/sh\ncat <<'END'\n{json.dumps(report)}\nEND\n")
+    gcov.chmod(0o755)
+    monkeypatch.setenv("GCOV", str(gcov))
+    assert list(coverage._files_of(tmp_path / "vector.gcda")) == [{"file": "csrc/cpu/vector.h", "lines": lines}]
+
+
 def test_a_line_that_no_test_runs_needs_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     missed = {"a.py": {"A.run": [3, 7], "f": [9]}, "b.py": {"": [1]}}
     monkeypatch.setattr(uncovered, "REASONS", {"a.py::f": "needs a GPU", "b.py": "is for other machines"})
