@@ -30,7 +30,7 @@ REASONS: dict[str, str] = {
     "csrc/cpu/kernels/product.h": AMX,
     "csrc/cpu/kernels/registers.h": END,
     "csrc/cpu/kernels/tile.h": "for float16 with AMX",
-    "csrc/cpu/memory.cpp": "what an allocator must offer, which torch calls for no tensor; for a process that may map no more",
+    "csrc/cpu/memory.cpp": "what allocators offer, and torch calls for no tensor; for a process that may map no more",
     "csrc/cpu/pages.cpp": "for a process that may map no more ranges; ends of functions, counted at the lines before",
     "densenet_efficient/kernels/__init__.py::empty_kept_images": "for a GPU, whose allocator keeps freed memory",
     "densenet_efficient/kernels/cuda.py::architectures": "for an installation without the native extension",
