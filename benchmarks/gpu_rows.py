@@ -151,12 +151,19 @@ def measure_largest_batch(cell: Cell, variant: Variant, device: str) -> dict[str
     while batch > 0:
         try:
             peak_bytes(cell, variant, batch, device)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             batch = int(batch * 0.98)
         else:
             return {"largest_batch": batch}
         release_memory()
     raise RuntimeError("not even one image fits")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of torch's allocator; or of CUDA, where a kernel is loaded or launched, in other words and of another type."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 MEASURES: dict[str, Callable[[Cell, Variant, str], dict[str, float]]] = {

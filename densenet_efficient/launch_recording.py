@@ -205,8 +205,8 @@ class Recording(TorchDispatchMode):
         return tape
 
     def kernels(self) -> list[Any]:
-        """Triton's compiled kernels, which have to live as long as the tape."""
-        return [step.compiled for step in self._steps if isinstance(step, Launch)]
+        """Triton's compiled kernels, once each, which have to live as long as the tape."""
+        return list(dict.fromkeys(step.compiled for step in self._steps if isinstance(step, Launch)))
 
     def _used(self) -> list[Memory]:
         """The memories that launches use, once each, by their first."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import dense_layers, kernels
@@ -22,9 +23,9 @@ Results = list[Tensor | None]
 
 
 class Tape(NamedTuple):
-    """What repeats a loop; the loop itself where nothing could be recorded."""
+    """What repeats a loop."""
 
-    native: Any  # a LaunchTape, or None
+    native: Any  # a LaunchTape; None where the loop cannot be recorded
     compiled: list[Any]  # Triton's kernels, which go with it
     is_result: list[bool]  # for each result, whether there is one
 
@@ -101,19 +102,24 @@ def backward_layers(
 
 
 def _run(key: tuple[Hashable, ...], loop: Callable[[], Results], stage: Stage, buffers: Sequence[Tensor]) -> Results:
-    """Runs a loop at the first sight of a layout, records it at the second, and repeats it from then on."""
+    """Runs a loop at the first sight of a layout, records it at the second, and repeats it from then on.
+
+    While a CUDA graph is captured nothing is recorded, which may load kernels, and nothing dropped: CUDA graphs that go
+    would spoil it.
+    """
     from ._C import layout_of
 
     vectors, epsilons, runs = _flatten(stage)
     key = (*key, epsilons, runs, layout_of([*buffers, *vectors]))
+    is_captured = buffers[0].is_cuda and torch.cuda.is_current_stream_capturing()
     with _lock:
         is_known = key in _tapes
         tape = _tapes.setdefault(key, None)
         _tapes.move_to_end(key)
-        while len(_tapes) > MOST_TAPES:
+        while len(_tapes) > MOST_TAPES and not is_captured:
             _tapes.popitem(last=False)
     if tape is None:
-        return _record(key, loop, buffers, vectors) if is_known else loop()
+        return _record(key, loop, buffers, vectors) if is_known and not is_captured else loop()
     if tape.native is None:
         return loop()
     results = tape.native.repeat([*buffers, *vectors])

@@ -15,7 +15,6 @@ from densenet_efficient import _C, EfficientDenseNet, taped_layers
 MODEL = {"growth_rate": 16, "block_config": (3, 2), "num_init_features": 32, "bn_size": 4, "num_classes": 10}
 STAGES = len(MODEL["block_config"])
 LIBRARY = ctypes.CDLL(os.environ["LD_PRELOAD"])
-REFUSALS = ("graphs", "changes")
 FIELDS = ("launches", "graph_launches", "launches_in_graphs", "changed_launches", "graphs", "waits")
 
 
@@ -41,8 +40,13 @@ def no_tapes(monkeypatch):
     taped_layers._tapes.clear()
     assert COUNTS.graphs == 0
     yield
-    for refused in REFUSALS:
-        ctypes.c_int.in_dll(LIBRARY, f"null_gpu_refuses_{refused}").value = 0
+    for refused in ("graphs", "changes"):
+        refuses(refused, False)
+
+
+def refuses(what, does=True):
+    """Whether the GPU refuses graphs, or changes of their launches."""
+    ctypes.c_int.in_dll(LIBRARY, f"null_gpu_refuses_{what}").value = does
 
 
 class Training:
@@ -112,9 +116,8 @@ def test_layouts_have_graphs_of_their_own():
         assert counted(lambda size=size: training.step(size=size))["graph_launches"] == 2 * STAGES
 
 
-@pytest.mark.parametrize("refused", REFUSALS)
-def test_where_cuda_refuses_all_is_launched(refused):
-    ctypes.c_int.in_dll(LIBRARY, f"null_gpu_refuses_{refused}").value = 1
+def test_where_cuda_refuses_graphs_all_is_launched():
+    refuses("graphs")
     training = Training()
     training.keeping_steps(2)
     first = counted(training.keeping_steps, 1)
@@ -122,6 +125,31 @@ def test_where_cuda_refuses_all_is_launched(refused):
     last = counted(training.keeping_steps, 1)
     assert last["graph_launches"] == COUNTS.graphs == 0
     assert last["launches"] == first["launches"]
+
+
+def test_graphs_are_tried_again_ever_more_rarely():
+    """The card may have had no memory for them."""
+    refuses("graphs")
+    memory = torch.empty(1024, device="cuda")
+    tape = _C.LaunchTape(0, [memory])
+    tape.add_zeros(1, 0, 16)
+    for _ in range(9):  # tries with the second, the fourth and the eighth
+        tape.repeat([memory])
+    refuses("graphs", False)
+    launched = [counted(tape.repeat, [memory])["graph_launches"] for _ in range(8)]
+    assert launched == [0] * 6 + [1] * 2
+    assert tape.graphs == 1
+
+
+def test_where_cuda_refuses_changes_all_is_launched():
+    training = Training()
+    training.keeping_steps(2)
+    first = counted(training.keeping_steps, 1)
+    refuses("changes")
+    for _ in range(12):
+        step = counted(training.keeping_steps, 1)
+        assert step["launches"] + step["launches_in_graphs"] == first["launches"]
+    assert step["graph_launches"] < 2 * STAGES
 
 
 def test_where_there_is_no_room_for_another_graph_the_oldest_is_changed():
@@ -136,20 +164,28 @@ def test_where_there_is_no_room_for_another_graph_the_oldest_is_changed():
 
 
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream", "ignore:The CUDA Graph is empty")
-def test_a_captured_step_has_every_launch():
+def test_a_captured_step_has_every_launch(monkeypatch):
+    """Of a layout that was met before, and of others: no graph makes way for them, which would spoil the capture."""
     training = Training()
     training.steps(8)
-    assert COUNTS.graphs > 0
-    images = torch.zeros(4, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last)
+    monkeypatch.setattr(taped_layers, "MOST_TAPES", len(taped_layers._tapes))
+    graphs = COUNTS.graphs
+    assert graphs > 0
+    batches = [torch.zeros(4, 3, size, size, device="cuda") for size in (64, 96, 96)]
     graph = torch.cuda.CUDAGraph()
 
     def capture():
         with torch.cuda.graph(graph), torch.autocast("cuda", torch.bfloat16):
-            training.model(images).sum().backward()
+            for images in batches:
+                training.model(images.contiguous(memory_format=torch.channels_last)).sum().backward()
+            assert graphs == COUNTS.graphs
 
     captured = counted(capture)
     assert captured["graph_launches"] == 0
     assert captured["launches"] > 0
+    assert len(taped_layers._tapes) > taped_layers.MOST_TAPES
+    training.step()
+    assert len(taped_layers._tapes) == taped_layers.MOST_TAPES
 
 
 def test_graphs_go_with_their_tapes():

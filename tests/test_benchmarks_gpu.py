@@ -184,19 +184,26 @@ def test_memory_is_the_slope_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> Non
     assert gpu_rows.measure_memory(CELL, Variant("ours-none", "channels-last"), "cuda") == {"mib_per_image": 3.0}
 
 
-def test_the_largest_batch_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(), RuntimeError("Triton Error [CUDA]: out of memory"), RuntimeError("an illegal")]
+)
+def test_the_largest_batch_is_tried(monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
     tried = []
 
     def peak_bytes(cell: Cell, variant: Variant, batch: int, device: str, steps: int = 3) -> int:
         tried.append(batch)
         if batch > 970:
-            raise torch.OutOfMemoryError
+            raise error
         return batch * 2**20
 
     monkeypatch.setattr(gpu_rows, "peak_bytes", peak_bytes)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000 * 2**20, 0))
-    largest = gpu_rows.measure_largest_batch(CELL, Variant("ours-none", "channels-last"), "cuda")
-    assert largest == {"largest_batch": 960}
+    variant = Variant("ours-none", "channels-last")
+    if "illegal" in str(error):
+        with pytest.raises(RuntimeError, match="an illegal"):
+            gpu_rows.measure_largest_batch(CELL, variant, "cuda")
+        return
+    assert gpu_rows.measure_largest_batch(CELL, variant, "cuda") == {"largest_batch": 960}
     assert tried[2:] == [1000, 980, 960]
 
 

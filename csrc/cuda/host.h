@@ -6,7 +6,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <limits>
+#include <cstdint>
 
 #include "checks.h"
 #include "cuda/matrix.h"
@@ -37,10 +37,13 @@ inline void check_storage_dtype(const at::Tensor& x) {
                    "densenet_efficient: expected float32, float64, bfloat16 or float16, got ", dtype);
 }
 
-// The kernels that look at pixels count them in 32 bits; elements are counted in 64.
+// Pixels are counted in 32 bits, elements in 64. As many as end, with the tile that the last of them begins, below
+// 2^31: Triton's convolutions come after these kernels.
+constexpr int64_t kMostPixels = (int64_t{1} << 31) - (1 << 11);
+
 inline void check_pixels(const at::Tensor& matrix) {
-  TORCH_CHECK(matrix.size(0) <= std::numeric_limits<int32_t>::max(), "x must have at most 2^31 - 1 pixels, got ",
-              matrix.size(0));
+  TORCH_CHECK(matrix.size(0) <= kMostPixels, "x must have at most ", kMostPixels, " pixels, got ", matrix.size(0),
+              "; use a smaller batch");
 }
 
 }  // namespace densenet_efficient::cuda

@@ -9,6 +9,9 @@
 
 CUresult cuCtxGetCurrent(CUcontext* context) { return *context = (CUcontext)8, CUDA_SUCCESS; }
 CUresult cuCtxGetDevice(CUdevice* device) { return *device = 0, CUDA_SUCCESS; }
+CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned* flags, int* active) {
+  return *flags = 0, *active = 1, CUDA_SUCCESS;
+}
 CUresult cuDeviceGet(CUdevice* device, int ordinal) { return *device = 0, CUDA_SUCCESS; }
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device) {
   switch (attribute) {

@@ -115,17 +115,27 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* configured, const void
   return ++null_gpu_counts.launches, cudaSuccess;
 }
 
-// Graphs: a graph is the number of its nodes.
+// Graphs: a graph is the number of its nodes. None may come or go while a stream is captured.
+static int is_captured(void) {
+  if (capture_status == cudaStreamCaptureStatusNone) return 0;
+  capture_status = cudaStreamCaptureStatusInvalidated;
+  return 1;
+}
+
 cudaError_t cudaGraphCreate(cudaGraph_t* graph, unsigned flags) {
   return *graph = calloc(1, sizeof(long)), cudaSuccess;
 }
-cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return free(graph), cudaSuccess; }
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  if (is_captured()) return cudaErrorStreamCaptureUnsupported;
+  return free(graph), cudaSuccess;
+}
 cudaError_t cudaGraphAddMemsetNode(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNode_t* after, size_t count,
                                    const struct cudaMemsetParams* parameters) {
   *node = (cudaGraphNode_t)(names += 8);
   return ++*(long*)graph, cudaSuccess;
 }
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags) {
+  if (is_captured()) return cudaErrorStreamCaptureUnsupported;
   if (null_gpu_refuses_graphs) return cudaErrorMemoryAllocation;
   ++null_gpu_counts.graphs;
   *executable = malloc(sizeof(long));
@@ -137,11 +147,12 @@ cudaError_t cudaGraphExecMemsetNodeSetParams(cudaGraphExec_t executable, cudaGra
   return ++null_gpu_counts.changed_launches, null_gpu_refuses_changes ? cudaErrorNotSupported : cudaSuccess;
 }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
+  if (is_captured()) return cudaErrorStreamCaptureUnsupported;
   --null_gpu_counts.graphs;
   return free(executable), cudaSuccess;
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
-  if (capture_status != cudaStreamCaptureStatusNone) return cudaErrorStreamCaptureUnsupported;
+  if (is_captured()) return cudaErrorStreamCaptureUnsupported;
   null_gpu_counts.launches_in_graphs += *(long*)executable;
   return ++null_gpu_counts.graph_launches, cudaSuccess;
 }
@@ -151,8 +162,9 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMo
   return capture_status = cudaStreamCaptureStatusActive, cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  const int is_valid = capture_status == cudaStreamCaptureStatusActive;
   capture_status = cudaStreamCaptureStatusNone;
-  return cudaGraphCreate(graph, 0);
+  return is_valid ? cudaGraphCreate(graph, 0) : cudaErrorStreamCaptureInvalidated;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus* status) {
   return *status = capture_status, cudaSuccess;

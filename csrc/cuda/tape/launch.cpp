@@ -61,6 +61,8 @@ void launch_all(const std::vector<Launch>& launches, const Memories& memories, c
     PackedArguments arguments(launch, memories);
     const CUresult error = launch_kernel()(reinterpret_cast<CUfunction>(launch.kernel), x, y, z, launch.threads, 1, 1,
                                            launch.shared_bytes, stream, arguments.pointers(), nullptr);
+    TORCH_CHECK_WITH(OutOfMemoryError, error != CUDA_ERROR_OUT_OF_MEMORY,
+                     "CUDA out of memory. A recorded kernel could not be launched; use a smaller batch");
     TORCH_CHECK(error == CUDA_SUCCESS, "a recorded kernel could not be launched: error ", static_cast<int>(error),
                 " of the CUDA driver");
   }

@@ -54,9 +54,7 @@ cudaMemsetParams zero_parameters(const Launch& launch, const Memories& memories)
 
 }  // namespace
 
-bool LaunchGraph::has_room_for(const std::vector<Launch>& launches) {
-  return nodes_in_use + launches.size() <= kMostNodes;
-}
+bool LaunchGraph::has_room_for(size_t nodes) { return nodes_in_use + nodes <= kMostNodes; }
 
 std::optional<LaunchGraph> LaunchGraph::make(const std::vector<Launch>& launches, const Memories& memories,
                                              cudaStream_t stream) {

@@ -16,7 +16,7 @@ namespace densenet_efficient::cuda {
 class LaunchGraph {
  public:
   // Whether the graphs of the process may have so many nodes more.
-  static bool has_room_for(const std::vector<Launch>& launches);
+  static bool has_room_for(size_t nodes);
   // Of ``launches``, which outlive it, with these memories; nothing where CUDA makes no graph of them.
   static std::optional<LaunchGraph> make(const std::vector<Launch>& launches, const Memories& memories,
                                          cudaStream_t stream);

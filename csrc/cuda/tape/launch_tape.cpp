@@ -102,31 +102,35 @@ void LaunchTape::launch(const Memories& memories, cudaStream_t stream) {
 
 LaunchGraph* LaunchTape::graph_at(const Memories& memories, cudaStream_t stream) {
   const bool is_captured = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
-  if (is_captured || has_no_graph_) return nullptr;  // into a graph that is being captured no other can be launched
-  if (!was_repeated_) {                              // a layout may not come back
-    was_repeated_ = true;
-    return nullptr;
-  }
+  if (is_captured) return nullptr;  // into a graph that is being captured no other can be launched
+  if (++repetitions_ < next_try_) return nullptr;
   auto found = std::find_if(graphs_.begin(), graphs_.end(),
                             [&](const LaunchGraph& graph) { return graph.memories() == memories; });
   if (found == graphs_.end()) {
-    const bool has_room = LaunchGraph::has_room_for(launches_);
+    const bool has_room = LaunchGraph::has_room_for(launches_.size());
     if (graphs_.empty() && !has_room) return nullptr;  // for now
+    bool is_made = false;
     if (has_room && graphs_.size() < kMostGraphs) {
       std::optional<LaunchGraph> graph = LaunchGraph::make(launches_, memories, stream);
-      has_no_graph_ = !graph.has_value();
-      if (graph) found = graphs_.insert(found, std::move(*graph));
+      is_made = graph.has_value();
+      if (is_made) found = graphs_.insert(found, std::move(*graph));
     } else {
       found = std::prev(found);
-      has_no_graph_ = !found->move_to(memories);
+      is_made = found->move_to(memories);
     }
-  }
-  if (has_no_graph_) {
-    graphs_.clear();
-    return nullptr;
+    if (!is_made) {  // a full card has room again, or another thread's capture ends: later, and ever more rarely
+      next_try_ = 2 * repetitions_;
+      graphs_.clear();
+      return nullptr;
+    }
   }
   graphs_.splice(graphs_.begin(), graphs_, found);
   return &graphs_.front();
+}
+
+size_t LaunchTape::graphs() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return graphs_.size();
 }
 
 std::vector<std::string> LaunchTape::arguments_at(const Memories& memories) const {
@@ -170,6 +174,7 @@ void define_launch_tape(py::module_& module) {
            py::arg("shared_bytes"), py::arg("arguments"), py::arg("offsets"), py::arg("pointers"))
       .def("add_zeros", &LaunchTape::add_zeros, py::arg("memory"), py::arg("displacement"), py::arg("bytes"))
       .def("repeat", &LaunchTape::repeat, py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("graphs", &LaunchTape::graphs)
       .def("arguments_at", [as_bytes](const LaunchTape& tape, const std::vector<uintptr_t>& memories) {
         return as_bytes(tape.arguments_at(memories));
       });

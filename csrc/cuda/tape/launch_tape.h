@@ -43,6 +43,9 @@ class LaunchTape {
   // aligned otherwise than the kernels were compiled for.
   std::optional<std::vector<at::Tensor>> repeat(const std::vector<at::Tensor>& given);
 
+  // How many graphs there are.
+  size_t graphs() const;
+
   // What each kernel is launched with where the memories begin at these addresses; for tests.
   std::vector<std::string> arguments_at(const Memories& memories) const;
 
@@ -65,10 +68,10 @@ class LaunchTape {
   std::vector<uintptr_t> misalignments_;  // of each given tensor, to 16 bytes
   std::vector<Result> results_;
   std::vector<Launch> launches_;
-  std::mutex mutex_;               // of what follows
+  mutable std::mutex mutex_;       // of what follows
   std::list<LaunchGraph> graphs_;  // the latest first
-  bool was_repeated_ = false;
-  bool has_no_graph_ = false;  // CUDA makes none, or there are too many
+  size_t repetitions_ = 0;
+  size_t next_try_ = 2;  // the repetition that may have a graph; a layout may not come back after its first
 };
 
 // Whether a kernel takes arguments of just these offsets and sizes; true where the driver is too old to say.

@@ -1,4 +1,4 @@
-"""Addition in place, as torch's ``add_``, for launches that are recorded."""
+"""Addition in place, as torch's ``add_``: no operation of the contract, but a launch that can be recorded."""
 
 import triton.language as tl
 from torch import Tensor

@@ -16,7 +16,7 @@ from torch import Tensor
 # Where there is no card: few multiprocessors, so that in the interpreter too a program works through several tiles.
 INTERPRETED_MULTIPROCESSORS = 4
 INTERPRETED_CAPABILITY = 9
-MOST_PIXELS = 2**31 - 2**11  # as many as end, with the tile that the last of them begins, below 2^31
+MOST_PIXELS = 2**31 - 2**11  # as many as end, with the tile that the last of them begins, below 2^31; as in host.h
 
 
 class Listener(Protocol):
@@ -130,7 +130,7 @@ def programs_per_block(rows: int, tile_rows: int, blocks: int, programs: int) ->
 
 
 def check_pixels(pixels: int) -> None:
-    """Raises RuntimeError for more pixels than kernels count; where a stage or a stem begins, and in its poolings."""
+    """Raises RuntimeError for more pixels than kernels count: where a stage takes statistics, and in poolings."""
     if pixels > MOST_PIXELS:
         raise RuntimeError(f"x must have at most {MOST_PIXELS} pixels, got {pixels}; use a smaller batch")
 
