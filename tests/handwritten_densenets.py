@@ -63,6 +63,22 @@ class ListBlock(_DenseBlock):
         return torch.cat(features, 1)
 
 
+class AdaptableLayer(_DenseLayer):
+    """A dense layer as long as its further parts are what they are at first."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.adapter, self.share = nn.Identity(), 1.0
+
+    def forward(self, x):
+        out = self.conv2(self.relu2(self.norm2(self.conv1(self.relu1(self.norm1(x))))))
+        return torch.cat([x, self.share * self.adapter(out)], 1)
+
+
+class AdaptableBlock(_DenseBlock):
+    layer = AdaptableLayer
+
+
 class ResidualLayer(_DenseLayer):
     """No dense layer: it scales what it adds, which its modules' names do not say."""
 

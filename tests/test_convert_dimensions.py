@@ -20,6 +20,7 @@ from cases import (
 )
 from conversion_cases import monai_densenet2d as monai_densenet
 from handwritten_densenets import (
+    AdaptableBlock,
     EvaluationBlock,
     FailingBlock,
     HandwrittenDenseNet,
@@ -239,6 +240,27 @@ def test_a_hook_inside_a_handwritten_block():
     with pytest.warns(UserWarning, match="layer by layer.*denselayer2"):
         assert_close(step(converted, images), step(original, images))
     assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda layer: setattr(layer, "share", 0.5), "not that of a dense block of its parts"),
+        (lambda layer: setattr(layer, "adapter", torch.nn.Tanh()), "not that of a dense block of its parts"),
+        (lambda layer: layer.adapter.register_forward_hook(lambda *_: None), "denselayer2 has a hook"),
+    ],
+)
+def test_a_handwritten_layer_that_is_changed_after_the_conversion(change, reason):
+    """What its class was believed for holds no more."""
+    original = HandwrittenDenseNet(block=AdaptableBlock).double()
+    randomise(original)
+    converted, images = copy.deepcopy(original), make_images(3, 3, *SIZES[3])
+    assert "denseblock1" in str(convert(converted))
+    assert_close(step(converted, images), step(original, images))
+    for model in (original, converted):
+        change(model.features.denseblock1.denselayer2)
+    with pytest.warns(UserWarning, match=f"layer by layer.*{reason}"):
+        assert_close(step(converted, images), step(original, images))
 
 
 # MONAI's weights in a network of this package

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Hashable
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import fusion
+from .. import fusion, kept
 from ..dimensions import BatchNorm
 from ..fusion import LayerParts
 
 LENGTH = 5  # of the trial's images along each axis
 TOLERANCE = 1e-9
 
-_believed: set[tuple[type, type]] = set()  # classes of a block and of its layers that were tried in this process
+# What a module has besides what its forward may look at.
+BOOKKEEPING = {*vars(nn.Module()), "_checkpointing", "free_bottlenecks", "offload", kept.ATTRIBUTE}
+PART = re.compile(r"(norm|relu|conv)[12]|denselayer\d+")  # by these names fusion reads a layer, and a block its layers
+
+# The classes of blocks and of their layers that were tried in this process, and what these were besides.
+_believed: set[Hashable] = set()
 
 
 def is_clone(block: nn.Module) -> bool:
@@ -35,24 +41,47 @@ def read_clone(block: nn.Module, original: type[nn.Module], try_anew: bool = Fal
 
     Args:
         original: the class of ``block``, or what it was before it was converted.
-        try_anew: without it, what was tried once in this process is believed of all blocks of the same classes.
+        try_anew: without it, what was tried once in this process is believed of all blocks of the same classes with
+            the same attributes and further submodules.
     """
     if "forward" in vars(block):
         return "its forward is set on the instance"
     layers = fusion.read_block(block, _read_layer)
     if isinstance(layers, str):
         return layers
-    classes = {(original, type(layer)) for layer in block._modules.values()}
-    if try_anew or not classes <= _believed:
+    classes: set[Hashable] = {(original, type(layer)) for layer in block._modules.values()}
+    # A compiler, which cannot trace it, asks for no more than the classes.
+    looked_at = classes if torch.compiler.is_compiling() else _states(block, original)
+    if try_anew or not looked_at <= _believed:
         reason = _try(block, original)
         if reason is not None:
             return reason
-        _believed.update(classes)
+        _believed.update(classes, looked_at)
     return layers
 
 
+def _states(block: nn.Module, original: type[nn.Module]) -> set[Hashable]:
+    """What the forwards of the block and of its layers may depend on besides the parts that are read of them."""
+    own = _state(block)
+    return {(original, own, type(layer), _state(layer)) for layer in block.children()}
+
+
+def _state(module: nn.Module) -> tuple[Hashable, ...]:
+    """The attributes of ``module``, and of its other submodules their names, classes and states."""
+    attributes = {name: repr(value) for name, value in vars(module).items() if name not in BOOKKEEPING}
+    if "drop_rate" in attributes:  # which is read
+        attributes["drop_rate"] = str(bool(module.drop_rate))
+    others = [(name, type(other), _state(other)) for name, other in _others(module)]
+    return *sorted(attributes.items()), *others
+
+
+def _others(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, other) for name, other in module.named_children() if not PART.fullmatch(name)]
+
+
 def _read_layer(layer: nn.Module) -> LayerParts | str:
-    if fusion.is_observed(layer):
+    others = [module for _, other in _others(layer) for module in other.modules()]
+    if any(map(fusion.is_observed, [layer, *others])):
         return " has a hook"
     drop_rate = getattr(layer, "drop_rate", 0.0)
     if not isinstance(drop_rate, int | float):
