@@ -249,10 +249,15 @@ def _fake_stage_backward(
 register_fake(dense_stage_backward, _fake_stage_backward)
 
 
+def _as_they_are(running: list[Tensor]) -> list[Tensor]:
+    """Copies of running statistics: a forward in training may update them before this one's backward."""
+    return [statistic.clone() for statistic in running]
+
+
 def _save_stage(ctx: Any, inputs: Sequence[Any], output: tuple[Any, ...]) -> None:
     _, parameters, exit_parameters, running, masks, *values, _, counts, group = inputs
     _, features, statistics, bottleneck_statistics, bottlenecks = output
-    groups = (bottlenecks, parameters, exit_parameters, running, masks)
+    groups = (bottlenecks, parameters, exit_parameters, _as_they_are(running), masks)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(statistics, bottleneck_statistics, *bottlenecks)
     ctx.lengths = [len(group) for group in groups]
@@ -413,7 +418,7 @@ def _save_stem(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> N
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(statistics, conv_out)
     ctx.values, ctx.counts, ctx.group = values, counts, group
-    ctx.save_for_backward(x, statistics, conv_out, conv, weight, bias, *running)
+    ctx.save_for_backward(x, statistics, conv_out, conv, weight, bias, *_as_they_are(running))
 
 
 def _backward_stem(ctx: Any, inputs_needed: Sequence[Any], out_grad: Tensor | None, *_: Any) -> Sequence[Any]:

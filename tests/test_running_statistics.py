@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import LEVELS, MODES, assert_close, make_images, make_pair, norms_of, set_mode, step
+from cases import LEVELS, MODES, assert_close, loss_of, make_images, make_pair, norms_of, set_mode, step
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nan_memory")
@@ -115,3 +115,21 @@ def test_a_norm_without_gamma_or_beta(backend, path, missing):
     assert_same_steps(pair)
     with torch.no_grad():
         assert_close(*({"": set_mode(model, "eval")(images)} for model in pair))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_forward_in_training_before_the_backward_of_one_in_evaluation(backend, level, mode):
+    """The gradients are those of the statistics that the forward in evaluation found."""
+    _, expected = make_pair(mode="eval", checkpointing=level)
+    _, model = make_pair(mode="eval", checkpointing=level)
+    images, others = (make_images(*IMAGES, seed=seed) for seed in range(2))
+    step(expected, images)
+    loss = loss_of(model(images))
+    model.train(mode == "train")
+    model(others)
+    loss.backward()
+    assert_close(
+        {name: p.grad for name, p in model.named_parameters()},
+        {name: p.grad for name, p in expected.named_parameters()},
+    )
