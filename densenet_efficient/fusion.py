@@ -90,6 +90,14 @@ def any_global_hook() -> bool:
     )
 
 
+Dropping = tuple[float, bool, bool]  # how a dropout drops: its rate, whether it does, and whether whole channels
+
+
+def dropping(rate: float, training: bool, drops_channels: bool = False) -> Dropping:
+    """The same of all that drop nothing: then their rates and modes are for nobody to see."""
+    return (rate, True, drops_channels) if rate and training else (0.0, False, False)
+
+
 @dataclass
 class LayerParts:
     """What a dense layer computes with, whatever its class; without a bottleneck there is neither norm2 nor conv2."""
@@ -133,8 +141,8 @@ class LayerParts:
         return [conv.out_channels for conv in self.convolutions]
 
     @property
-    def dropout(self) -> tuple[float, bool, bool]:
-        return self.drop_rate, self.training, self.drops_channels
+    def dropout(self) -> Dropping:
+        return dropping(self.drop_rate, self.training, self.drops_channels)
 
 
 def read_block(block: nn.Module, read: Callable[[nn.Module], LayerParts | str]) -> list[LayerParts] | str:
@@ -250,7 +258,7 @@ class StageExit(NamedTuple):
     consumer: nn.Module | None = None
     norm: BatchNorm | None = None
     conv: Convolution | None = None
-    dropout: tuple[float, bool, bool] | None = None  # of a transition down, as `LayerParts` has it
+    dropout: Dropping | None = None  # of a transition down
 
 
 NO_CONSUMER = StageExit(NO_EXIT)
@@ -270,7 +278,7 @@ def read_transition(transition: nn.Module) -> StageExit | None:
         return StageExit(TRANSITION, transition, norm, conv)
     if len(rest) == 2 and _is_plain(rest[0], Dropout, nn.Dropout) and _halves_by_maximum(rest[1]):
         drop = cast(nn.Dropout, rest[0])
-        return StageExit(TRANSITION_DOWN, transition, norm, conv, (drop.p, drop.training, False))
+        return StageExit(TRANSITION_DOWN, transition, norm, conv, dropping(drop.p, drop.training))
     return None
 
 

@@ -205,8 +205,8 @@ class Transition(nn.Sequential):
 class Features(nn.Sequential):
     """Everything before the classifier, under torchvision's names; ``forward`` gives the output of the last norm."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._run(x, with_head=False)[0]
+    def forward(self, input: Tensor) -> Tensor:
+        return run_features(list(self), input)
 
     def pooled(self, x: Tensor) -> Tensor:
         """relu(forward(x)) averaged over each image, [N, C]; the last norm joins the last block's stage."""
@@ -273,6 +273,14 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
     output = _run_children(children, x, with_head, later)
     update_running_statistics(later)
     return output
+
+
+def run_features(children: list[nn.Module], x: Tensor) -> Tensor:
+    """The output of a sequence; what its last norm makes is contiguous where ``x`` is, for users call `view` on it."""
+    output = run_children(children, x, with_head=False)[0]
+    if not children or not fusion.is_last_norm(children[-1]) or fusion.tracer(x, children[-1].training):
+        return output
+    return output.contiguous() if x.is_contiguous() else output
 
 
 def _run_children(children: list[nn.Module], x: Tensor, with_head: bool, later: list[Update]) -> tuple[Tensor, bool]:

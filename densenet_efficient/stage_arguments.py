@@ -41,8 +41,8 @@ def running_of(norm: BatchNorm) -> list[Tensor]:
 
 def draw_masks(layers: list[LayerParts], exit_conv: Convolution | None, x: Tensor) -> tuple[float, list[Tensor]]:
     """The dropout's masks, [M, k] per layer and [M, C'] of a transition down with ``exit_conv``."""
-    rate, training, drops_channels = layers[0].dropout
-    if rate == 0 or not training:
+    rate, is_dropping, drops_channels = layers[0].dropout
+    if not is_dropping:
         return 0.0, []
     masks = []
     for channels in [layer.channels[-1] for layer in layers] + ([exit_conv.out_channels] if exit_conv else []):

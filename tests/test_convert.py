@@ -18,6 +18,7 @@ from cases import (
     group_errors,
     loss_of,
     make_images,
+    make_pair,
     needs_native,
     saved_bytes,
     state_of,
@@ -401,3 +402,23 @@ def test_sources_are_converted_at_all():
         blocks = [name for name, _ in model.named_modules() if re.search(r"denseblock\d$", name)]
         assert len(blocks_of(model)) == len(blocks) >= 2, report
     assert set(LIBRARIES) < set(SOURCES)
+
+
+def converted(name):
+    model = make_model(name)
+    convert(model)
+    return model
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("make", [lambda: converted("torchvision"), lambda: make_pair()[1]], ids=["converted", "own"])
+def test_features_are_laid_out_as_the_images(backend, make, trains):
+    """As torch's own modules leave them: contiguous ones for `view`, as many a forward has it."""
+    model = make().double().train(trains)
+    images = make_images(3, 3, 70, 64)
+    with torch.set_grad_enabled(trains):
+        contiguous = model.features(input=images)
+        other = model.features(images.contiguous(memory_format=torch.channels_last))
+    assert contiguous.view(3, -1).shape[1] > contiguous.shape[1]
+    assert other.is_contiguous(memory_format=torch.channels_last)
+    assert_close({"": other}, {"": contiguous})

@@ -1,6 +1,7 @@
 """One seed drops the same features in one operator, layer by layer and in the naive model, whatever the layout is."""
 
 import copy
+import warnings
 
 import pytest
 import test_segmentation
@@ -93,3 +94,16 @@ def test_under_vmap(randomness):
     x = torch.ones(3, 2, 4, 5, 6)
     first, second, _ = torch.vmap(lambda images: dropout(images, 0.5, True), randomness=randomness)(x)
     assert torch.equal(first, second) == (randomness == "same")
+
+
+def test_layers_without_dropout_in_modes_of_their_own(backend):
+    """Where nothing is dropped a layer's mode tells nothing but its norms'."""
+    pair = make_pair()
+    for model in pair:
+        for layer in layers_of(model)[:2]:
+            layer.eval().requires_grad_(False)
+        layers_of(model)[0].drop_rate = 0.5  # in evaluation
+    images = make_images(*IMAGES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_close(*(step(model, images) for model in reversed(pair)))

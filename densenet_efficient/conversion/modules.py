@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import fusion, kept
 from ..dimensions import global_average
 from ..fusion import LayerParts
-from ..modules import run_children, run_named_children, take_stage
+from ..modules import run_children, run_features, run_named_children, take_stage
 from ..operator_calls import StageBlock
 from ..planning.free_bottlenecks import find_free_bottlenecks
 from .clones import read_clone
@@ -77,8 +77,8 @@ class ConvertedSequential(Converted):
     What is none of these runs as it did.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return run_children(list(cast(nn.Sequential, self)), x, with_head=False)[0]
+    def forward(self, input: Tensor) -> Tensor:
+        return run_features(list(cast(nn.Sequential, self)), input)
 
     def pooled(self, x: Tensor) -> Tensor | None:
         """relu(forward(x)) averaged over each image, [N, C]; None, with nothing run, where no operator gives that."""
