@@ -33,7 +33,7 @@ CONFIGURED_COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 after an error of one line, 130 after Ctrl-C, or its own."""
-    given = [with_underscores(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    given = with_underscores(sys.argv[1:] if arguments is None else arguments)
     try:
         if given and given[0] == "predict":
             from densenet_efficient.training.prediction_command import run_predict
@@ -57,8 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def with_underscores(argument: str) -> str:
-    """An option as it is called here, however it was written: --batch-size is --batch_size."""
+def with_underscores(arguments: Sequence[str]) -> list[str]:
+    """Options as they are called here, however they were written: --batch-size is --batch_size.
+
+    What comes behind ``--`` are no options.
+    """
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return [*map(_with_underscores, arguments[:end]), *arguments[end:]]
+
+
+def _with_underscores(argument: str) -> str:
     name, equals, value = argument.partition("=")
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
 

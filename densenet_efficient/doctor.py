@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .argument_checks import CHECKPOINTING_LEVELS
+from .files import atomic_write
 from .measure import make_step, peak_memory_per_image, step_times
 from .models import EfficientDenseNet, create_model
 from .reference import NaiveDenseNet
@@ -128,7 +129,9 @@ def examine(json_path: Path | None = None, console: Console | None = None) -> in
     examination = Examination(describe_build(), backends, parity, performance)
     print_examination(examination, console)
     if json_path is not None:
-        json_path.write_text(json.dumps(asdict(examination) | {"problems": examination.problems}, indent=2) + "\n")
+        text = json.dumps(asdict(examination) | {"problems": examination.problems}, indent=2) + "\n"
+        with atomic_write(json_path) as file:
+            file.write(text.encode())
     return 1 if examination.problems else 0
 
 

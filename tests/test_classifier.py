@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning import Callback, Trainer
 from torch import nn
+from torchmetrics.functional.classification import binary_auroc
 from training_cases import fails, fit, fit_arguments, make_images, weights
 
+from densenet_efficient.training.auroc import MeanAUROC
 from densenet_efficient.training.averaging import AveragedWeights
 from densenet_efficient.training.checkpoint import load_classifier, read_checkpoint
 from densenet_efficient.training.classifier import Classifier
@@ -372,3 +374,18 @@ def test_checkpoint_of_another_program(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.ckpt")
     with pytest.raises(RuntimeError, match="not a checkpoint of densenet-efficient"):
         load_classifier(tmp_path / "linear.ckpt")
+
+
+def test_the_area_under_the_curve_is_of_labels_with_both_sides() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(40, 4, generator=generator)
+    labels = (torch.rand(40, 4, generator=generator) < 0.5).long()
+    labels[:, 1], labels[:, 3] = 1, 0
+    metric = MeanAUROC(4)
+    for part in range(0, 40, 10):
+        metric.update(scores[part : part + 10], labels[part : part + 10])
+    area = sum(binary_auroc(scores[:, label], labels[:, label]) for label in (0, 2)) / 2
+    torch.testing.assert_close(metric.compute(), area)
+    metric.reset()
+    metric.update(scores[:, [1, 3]].repeat(1, 2), labels[:, [1, 3]].repeat(1, 2))
+    assert metric.compute().isnan()

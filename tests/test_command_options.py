@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from training_cases import fails, fit, fit_arguments, make_images
+from training_cases import fails, fit, fit_arguments, make_images, make_patients, write_table
 
 from densenet_efficient.cli import main, one_line
 from densenet_efficient.training import cli
@@ -103,3 +104,29 @@ def test_images_to_test_with_alone_are_refused_before_a_word_of_training(
 @pytest.mark.parametrize(("message", "line"), [("\n first\nsecond", "first"), ("\n", "ValueError"), ("", "ValueError")])
 def test_an_error_is_one_line_with_words(message: str, line: str) -> None:
     assert one_line(ValueError(message)) == line
+
+
+def test_a_report_of_some_test_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With patients, from which its intervals are."""
+    table = write_table(tmp_path / "table.csv", make_patients(tmp_path))
+    options = ["--data.group_column", "patient", "--trainer.max_epochs", "1", "--report", "true"]
+    assert fit(table, tmp_path / "run", *options, "--trainer.limit_test_batches", "1") == 0
+    evaluation = json.loads((tmp_path / "run" / "metrics.json").read_text())["evaluation"]
+    assert (evaluation["images"], evaluation["grouped"]) == (4, True)
+    capsys.readouterr()
+    again = ["test", "--config", str(tmp_path / "run" / "config.yaml"), "--ckpt_path", "best"]
+    assert "limit_test_batches leaves no image" in fails([*again, "--trainer.limit_test_batches", "0"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--seed_everything", "-1"], "--seed_everything: expected a number of 0 to 4294967295, got -1"),
+        (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches: expected a number above 0, got 0"),
+        (["--trainer.overfit_batches", "1"], "--trainer.overfit_batches: not here; give a smaller table or folder"),
+    ],
+)
+def test_options_of_lightning_that_are_refused(
+    option: list[str], message: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in fails(fit_arguments(images, tmp_path / "run", *option), capsys)

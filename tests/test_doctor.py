@@ -1,7 +1,9 @@
 """The doctor passes here, and names what is wrong where something is."""
 
+import errno
 import io
 import json
+import os
 
 import pytest
 import torch
@@ -106,3 +108,14 @@ def test_memory_and_time_are_measured(monkeypatch):
 def test_a_missing_folder_is_refused_at_once(tmp_path, capsys):
     assert cli.main(["doctor", "--json", str(tmp_path / "none" / "doctor.json")]) == 2
     assert "its folder does not exist" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_an_earlier_examination(tmp_path, capsys, without_measuring, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "doctor.json").write_text("earlier")
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.main(["doctor", "--json", str(tmp_path / "doctor.json")]) == 2
+    assert f"error: {tmp_path / 'doctor.json'}: " in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("doctor.json", "earlier")]

@@ -1,6 +1,8 @@
 """Feature maps, Grad-CAM, filters and the reuse of features, as of the naive model; and their pictures."""
 
 import copy
+import csv
+import re
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from densenet_efficient import EfficientDenseNet, convert, load_weights, models
 from densenet_efficient.cli import main
 from densenet_efficient.inspection import feature_maps, feature_reuse, first_filters, grad_cam
 from densenet_efficient.models import create_model
-from densenet_efficient.training.checkpoint import ENTRY, MODEL_PREFIX, SavedClassifier, describe_classifier
+from densenet_efficient.training.checkpoint import MODEL_PREFIX, SavedClassifier, describe_classifier
 from densenet_efficient.training.preprocessing import Preprocessing, normalisation
 from densenet_efficient.weights import pretrained
+from densenet_efficient.weights.checkpoints import ENTRY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -307,3 +310,17 @@ def test_images_are_shown_as_they_were():
     preprocessing = Preprocessing(3, 8, *normalisation(3))
     mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     torch.testing.assert_close(preprocessing.shown((image - mean) / std), image)
+
+
+def test_the_probability_of_one_of_several_labels(checkpoint, tmp_path, capsys):
+    """As `predict` has it."""
+    content = torch.load(checkpoint)
+    content[ENTRY]["multi_label"] = True
+    torch.save(content, tmp_path / "several.pt")
+    image = str(checkpoint.with_name("image.png"))
+    given = [image, "--checkpoint", str(tmp_path / "several.pt")]
+    assert main(["visualize", "grad-cam", *given, "--class", "digit 3", "--output", str(tmp_path / "cam.png")]) == 0
+    shown = re.search(r"for digit 3 \((.*)\)", capsys.readouterr().out).group(1)
+    assert main(["predict", *given, "--output", str(tmp_path / "out.csv"), "--accelerator", "cpu"]) == 0
+    [row] = csv.DictReader((tmp_path / "out.csv").read_text().splitlines())
+    assert shown == f"{float(row['digit 3']):.1%}"

@@ -47,3 +47,10 @@ def test_one_patient_is_one_whatever_its_images() -> None:
     images = evaluation([True] * 20, positives=10)
     accuracy = summarise(replace(images, groups=["only"] * 20))["accuracy"]
     assert accuracy == {"value": 1.0, "low": pytest.approx(0.2065, abs=1e-4), "high": 1.0}
+
+
+@pytest.mark.parametrize("count", range(1, 60))
+@pytest.mark.parametrize("right", [True, False])
+def test_a_share_lies_within_its_interval(right: bool, count: int) -> None:
+    accuracy = summarise(evaluation([right] * count, positives=count // 2))["accuracy"]
+    assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]

@@ -441,3 +441,14 @@ def test_the_package_imports_none_of_them():
         "import sys, densenet_efficient; print(*{'h5py', 'huggingface_hub', 'safetensors', 'timm'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+@pytest.mark.parametrize("network", [EfficientDenseNet, EfficientDenseNet121])
+def test_a_checkpoint_of_fit_describes_its_network(network, tmp_path):
+    original = EfficientDenseNet121(num_classes=3, in_channels=1)
+    config = {"config": original.config, "class_names": ["a", "b", "c"]}
+    torch.save({"densenet_efficient": config, "state_dict": original.state_dict()}, tmp_path / "best.ckpt")
+    model = network.from_pretrained(tmp_path / "best.ckpt")
+    assert_close(model.state_dict(), original.state_dict(), 0)
+    with pytest.raises(ValueError, match=r"is no EfficientDenseNet201: it has block_config=\[6, 12, 24, 16\]"):
+        EfficientDenseNet201.from_pretrained(tmp_path / "best.ckpt")

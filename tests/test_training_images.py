@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 from pydicom import Dataset, dcmread, uid
 from pydicom.encaps import encapsulate
 from pydicom.pixels.decoders.base import get_decoder
@@ -40,6 +42,8 @@ HOUNSFIELD = {"RescaleSlope": 1, "RescaleIntercept": -1000}
         ({"WindowCenter": "", "WindowWidth": ""}, None, PIXELS / 2350),
         (HOUNSFIELD | {"WindowCenter": 40.5, "WindowWidth": None}, None, PIXELS / 2350),
         ({"RescaleSlope": None, "RescaleIntercept": None}, (0, 1000), (PIXELS / 1000).clip(0, 1)),
+        ({"WindowCenter": 40, "WindowWidth": 0}, None, PIXELS / 2350),
+        ({"WindowCenter": 40, "WindowWidth": -5}, None, PIXELS / 2350),
     ],
 )
 def test_dicom(elements: dict[str, Any], value_range: Any, expected: np.ndarray, tmp_path: Path) -> None:
@@ -190,6 +194,46 @@ def test_sixteen_bits_and_single_channels(tmp_path: Path) -> None:
     Image.fromarray(deep.astype(np.int32)).save(tmp_path / "deeper.tif")
     with pytest.raises(ValueError, match=r"deeper.tif: an image of 32 bits .* give value_range"):
         read_image(tmp_path / "deeper.tif", 1)
+
+
+def test_a_value_range_is_not_for_dicom_of_eight_bits(tmp_path: Path) -> None:
+    """As for PNG of eight bits; but for those that are in units of their own."""
+    pixels = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    bits = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelData": pixels.tobytes()}
+    plain = read_image(write_dicom(tmp_path / "plain", pixels, **bits), 1, (-1000, 400))
+    np.testing.assert_allclose(plain[0].numpy(), pixels / 47, atol=1e-6)
+    units = {"RescaleSlope": 8, "RescaleIntercept": -1000}
+    scaled = read_image(write_dicom(tmp_path / "scaled", pixels, **bits, **units), 1, (-1000, 400))
+    np.testing.assert_allclose(scaled[0].numpy(), pixels / 175, atol=1e-6)
+
+
+def test_tiff_of_twelve_bits(tmp_path: Path) -> None:
+    """Two pixels are three bytes."""
+    pixels = bytes([0x00, 0x0F, 0xFF, 0x80, 0x00, 0x00])  # 0, 4095, 2048, 0
+    tags = {256: 2, 257: 2, 258: 12, 259: 1, 262: 1, 273: 128, 277: 1, 278: 2, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)
+    (tmp_path / "deep.tif").write_bytes(head.ljust(tags[273], b"\0") + pixels)
+    values = read_image(tmp_path / "deep.tif", 1)[0].numpy()
+    np.testing.assert_allclose(values, [[0, 1], [2048 / 4095, 0]], atol=1e-6)
+
+
+def test_an_image_of_lab_colours_in_grey(tmp_path: Path) -> None:
+    Image.new("LAB", (4, 2), (255, 128, 128)).save(tmp_path / "lab.tif")
+    assert read_image(tmp_path / "lab.tif", 1).min() > 250
+    assert read_image(tmp_path / "lab.tif", 3).min() > 250
+
+
+def test_an_error_that_is_pillows_own_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of damaged AVIF it raises RuntimeError."""
+    Image.new("L", (4, 2)).save(tmp_path / "image.png")
+
+    def load(self: Image.Image) -> None:
+        raise RuntimeError("Failed to decode image")
+
+    monkeypatch.setattr(PngImageFile, "load", load)
+    with pytest.raises(ValueError, match=r"image.png: expected an undamaged image .*\(Failed to decode image\)"):
+        read_image(tmp_path / "image.png", 1)
 
 
 @pytest.mark.parametrize("most", [4095, 65535])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_cases import fails, fit, make_images, write_table
+from training_cases import fails, fit, make_images, make_patients, write_table
 
 from densenet_efficient.cli import main
 from densenet_efficient.training.data import CSVData, FolderData
@@ -170,3 +170,11 @@ def test_a_table_as_excel_writes_it(tmp_path: Path) -> None:
     table.write_bytes("\r\n".join(["sep=,", "path,label", *rows, ",", ",", ""]).encode("utf-8-sig"))
     splits = CSVData(table, image_size=8, batch_size=2).splits
     assert sum(map(len, splits.parts().values())) == 12
+
+
+def test_a_file_of_two_groups_is_named(tmp_path: Path) -> None:
+    rows = make_patients(tmp_path)
+    table = write_table(tmp_path / "table.csv", [*rows, rows[0] | {"patient": "another"}, rows[1]])
+    message = r"table.csv:22: .*bright/0.png is of group another, and of bright 0 at .*table.csv:2; correct one of them"
+    with pytest.raises(ValueError, match=message):
+        CSVData(table, group_column="patient", image_size=8, batch_size=4, num_workers=0)

@@ -44,7 +44,7 @@ def _maps(subject: Subject, options: argparse.Namespace) -> str:
 def _grad_cam(subject: Subject, options: argparse.Namespace) -> str:
     images = subject.read(options.image)
     with torch.inference_mode():
-        probabilities = subject.model(images).softmax(1)[0]
+        [probabilities] = subject.probabilities(subject.model(images))
     chosen = int(probabilities.argmax()) if options.class_name is None else subject.class_index(options.class_name)
     [cam] = grad_cam(subject.model, images, options.layer, torch.tensor([chosen]))
     title = f"Grad-CAM of {options.layer} for {subject.class_name(chosen)} ({probabilities[chosen]:.1%})"

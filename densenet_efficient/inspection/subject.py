@@ -19,6 +19,11 @@ class Subject:
     model: EfficientDenseNet
     preprocessing: Preprocessing
     class_names: list[str] | None
+    multi_label: bool = False
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Of each class by itself, where an image may be of several; else of one of them."""
+        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
 
     def read(self, path: Path) -> Tensor:
         """The model's input [1, C, H, W]. Raises as `read_image` does."""
@@ -43,7 +48,7 @@ class Subject:
 def from_checkpoint(path: Path) -> Subject:
     """The network that `densenet-efficient fit` wrote. Raises as `load_classifier` does."""
     checkpoint = load_classifier(path)
-    return Subject(checkpoint.model.eval(), checkpoint.preprocessing, checkpoint.class_names)
+    return Subject(checkpoint.model.eval(), checkpoint.preprocessing, checkpoint.class_names, checkpoint.multi_label)
 
 
 def from_name(name: str, weights: str | None, image_size: int) -> Subject:

@@ -24,9 +24,8 @@ from torch import Tensor
 from densenet_efficient.files import FULL_DISK, atomic_write, temporary_of
 from densenet_efficient.models import EfficientDenseNet
 from densenet_efficient.training.preprocessing import Preprocessing
-from densenet_efficient.weights.checkpoints import DAMAGED
+from densenet_efficient.weights.checkpoints import DAMAGED, ENTRY
 
-ENTRY = "densenet_efficient"
 REMEDY = "expected a checkpoint written by densenet-efficient fit"
 # What a file system without hard links says, such as that of many an external drive.
 WITHOUT_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}

@@ -17,16 +17,15 @@ from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassAUROC,
     MultilabelAccuracy,
-    MultilabelAUROC,
 )
 from torchvision.transforms import v2
 
 from densenet_efficient.dimensions import BatchNorm
 from densenet_efficient.models import create_model
 from densenet_efficient.summary import minimum_size
+from densenet_efficient.training.auroc import MeanAUROC
 from densenet_efficient.training.checkpoint import (
     BEST,
-    ENTRY,
     SavedClassifier,
     TrainingImages,
     check_fits,
@@ -40,6 +39,7 @@ from densenet_efficient.training.parameter_groups import HEAD_GROUP, parameter_g
 from densenet_efficient.training.schedules import Schedule, rate_factor
 from densenet_efficient.training.sharding import shard
 from densenet_efficient.weights import load_weights
+from densenet_efficient.weights.checkpoints import ENTRY
 from densenet_efficient.weights.from_torchvision import download, find_weights, names_torchvision_weights
 
 Batch = tuple[Tensor, Tensor]  # images [N, C, H, W]; labels int64 [N], or float [N, classes]
@@ -311,7 +311,7 @@ def _metrics(task: Task, prefix: str, ranking: bool) -> MetricCollection:
     count = len(task.class_names)
     metrics: dict[str, Any]
     if task.multi_label:
-        metrics = {"accuracy": MultilabelAccuracy(count), "auroc": MultilabelAUROC(count)}
+        metrics = {"accuracy": MultilabelAccuracy(count), "auroc": MeanAUROC(count)}
     else:
         metrics = {
             "accuracy": MulticlassAccuracy(count, average="micro"),

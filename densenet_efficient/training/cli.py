@@ -65,6 +65,7 @@ from densenet_efficient.training.synchronised import SynchronisedOnCPUs
 register_type(numbers.Number, serializer=lambda value: value, deserializer=float, type_check=isinstance)
 # With their limits. (As the parser's own types they would stand in checkpoints, which hold plain values only.)
 NUMBERS_ABOVE_ZERO = dict.fromkeys(("threads", "memory", "patience", "save_every_n_steps"), math.inf) | {"ema_decay": 1}
+MOST_SEED = 2**32 - 1  # that NumPy takes
 CONFIG = "config.yaml"  # of a run, beside its checkpoints
 COPIES = {"adamw": 2, "adam": 2, "sgd": 1}  # of the parameters, that the optimizers keep
 DTYPES = {"32": "float32", "bf16": "bfloat16", "16": "float16", "64": "float64"}  # of --trainer.precision
@@ -136,7 +137,8 @@ def _data_of_config(path: Path) -> list[str]:
     try:
         config = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: expected YAML, got a file that is none ({error})") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--config {path}: expected YAML, got a file that is none ({reason})") from error
     if not isinstance(config, dict):
         raise ValueError(f"--config {path}: expected options as of densenet-efficient fit, got {config}")
     if "data" not in config:
@@ -207,6 +209,9 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+        seed = self.config.seed_everything  # by which Lightning seeds NumPy too, before all else
+        if not isinstance(seed, bool | None) and not 0 <= seed <= MOST_SEED:
+            raise ValueError(f"--seed_everything: expected a number of 0 to {MOST_SEED}, got {seed}")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         def add(name: str, kind: Any, default: Any, text: str) -> None:
@@ -234,6 +239,10 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Nothing is written before everything else is known to be in order."""
+        trainer = self.config.trainer
+        check_above_zero("--trainer.accumulate_grad_batches", trainer.accumulate_grad_batches)
+        if trainer.overfit_batches:
+            raise ValueError("--trainer.overfit_batches: not here; give a smaller table or folder as --data")
         for name, below in NUMBERS_ABOVE_ZERO.items():
             number = self.config.get(name)
             if number is not None:

@@ -161,7 +161,7 @@ def _wilson(share: float, count: int) -> tuple[float, float]:
     scale = 1 + z**2 / count
     centre = (share + z**2 / (2 * count)) / scale
     width = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / scale
-    return max(centre - width, 0.0), min(centre + width, 1.0)
+    return max(min(centre - width, share), 0.0), min(max(centre + width, share), 1.0)  # of 0 and 1 but for rounding
 
 
 # ---- figures: of weights [B, N], one row per bootstrap sample ----

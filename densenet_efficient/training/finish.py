@@ -55,6 +55,8 @@ class CollectOutputs(Callback):
         self.labels.append(outputs["labels"].cpu())
 
     def gathered(self) -> tuple[Tensor, Tensor]:
+        if not self.logits:
+            raise ValueError("--trainer.limit_test_batches leaves no image to evaluate; leave it out")
         mine = torch.cat(self.logits), torch.cat(self.labels)
         if not torch.distributed.is_initialized():
             return mine
@@ -84,6 +86,7 @@ def evaluate(trainer: Trainer, classifier: Classifier, data: ImageData) -> Evalu
         raise SIGTERMException
     logits, labels = collector.gathered()
     task, splits = data.task, data.splits
+    samples = data.test_samples.subset(range(len(labels)))  # all of them, unless --trainer.limit_test_batches is given
     probabilities = logits.double().sigmoid() if task.multi_label else logits.double().softmax(1)
     indicators = labels if task.multi_label else torch.nn.functional.one_hot(labels, len(task.class_names))
     return Evaluation(
@@ -91,11 +94,11 @@ def evaluate(trainer: Trainer, classifier: Classifier, data: ImageData) -> Evalu
         task.multi_label,
         probabilities.numpy(),
         indicators.double().numpy(),
-        list(data.test_samples.sources),
+        list(samples.sources),
         "validation" if splits.test is None else "test",
         splits.test is None or splits.test is splits.validation,
-        classifier.trained_on.count(data.test_samples.sources, data.root),
-        data.test_samples.groups,
+        classifier.trained_on.count(samples.sources, data.root),
+        samples.groups,
     )
 
 

@@ -31,7 +31,8 @@ TURNS: dict[Any, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF, and its value for images as films are
+BITS, PHOTOMETRIC = 258, 262  # tags of TIFF
+WHITE_IS_ZERO = 0  # its photometric interpretation of images as films are
 # What pydicom says of Pillow where another decoder is needed, which is not installed.
 BEYOND_PILLOW = re.compile("Pillow (does not support|cannot decode)")
 MAY_BE_EMPTY = ("WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept")  # in DICOM files, as if not there
@@ -50,9 +51,9 @@ def is_image(path: Path) -> bool:
 def read_image(path: str | Path, channels: int, value_range: ValueRange = None) -> ImageTensor:
     """The image file `path` as [channels, H, W], 1 or 3 channels: uint8, or float32 in [0, 1] if it is deeper.
 
-    `value_range` are the values that become 0 and 1 in images deeper than 8 bits, in Hounsfield units for CT. Without
-    it they are the window that a DICOM file names, or its table's, else the darkest and the brightest value there is,
-    and of other files the range of 16 bits.
+    `value_range` are the values that become 0 and 1 in images deeper than 8 bits, in Hounsfield units for CT, and of
+    DICOM files in such units. Without it they are the window that a DICOM file names, or its table's, else the darkest
+    and the brightest value there is, and of other files the range of their bits.
 
     Raises OSError if the file is missing, ValueError if it is damaged, empty, no image or a TIFF of
     several pages. Of an animation it is the first picture.
@@ -68,7 +69,9 @@ def read_image(path: str | Path, channels: int, value_range: ValueRange = None) 
             image.load()
         except UnidentifiedImageError as error:  # which names the file a second time
             raise ValueError(f"{path}: {UNREADABLE}") from error
-        except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's plugins raise many kinds for damaged files
             raise ValueError(f"{path}: {UNREADABLE} ({error})") from error
     if pages > 1:
         raise ValueError(f"{path}: expected a TIFF of one page, got {pages}; export the pages")
@@ -77,6 +80,8 @@ def read_image(path: str | Path, channels: int, value_range: ValueRange = None) 
         if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # type: ignore[attr-defined]
             values = 1 - values  # which Pillow does up to 8 bits
         return _with_channels(torch.from_numpy(values)[None], channels)
+    if image.mode == "LAB":  # which Pillow turns into RGB alone
+        image = image.convert("RGB")
     return F.to_image(_upright(image).convert("L" if channels == 1 else "RGB"))
 
 
@@ -101,7 +106,8 @@ def _range_of(path: str | Path, image: Image.Image) -> tuple[float, float]:
         raise ValueError(
             f"{path}: an image of 32 bits (PIL mode {image.mode}) does not tell its range; give value_range"
         )
-    return 0, 65535
+    bits = image.tag_v2.get(BITS, (16,))[0] if image.format == "TIFF" else 16  # type: ignore[attr-defined]
+    return 0, 2**bits - 1
 
 
 def _scaled(path: str | Path, image: Image.Image, value_range: Sequence[float]) -> NDArray[np.float32]:
@@ -158,7 +164,8 @@ def _read_dicom(path: str | Path, value_range: ValueRange) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(colours[..., :3])).permute(2, 0, 1)
     values = apply_modality_lut(pixels, dataset)
     _require_finite(path, values)
-    bounds = value_range or _window(dataset)
+    has_units = bits > 8 or (dataset.get("RescaleSlope", 1), dataset.get("RescaleIntercept", 0)) != (1, 0)
+    bounds = (value_range if has_units else None) or _window(dataset)
     if bounds is None and dataset.get("VOILUTSequence"):
         scaled = _by_table(path, dataset, values)
     else:
@@ -210,6 +217,8 @@ def _window(dataset: Any) -> tuple[float, float] | None:
     """The first window of a DICOM file, as its lowest and highest value (PS3.3 C.11.2.1.2.1)."""
     if "WindowCenter" not in dataset or "WindowWidth" not in dataset:
         return None
-    center, width = (np.atleast_1d(dataset[name].value)[0] for name in ("WindowCenter", "WindowWidth"))
-    low = float(center) - 0.5 - (float(width) - 1) / 2
-    return low, low + float(width) - 1
+    center, width = (float(np.atleast_1d(dataset[name].value)[0]) for name in ("WindowCenter", "WindowWidth"))
+    if width < 1:  # which the standard rules out, and some write for none
+        return None
+    low = center - 0.5 - (width - 1) / 2
+    return low, low + width - 1

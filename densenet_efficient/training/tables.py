@@ -72,6 +72,8 @@ def read_table(
     require_a_file(table, paths, "--data.root")
     labels = _labels(row_classes, names, columns.multi_label)
     groups = [filled(place, row, columns.group).strip() for place, row in rows.items()] if columns.group else None
+    if groups is not None:
+        _require_one_group(list(rows), paths, groups)
     if columns.split is not None:
         samples = Samples(paths, labels, groups)
         if tests_with_all(table, test_fraction):
@@ -79,6 +81,18 @@ def read_table(
         return _as_told(table, names, samples, parts)
     # Without groups the rows of one file are one, so that no split falls between them.
     return split(names, Samples(paths, labels, groups or paths), validation_fraction, test_fraction, seed, table)
+
+
+def _require_one_group(places: Sequence[str], paths: Sequence[str], groups: Sequence[str]) -> None:
+    """Raises ValueError for a file of two groups, whose rows a split could separate."""
+    first: dict[str, int] = {}
+    for index, path in enumerate(paths):
+        other = first.setdefault(path, index)
+        if groups[other] != groups[index]:
+            raise ValueError(
+                f"{places[index]}: {path} is of group {groups[index]}, and of {groups[other]} at {places[other]}; "
+                "correct one of them"
+            )
 
 
 def _remedy_of_one(columns: Columns) -> str:

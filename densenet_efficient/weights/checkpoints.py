@@ -18,6 +18,7 @@ from torch import Tensor
 from ..optional import needed
 from .keras_files import KERAS_SUFFIXES, read_keras
 
+ENTRY = "densenet_efficient"  # under which those of fit tell what is needed besides the weights
 CONTAINERS = ("state_dict", "model_state_dict", "model")  # under which checkpoints keep a model's state
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", *KERAS_SUFFIXES)
 # What reading an archive whose bytes are not those written may raise.
@@ -54,6 +55,13 @@ def read_file(path: str | Path) -> Any:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # it could not be opened
         raise _unreadable(path, error) from error
+
+
+def described_network(checkpoint: Any) -> dict[str, Any]:
+    """The constructor's arguments, which checkpoints of `densenet-efficient fit` tell; empty for any other."""
+    entry = checkpoint.get(ENTRY) if isinstance(checkpoint, Mapping) else None
+    config = entry.get("config") if isinstance(entry, Mapping) else None
+    return dict(config) if isinstance(config, Mapping) else {}
 
 
 def _unreadable(path: str | Path, error: Exception) -> ValueError:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from . import hub
-from .checkpoints import SUFFIXES, read_file
+from .checkpoints import SUFFIXES, described_network, read_file
 from .from_torchvision import architecture_of, download, find_weights, names_torchvision_weights
 from .loading import load_weights
 
@@ -191,7 +191,8 @@ def find(source: Any, architecture: str | None, options: dict[str, Any]) -> Foun
     if path.is_file() or isinstance(source, Path) or path.suffix in SUFFIXES:
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")
-        return Found(str(source), partial(read_file, path))
+        checkpoint = read_file(path)
+        return Found(str(source), lambda: checkpoint, arguments=described_network(checkpoint))
     name = hub.hub_name(source)
     if name is None:
         raise ValueError(f"unknown weights {source!r}; expected {EXPECTED}")
