@@ -25,6 +25,16 @@ def test_each_split_has_its_share_of_each_class() -> None:
     assert parts != stratified_split(labels, (0.6, 0.2, 0.2), seed=1)
 
 
+@pytest.mark.parametrize("counts", [(5, 40), (40, 5), (0, 40), (0, 0)])
+def test_images_without_a_finding_fill_the_splits(counts: tuple[int, int]) -> None:
+    findings = np.zeros((100, 2))
+    findings[: counts[0], 0] = findings[counts[0] : sum(counts), 1] = 1
+    for seed in range(4):
+        parts = stratified_split(findings, (0.7, 0.3), seed)
+        assert np.abs(findings[parts[1]].sum(0) - 0.3 * np.array(counts)).max() < 1
+        assert [len(part) for part in parts] == [70, 30]
+
+
 def test_groups_stay_whole_and_several_labels_stay_balanced() -> None:
     generator = np.random.default_rng(0)
     labels = (generator.random((400, 4)) < (0.5, 0.3, 0.1, 0.05)).astype(float)

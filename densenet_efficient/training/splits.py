@@ -19,16 +19,17 @@ def stratified_split(
 
     Samples of one group (one patient) stay together. This is iterative stratification (Sechidis et al. 2011, "On the
     stratification of multi-label data", ECML PKDD), with groups in the place of single samples: what holds the rarest
-    class goes first, each to the part that lacks most of that class. Without groups a class of a single-label data set
-    differs from its share by less than one sample. Every part gets each class of which at least as many groups as there
-    are parts hold nothing else.
+    class goes first, each to the part that lacks most of that class, and what holds none goes last. Without groups a
+    class of a single-label data set differs from its share by less than one sample. Every part gets each class of which
+    at least as many groups as there are parts hold nothing else.
     """
     units = _units(len(labels), groups)
     counts = np.stack([labels[unit].sum(0) for unit in units])  # [units, K]
     labelled = counts.sum(1) > 0
     rarity, rarest = _rarest_classes(counts > 0)
     order = np.random.default_rng(seed).permutation(len(units))
-    order = order[np.argsort(rarity[rarest[order]], kind="stable")]
+    places = np.where(labelled, rarity[rarest], np.inf)  # what holds no class fills the parts at the end
+    order = order[np.argsort(places[order], kind="stable")]
     waiting = np.bincount(rarest[labelled], minlength=counts.shape[1])  # units to come, by their rarest class
     lacking = np.outer(fractions, counts.sum(0))  # [parts, K]
     without = lacking > 0  # the parts that are to get a class, and have none of it yet
