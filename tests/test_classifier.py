@@ -108,6 +108,7 @@ def test_schedules() -> None:
         [0.04, 0.52, 1, 0.5, 0]
     )
     assert rate_factor("constant", 0.9, 0) == 1
+    assert rate_factor("cosine", 1, 1) == 1  # a run that is warmed up to its end
 
 
 def test_discriminative_learning_rates_cover_every_parameter_once() -> None:

@@ -172,7 +172,7 @@ def test_a_run_that_stopped_for_want_of_a_finite_value_trains_no_more(
     ("option", "given", "theirs"),
     [
         ("learning_rate", "0.0005", "0.001"),
-        ("weight_decay", "0.1", "0.05"),
+        ("weight_decay", "0.05001", "0.05"),
         ("layer_decay", "0.7", "1"),
         ("decay_norms", "true", "false"),
     ],
@@ -259,6 +259,9 @@ def test_groups_without_names_tell_only_their_optimizer() -> None:
     layer = torch.nn.Linear(2, 2)
     assert options_of(torch.optim.SGD(layer.parameters(), 0.1).param_groups) == {"optimizer": "sgd"}
     assert options_of(torch.optim.Adam(layer.parameters(), 0.1).param_groups) == {"optimizer": "adam"}
+    for names in (["stage 0", "head"], ["stage 0", "stage 1"]):  # without a schedule's rates; without a head
+        groups = [{"name": name, "params": [torch.nn.Parameter(torch.zeros(2))]} for name in names]
+        assert options_of(torch.optim.AdamW(groups, 0.1).param_groups) == {"optimizer": "adamw"}
 
 
 def test_a_configuration_says_nothing_of_the_call_that_wrote_it(

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from training_cases import fails, fit, make_images, make_patients, write_table
 
 from densenet_efficient.cli import main
 from densenet_efficient.training.data import CSVData, FolderData
+from densenet_efficient.training.samples import Samples, Splits, require_every_class
 from densenet_efficient.training.splits import stratified_split
 
 
@@ -23,6 +25,13 @@ def test_each_split_has_its_share_of_each_class() -> None:
         assert np.abs(labels[part].sum(0) - fraction * labels.sum(0)).max() < 1
     assert parts == stratified_split(labels, (0.6, 0.2, 0.2), seed=0)
     assert parts != stratified_split(labels, (0.6, 0.2, 0.2), seed=1)
+    assert parts == [sorted(part) for part in parts]
+
+
+def test_what_no_share_decides_keeps_the_sizes_of_the_splits() -> None:
+    """Of each of ten classes the third image, of which both lack half."""
+    parts = stratified_split(np.eye(10)[np.arange(30) // 3], (0.5, 0.5), seed=0)
+    assert [len(part) for part in parts] == [15, 15]
 
 
 @pytest.mark.parametrize("counts", [(5, 40), (40, 5), (0, 40), (0, 0)])
@@ -33,6 +42,21 @@ def test_images_without_a_finding_fill_the_splits(counts: tuple[int, int]) -> No
         parts = stratified_split(findings, (0.7, 0.3), seed)
         assert np.abs(findings[parts[1]].sum(0) - 0.3 * np.array(counts)).max() < 1
         assert [len(part) for part in parts] == [70, 30]
+
+
+def test_patients_without_a_finding_count_by_their_images() -> None:
+    patients = ["many"] * 30 + [str(number // 3) for number in range(60)]
+    for seed in range(3):
+        parts = stratified_split(np.zeros((90, 2)), (0.5, 0.5), seed, patients)
+        assert abs(len(parts[0]) - 45) <= 6  # two of the others
+
+
+def test_patients_without_a_finding_take_no_place_of_those_with_one() -> None:
+    patients = [str(number // 8) for number in range(24)] + [f"healthy {number // 4}" for number in range(120)]
+    findings = np.eye(1)[[0] * 24].tolist() + [[0.0]] * 120
+    for seed in range(3):
+        parts = stratified_split(np.array(findings), (0.8, 0.1, 0.1), seed, patients)
+        assert [np.array(findings)[part].sum() for part in parts] == [8, 8, 8]
 
 
 def test_groups_stay_whole_and_several_labels_stay_balanced() -> None:
@@ -88,6 +112,15 @@ def test_two_patients_are_divided(images: tuple[int, int]) -> None:
     for seed in range(4):
         parts = stratified_split(np.ones((len(patients), 1)), (0.8, 0.2, 0.0), seed, patients)
         assert [len({patients[index] for index in part}) for part in parts] == [1, 1, 0]
+
+
+def test_images_to_validate_and_test_with_are_not_enough() -> None:
+    """As where none of those to train on can be read."""
+    some = Samples(["a", "b"], torch.tensor([0, 1]))
+    splits = Splits(["bright", "dark"], some.subset([]), some, some)
+    assert not splits.only_test and list(splits.parts()) == ["train", "validation", "test"]
+    with pytest.raises(ValueError, match=r"^here: class bright, dark: no image in the train split; it needs more$"):
+        require_every_class(splits, "here", "more")
 
 
 # ---- images to test with only ----
