@@ -14,8 +14,8 @@ from densenet_efficient.measure import MIB, make_step, peak_memory_per_image
 from densenet_efficient.models import create_model
 from densenet_efficient.planning.free_bottlenecks import training_step, usual_shape
 from densenet_efficient.planning.planner import Mix, cheapest_mix, mixes
-from densenet_efficient.planning.shapes import blocks_of, shape_of
-from densenet_efficient.planning.sizes import parse_bytes
+from densenet_efficient.planning.shapes import Parameters, block_shape, blocks_of, shape_of, stored_dtype
+from densenet_efficient.planning.sizes import format_bytes, format_count, parse_bytes
 from densenet_efficient.planning.timeline import OPTIMIZERS
 
 NETWORK = {"growth_rate": 8, "block_config": (2, 3, 3), "num_init_features": 16, "num_classes": 5}
@@ -275,7 +275,10 @@ def test_a_converted_network_has_the_same_plan():
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("8GiB", 2**33), ("8 GB", 8 * 10**9), ("1.5MiB", 3 * 2**19), ("77", 77), (2**53 + 1, 2**53 + 1), ("1kb", 1000)],
+    [
+        *(("8GiB", 2**33), ("8 GB", 8 * 10**9), ("1.5MiB", 3 * 2**19), ("77", 77), (2**53 + 1, 2**53 + 1)),
+        *(("1kb", 1000), ("2TB", 2 * 10**12), ("3TiB", 3 * 2**40)),
+    ],
 )
 def test_sizes_are_read(text, count):
     assert parse_bytes(text) == count
@@ -291,6 +294,83 @@ def test_other_sizes_are_refused(text):
 def test_what_is_no_size(value):
     with pytest.raises(TypeError, match="budget must be an int"):
         parse_bytes(value)
+
+
+@pytest.mark.parametrize(
+    ("count", "as_count", "as_bytes"),
+    [
+        *((0, "0", "0"), (7, "7.00", "7.0 B"), (999, "999.00", "999.0 B"), (1000, "1.00 k", "1.0 KiB")),
+        *((1234567, "1.23 M", "1.2 MiB"), (5e18, "5000.00 P", "4440.9 PiB")),
+    ],
+)
+def test_sizes_are_written(count, as_count, as_bytes):
+    assert (format_count(count), format_bytes(count)) == (as_count, as_bytes)
+
+
+def test_bytes_of_parameters():
+    """Kernels of convolutions alone are packed; the count of a norm's batches has eight bytes; none counts twice."""
+    conv, norm, classifier = torch.nn.Conv2d(2, 3, 3, bias=False), torch.nn.BatchNorm2d(3), torch.nn.Linear(3, 5)
+    norm.requires_grad_(False)
+    counted = {conv}
+    assert Parameters.of([norm, conv], 4, 2, counted) == Parameters(4 * (6 + 6) + 8, 0, 0, 4 * 3)
+    assert Parameters.of([norm], 4, 2, counted) == Parameters(0, 0, 0, 0)
+    assert Parameters.of([conv, classifier], 4, 2, set()) == Parameters(4 * 74, 4 * 74, 2 * 54, 4 * 54)
+
+
+def test_only_float32_stays_under_autocast():
+    model = torch.nn.Module()
+    for own, planned, stored in (
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.float64, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float64, torch.float64),
+    ):
+        model.classifier = torch.nn.Linear(1, 1, dtype=own)
+        assert stored_dtype(model, planned) == stored
+
+
+def test_in_float64_the_stem_unfolds_its_images():
+    """To columns of 3 * 7 * 7 values for each of 32 * 32 pixels."""
+    stem = shape_of(EfficientDenseNet(**NETWORK), SHAPE, torch.float64, "cpu").stem
+    assert stem.conv_out == 4 * 16 * 32 * 32 * 8
+    assert (stem.forward_workspace, stem.backward_workspace) == (
+        4 * 147 * 32 * 32 * 8 + stem.conv_out,
+        2 * stem.conv_out,
+    )
+
+
+@pytest.mark.parametrize(("channels", "padded"), [(3, 16), (8, 0), (9, 32)])
+def test_cudnn_pads_the_pixels_of_the_images(channels, padded):
+    """To a multiple of 16 bytes, in a copy where they have none."""
+    model = EfficientDenseNet(**NETWORK, in_channels=channels)
+    stem = shape_of(model, (4, channels, 64, 64), torch.bfloat16, "cuda").stem
+    assert stem.forward_workspace == stem.backward_workspace == 4 * 64 * 64 * padded
+    assert stem.recomputed == 4 * 32 * 32 * 16 * channels * 49
+
+
+@pytest.mark.parametrize(("device", "first", "gradients"), [("cpu", 6, 6), ("cuda", 10, 2)])
+def test_bytes_of_a_block(device, first, gradients):
+    """Of six images of ten pixels in parts of two all but the last are recomputed twice, or, with room, none is."""
+    block = block_shape(
+        "denseblock1", Parameters(0, 0, 0, 0), images=6, pixels=60, in_channels=8, layers=5, growth_rate=4, width=16,
+        windows=7, out_channels=9, element=2, drops=True, device=device,
+    )  # fmt: skip
+    assert (block.input, block.storage, block.bottleneck) == (60 * 8 * 2, 60 * 28 * 2, 60 * 16 * 2)
+    assert (block.bottleneck_part, block.gradient_part) == (20 * 16 * 2, 10 * gradients * 16 * 2)
+    assert (block.masks, block.dropped) == (60 * 5 * 4, 60 * 4 * 2)
+    assert (block.pooled, block.out) == (7 * 28 * 2, 7 * 9 * 2)
+    read = (8, 12, 16, 20, 24)
+    assert block.recomputed == tuple(
+        10 * images * k * 16 for images, k in zip((first, 10, 10, 10, 10), read, strict=True)
+    )
+
+
+def test_a_network_without_a_stem_cannot_be_planned():
+    model = torch.nn.Module()
+    model.features = EfficientDenseNet(**NETWORK).features
+    del model.features.conv0
+    with pytest.raises(TypeError, match=r"expected an EfficientDenseNet, its name, or a converted .*, got Module"):
+        blocks_of(model)
 
 
 @pytest.mark.parametrize(("optimizer", "copies"), [("sgd", 0), ("adamw", 1)])
