@@ -17,6 +17,8 @@ from cases import SMALL, assert_close, make_images, randomise
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 from torchvision.models import DenseNet121_Weights, DenseNet201_Weights
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms._presets import ImageClassification
 
 import densenet_efficient.timm  # noqa: F401 (registers)
 from densenet_efficient import EfficientDenseNet, EfficientDenseNet121, EfficientDenseNet201, load_weights
@@ -188,7 +190,9 @@ def test_save_and_load(tmp_path, make, network):
         assert_close(again.state_dict(), model.state_dict(), 0)
     card = huggingface_hub.ModelCard.load(tmp_path / "new" / "folder" / "README.md")
     assert card.data.library_name == "densenet_efficient"
-    assert "pytorch_model_hub_mixin" in card.data.tags
+    assert {"densenet", "pytorch_model_hub_mixin"} <= set(card.data.tags)
+    assert card.data.pipeline_tag == "image-classification"
+    assert "EfficientDenseNet.from_pretrained" in card.text and "https://arxiv.org/abs/1608.06993" in card.text
 
 
 @pytest.mark.parametrize(("options", "level"), [({}, "bottleneck"), ({"memory_efficient": False}, "none")])
@@ -204,6 +208,17 @@ def test_the_preprocessing_of_torchvision_is_saved(tmp_path):
     again = EfficientDenseNet.from_pretrained(tmp_path).weights.transforms()
     images = make_images(1, 3, 300, 280).clamp(0, 1).float()
     torch.testing.assert_close(again(images), DenseNet121_Weights.DEFAULT.transforms()(images))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"interpolation": InterpolationMode.BICUBIC}], ids=["torchvision's", "bicubic"]
+)
+def test_the_interpolation_is_that_of_the_transforms(options):
+    theirs = ImageClassification(crop_size=16, resize_size=20, **options)
+    ours = Preprocessing.of_transforms(theirs)
+    assert ours.transforms().interpolation == theirs.interpolation
+    defaults = Preprocessing(20, 16, ours.mean, ours.std)
+    assert (defaults == ours) == (not options)
 
 
 def test_huggingfaces_own_mixin_reads_and_writes_the_same(tmp_path):
