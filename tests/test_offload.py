@@ -80,6 +80,32 @@ def test_the_storage_before_comes_while_one_is_used(lane):
     ]
 
 
+def test_the_storage_before_is_called_when_one_is_taken(lane):
+    """And the one that was taken is its user's alone."""
+    first, second = (offload._Away(torch.randn(2, channels, 1, 1)) for channels in (3, 5))
+    assert second.take().shape == (2, 5, 1, 1)
+    assert lane.asked[2:] == [("come", 5), ("wait", 5), ("come", 3)]
+    assert first.coming is not None and second.coming is None
+
+
+def test_a_storage_keeps_none_that_left_before_it(lane):
+    """As that of a step whose loss nobody needed."""
+    first, second = (offload._Away(torch.randn(2, channels, 1, 1)) for channels in (3, 5))
+    gone = weakref.ref(first)
+    del first
+    gc.collect()
+    assert gone() is None
+    second.take()
+    assert lane.asked[2:] == [("come", 5), ("wait", 5)]
+
+
+def test_a_device_has_one_lane(monkeypatch):
+    monkeypatch.setattr(offload, "Lane", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(offload, "_lanes", {})
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert offload.lane_of(first) is offload.lane_of(torch.device("cuda", 0)) is not offload.lane_of(second)
+
+
 def test_between_forward_and_backward_nothing_else_holds_a_storage(lane):
     model = make_pair()[1]
     logits = model(make_images(2, 3, 32, 32))

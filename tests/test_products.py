@@ -39,6 +39,13 @@ def test_only_16_bit_products_on_a_cpu_are_widened(has_products, dtype):
     assert products.product_dtype(torch.empty(1, dtype=dtype, device="meta")) == dtype
 
 
+def test_a_cpu_may_have_products_of_one_kind(monkeypatch, dtype):
+    for of, question in LOW_PRECISION.items():
+        monkeypatch.setattr(torch.ops.mkldnn, question, lambda has=of == dtype: has)
+    for of in LOW_PRECISION:
+        assert products.product_dtype(torch.empty(1, dtype=of)) == (dtype if of == dtype else torch.float32)
+
+
 @pytest.mark.parametrize("rows", [1, 7, products.ROWS_AT_A_TIME, 2 * products.ROWS_AT_A_TIME + 5])
 def test_matrices(dtype, rows):
     left, right, other = random(rows, 9, dtype=dtype), random(9, 4, dtype=dtype), random(rows, 6, dtype=dtype)

@@ -80,6 +80,30 @@ def test_tensors_in_the_place_of_parameters_are_let_go():
     assert kept() is None
 
 
+def test_modules_that_can_no_longer_be_read_are_let_go():
+    block = block_of_three()
+    read_once(block)
+    gone = weakref.ref(block.denselayer3.conv2)
+    block.denselayer3.conv2 = nn.Identity()
+    assert isinstance(read_once(block), str)
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("place", [nn.Module.register_buffer, setattr], ids=["a buffer", "an attribute"])
+def test_a_weight_that_is_no_parameter_is_read(place):
+    block, x = block_of_three().eval(), torch.randn(2, 8, 5, 5)
+    expected = block(x)
+    conv = block.denselayer2.conv1
+    weight = conv._parameters.pop("weight").data
+    place(conv, "weight", weight)
+    assert torch.equal(block(x), expected)
+    layers = read_once(block)
+    assert read_once(block) is layers != isinstance(layers, str)
+    conv.weight = weight[:4]
+    assert isinstance(read_once(block), str)
+
+
 def test_a_global_hook_is_read():
     block = block_of_three()
     read_once(block)
