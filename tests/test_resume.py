@@ -24,7 +24,7 @@ from training_cases import assert_same_bits, fails, fit, fit_arguments, make_ima
 from densenet_efficient.files import SILENCE, atomic_write, naming_full_disk, prepare_directory, remove_left_over
 from densenet_efficient.training.checkpoint import AtomicCheckpointIO, is_whole, last_whole, read_checkpoint
 from densenet_efficient.training.finish import CollectOutputs
-from densenet_efficient.training.interruption import SIGNALS
+from densenet_efficient.training.interruption import SIGNALS, end_with_the_run
 
 pytestmark = pytest.mark.own_process
 AVERAGED = ("--ema_decay", "0.9")
@@ -244,6 +244,24 @@ def test_a_signal_to_the_whole_group_saves_too(images: Path, whole: Path, tmp_pa
     assert process.wait(120) == 128 + signal.SIGTERM
     assert fit(images, tmp_path, *AVERAGED, "--ckpt_path", "last") == 0
     assert_same_bits(weights(tmp_path), weights(whole))
+
+
+def test_ctrl_c_leaves_a_process_that_reads_to_the_run() -> None:
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            end_with_the_run(0)
+            os.kill(os.getpid(), signal.SIGINT)
+            os.write(writing, b"reading")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writing)
+    assert os.read(reading, 7) == b"reading"
+    os.close(reading)
+    os.kill(pid, signal.SIGTERM)
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 def left_half_written(path: Path) -> Path:
