@@ -65,7 +65,8 @@ class PretrainedNetwork(nn.Module):
     ) -> Network:
         """A network with the weights of ``source``, in eval mode.
 
-        The classes with a number build that network; ``EfficientDenseNet`` itself builds what the source describes.
+        The classes with a number build that network; ``EfficientDenseNet`` itself builds what the source describes, as
+        files alone do not, but for checkpoints of ``densenet-efficient fit``.
         Another number of classes or of input channels is adapted to as `load_weights` does, and a warning says so.
 
         Args:
