@@ -25,6 +25,15 @@ from test_bad_input import assert_one_line, error_of
 from test_exactness import assert_errors_at_most_twice, assert_same_steps, block_step, low_precision_step
 
 from densenet_efficient import DenseBlock, DenseLayer, EfficientDenseNet, EfficientDenseNet121, Transition
+from densenet_efficient.dimensions import (
+    AVG_POOLS,
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    MAX_POOLS,
+    dims_of,
+    global_average,
+    is_for,
+)
 from densenet_efficient.reference import NaiveDenseBlock
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nan_memory")
@@ -57,6 +66,29 @@ def test_small_inputs_and_dropout(backend, dims, level, bottleneck):
     arguments = {"small_inputs": True, "drop_rate": 0.3, "bottleneck": bottleneck, "spatial_dims": dims}
     pair = make_pair(checkpointing=level, **arguments)
     assert_same_steps(pair, make_images(3, 3, *SMALL_SIZES[dims]), steps=2, seed=5)
+
+
+def test_volumes_as_deep_as_a_window(backend):
+    """At the second transition, where their planes are larger than the window."""
+    pair = make_pair(small_inputs=True, block_config=(2, 2, 1), spatial_dims=3)
+    assert_same_steps(pair, make_images(3, 3, 4, 8, 6), steps=2)
+
+
+def test_modules_tell_their_dimensions():
+    class Own(torch.nn.BatchNorm3d):
+        pass
+
+    for dims, kinds in enumerate(zip(BATCH_NORMS.values(), CONVOLUTIONS.values(), strict=True), start=1):
+        norm, conv = kinds[0](2), kinds[1](2, 2, 3)
+        assert dims_of(norm) == dims_of(conv) == dims_of(MAX_POOLS[dims](2)) == dims_of(AVG_POOLS[dims](2)) == dims
+        assert is_for(norm, dims) and is_for(torch.nn.SyncBatchNorm(2), dims) and not is_for(norm, dims % 3 + 1)
+    assert dims_of(Own(2)) == 3
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_the_global_average_is_of_what_is_above_zero(dims):
+    features = torch.randn(2, 3, *(4, 5, 6)[:dims], dtype=torch.float64)
+    torch.testing.assert_close(global_average(features, dims), features.clamp(min=0).flatten(2).mean(2))
 
 
 @other_dims
