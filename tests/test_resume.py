@@ -15,6 +15,7 @@ import time
 import zipfile
 from io import FileIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from training_cases import assert_same_bits, fails, fit, fit_arguments, make_ima
 from densenet_efficient.files import SILENCE, atomic_write, naming_full_disk, prepare_directory, remove_left_over
 from densenet_efficient.training.checkpoint import AtomicCheckpointIO, is_whole, last_whole, read_checkpoint
 from densenet_efficient.training.finish import CollectOutputs
-from densenet_efficient.training.interruption import SIGNALS, end_with_the_run
+from densenet_efficient.training.interruption import SIGNALS, SaveLast, end_with_the_run
 
 pytestmark = pytest.mark.own_process
 AVERAGED = ("--ema_decay", "0.9")
@@ -244,6 +245,18 @@ def test_a_signal_to_the_whole_group_saves_too(images: Path, whole: Path, tmp_pa
     assert process.wait(120) == 128 + signal.SIGTERM
     assert fit(images, tmp_path, *AVERAGED, "--ckpt_path", "last") == 0
     assert_same_bits(weights(tmp_path), weights(whole))
+
+
+def test_a_checkpoint_every_so_many_steps(tmp_path: Path) -> None:
+    saved: list[int] = []
+    epoch = SimpleNamespace(batch_progress=SimpleNamespace(is_last_batch=False))
+    trainer: Any = SimpleNamespace(world_size=1, accumulate_grad_batches=2, fit_loop=SimpleNamespace(epoch_loop=epoch))
+    trainer.save_checkpoint = lambda path: saved.append(trainer.global_step)
+    callback = SaveLast(tmp_path / "last.ckpt", every_n_steps=3)
+    for batch in range(14):
+        trainer.global_step = (batch + 1) // 2
+        callback.on_train_batch_end(trainer, None, None, None, batch)  # type: ignore[arg-type]
+    assert saved == [3, 6]
 
 
 def test_ctrl_c_leaves_a_process_that_reads_to_the_run() -> None:
