@@ -290,6 +290,17 @@ def test_no_channels(operation):
         run(cpu, case, cast(case, torch.float32))
 
 
+def test_the_statistics_of_the_reference():
+    """As exact as their dtype; of no rows zero, where those of torch are NaN."""
+    x = (torch.randn(500, 3) + 20).bfloat16()
+    mean, variance = torch.empty(2, 3)
+    reference.channel_stats(x, mean, variance)
+    expected = x.double().mean(0).float(), x.double().var(0, correction=0).float()
+    torch.testing.assert_close((mean, variance), expected)
+    reference.channel_stats(x[:0], mean, variance)
+    assert not mean.any() and not variance.any()
+
+
 @needs_native
 @pytest.mark.parametrize("operation", OVER_ROWS)
 def test_no_images(operation):
