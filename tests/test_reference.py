@@ -6,9 +6,11 @@ import inspect
 import pytest
 import torch
 import torchvision
+from torch import nn
 
-from densenet_efficient import reference
-from densenet_efficient.reference import NaiveDenseNet
+from densenet_efficient import EfficientDenseNet, reference
+from densenet_efficient.reference import NaiveDenseNet, NaiveFCDenseNet
+from densenet_efficient.segmentation import FCDenseNet
 
 TORCHVISION = {
     "densenet121": {"block_config": (6, 12, 24, 16)},
@@ -101,6 +103,18 @@ def test_variants_are_dense(bottleneck, small_inputs, block_config):
     results = step(model, torch.randn(2, 2, 80, 96))
     assert results["logits"].shape == (2, 5)
     assert results["images.grad"].abs().sum() > 0
+
+
+def test_norms_have_the_eps_that_is_given():
+    norms = [module for module in NaiveDenseNet(**SMALL, norm_eps=1e-3).modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms and {norm.eps for norm in norms} == {1e-3}
+
+
+@pytest.mark.parametrize("pair", [(NaiveDenseNet, EfficientDenseNet), (NaiveFCDenseNet, FCDenseNet)])
+def test_the_defaults_are_those_of_the_efficient_network(pair):
+    naive, efficient = (inspect.signature(network).parameters for network in pair)
+    for name in set(naive) & set(efficient):
+        assert naive[name].default == efficient[name].default, name
 
 
 def test_stands_alone():
