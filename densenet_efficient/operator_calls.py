@@ -30,6 +30,7 @@ from .input_checks import (
     convolved_pixels,
     pixels,
 )
+from .kept import ATTRIBUTE
 from .offload import offloaded
 from .readings import read_once
 from .running_statistics import Update, is_due, moments, update_running_statistics, updates_of
@@ -43,6 +44,8 @@ from .stage_arguments import (
     stage_updates,
 )
 from .synchronisation import exchange_counts, group_of_all
+
+BLOCK_ATTRIBUTES = ("_checkpointing", "offload", "free_bottlenecks", ATTRIBUTE)  # that a `StageBlock` may hold
 
 
 class StageBlock(nn.Module):

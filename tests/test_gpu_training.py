@@ -128,7 +128,8 @@ def test_repeated_launches_have_the_bits_of_the_loop(monkeypatch, level):
         states.append(training.state() | {"loss": loss})
     assert_same_bits(*states)
     assert len(taped_layers._tapes) == 3 * len(MODEL["block_config"])
-    assert all(tape is not None and tape.native.graphs > 0 for tape in taped_layers._tapes.values())
+    assert all(tape is not None and tape.native is not None for tape in taped_layers._tapes.values())
+    assert all(tape.native.graphs > 0 for tape in taped_layers._tapes.values())
 
 
 @pytest.mark.large
@@ -142,9 +143,7 @@ def test_more_pixels_than_a_grid_has_programs_along_an_axis(backend, level):
         assert training.step().isfinite()
     training.model.eval()
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
-        together = training.model(images)
-        alone = torch.cat([training.model(half) for half in images.split(700)])
-    torch.testing.assert_close(together, alone, rtol=2e-2, atol=2e-2)  # torch's stem may be another for more images
+        assert torch.equal(training.model(images), torch.cat([training.model(half) for half in images.split(700)]))
 
 
 @every_level

@@ -15,15 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import fusion, kept
+from .. import fusion
 from ..dimensions import BatchNorm
 from ..fusion import LayerParts
+from ..operator_calls import BLOCK_ATTRIBUTES
 
 LENGTH = 5  # of the trial's images along each axis
 TOLERANCE = 1e-9
 
 # What a module has besides what its forward may look at.
-BOOKKEEPING = {*vars(nn.Module()), "_checkpointing", "free_bottlenecks", "offload", kept.ATTRIBUTE}
+BOOKKEEPING = {*vars(nn.Module()), *BLOCK_ATTRIBUTES}
 PART = re.compile(r"(norm|relu|conv)[12]|denselayer\d+")  # by these names fusion reads a layer, and a block its layers
 
 # The classes of blocks and of their layers that were tried in this process, and what these were besides.

@@ -10,11 +10,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .. import fusion, kept
+from .. import fusion
 from ..dimensions import global_average
 from ..fusion import LayerParts
 from ..modules import run_children, run_features, run_named_children, take_stage
-from ..operator_calls import StageBlock
+from ..operator_calls import BLOCK_ATTRIBUTES, StageBlock
 from ..planning.free_bottlenecks import find_free_bottlenecks
 from .clones import read_clone
 from .libraries import library_of_block
@@ -51,7 +51,7 @@ def replace_class(module: nn.Module, role: type[Converted]) -> None:
 
 def restore_class(module: Converted) -> None:
     """Undoes `replace_class`."""
-    for name in ("_checkpointing", "free_bottlenecks", kept.ATTRIBUTE):
+    for name in BLOCK_ATTRIBUTES:
         vars(module).pop(name, None)
     module.__class__ = type(module).__bases__[1]
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from densenet_efficient.training.checkpoint import probabilities_of
+
 from .maps import feature_maps, feature_reuse, first_filters, grad_cam
 from .pictures import draw_filters, draw_grad_cam, draw_maps, draw_reuse
 from .subject import Subject, from_checkpoint, from_name
@@ -44,7 +46,7 @@ def _maps(subject: Subject, options: argparse.Namespace) -> str:
 def _grad_cam(subject: Subject, options: argparse.Namespace) -> str:
     images = subject.read(options.image)
     with torch.inference_mode():
-        [probabilities] = subject.probabilities(subject.model(images))
+        [probabilities] = probabilities_of(subject.model(images), subject.multi_label)
     chosen = int(probabilities.argmax()) if options.class_name is None else subject.class_index(options.class_name)
     [cam] = grad_cam(subject.model, images, options.layer, torch.tensor([chosen]))
     title = f"Grad-CAM of {options.layer} for {subject.class_name(chosen)} ({probabilities[chosen]:.1%})"

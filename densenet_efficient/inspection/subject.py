@@ -21,10 +21,6 @@ class Subject:
     class_names: list[str] | None
     multi_label: bool = False
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Of each class by itself, where an image may be of several; else of one of them."""
-        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
-
     def read(self, path: Path) -> Tensor:
         """The model's input [1, C, H, W]. Raises as `read_image` does."""
         image: Tensor = self.preprocessing.transform()(self.preprocessing.read(path))

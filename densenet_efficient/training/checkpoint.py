@@ -101,6 +101,11 @@ class SavedClassifier:
     trained_on: TrainingImages = field(default_factory=TrainingImages)
 
 
+def probabilities_of(logits: Tensor, multi_label: bool) -> Tensor:
+    """[N, classes], of each class by itself where an image may be of several, else of one of them."""
+    return logits.sigmoid() if multi_label else logits.softmax(1)
+
+
 def describe_classifier(classifier: SavedClassifier) -> dict[str, Any]:
     """The entry of a checkpoint, in plain values."""
     marks = classifier.trained_on.marks

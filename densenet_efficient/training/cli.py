@@ -247,7 +247,7 @@ class TrainingCLI(LightningCLI):
             number = self.config.get(name)
             if number is not None:
                 check_above_zero(f"--{name}", number, below)
-        if self.config.trainer.strategy == FSDP and self.config.get("ema_decay") is not None:
+        if trainer.strategy == FSDP and self.config.get("ema_decay") is not None:
             raise ValueError(
                 "--ema_decay keeps all weights in each process, which --trainer.strategy fsdp divides; take ddp"
             )

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from densenet_efficient.argument_checks import levels_of
-from densenet_efficient.training.checkpoint import says_trained_on
+from densenet_efficient.training.checkpoint import probabilities_of, says_trained_on
 from densenet_efficient.training.classifier import Classifier
 from densenet_efficient.training.comparison import (
     CURVE_INPUT_SHAPE,
@@ -87,12 +87,11 @@ def evaluate(trainer: Trainer, classifier: Classifier, data: ImageData) -> Evalu
     logits, labels = collector.gathered()
     task, splits = data.task, data.splits
     samples = data.test_samples.subset(range(len(labels)))  # all of them, unless --trainer.limit_test_batches is given
-    probabilities = logits.double().sigmoid() if task.multi_label else logits.double().softmax(1)
     indicators = labels if task.multi_label else torch.nn.functional.one_hot(labels, len(task.class_names))
     return Evaluation(
         task.class_names,
         task.multi_label,
-        probabilities.numpy(),
+        probabilities_of(logits.double(), task.multi_label).numpy(),
         indicators.double().numpy(),
         list(samples.sources),
         "validation" if splits.test is None else "test",

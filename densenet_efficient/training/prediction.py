@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from densenet_efficient.files import FULL_DISK, atomic_write, prepare_directory
 from densenet_efficient.training.check import listing, printable
-from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier
+from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier, probabilities_of
 from densenet_efficient.training.folders import OTHER_TYPE, list_files
 from densenet_efficient.training.images import what_is_wrong
 from densenet_efficient.training.interruption import end_with_the_run
@@ -79,8 +79,7 @@ class Predictor(LightningModule):
         return torch.stack(views).mean(0)
 
     def _probabilities(self, images: Tensor) -> Tensor:
-        logits = self.model(images).float()
-        return logits.sigmoid() if self.multi_label else logits.softmax(1)
+        return probabilities_of(self.model(images).float(), self.multi_label)
 
 
 def views_of(images: Tensor, views: str) -> Iterator[Tensor]:
