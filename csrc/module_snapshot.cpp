@@ -1,5 +1,6 @@
 #include "module_snapshot.h"
 
+#include <ATen/Parallel.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -28,6 +29,7 @@ bool walk(PyObject* module, const Visit& visit, std::vector<PyObject*>& around) 
   around.push_back(module);
   const auto attributes = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
   if (!attributes) throw py::error_already_set();
+  if (visit(nullptr, attributes.ptr()) == Kind::kDifferent) return false;
   PyObject *name, *value, *key, *item;
   for (Py_ssize_t outer = 0; PyDict_Next(attributes.ptr(), &outer, &name, &value);) {
     const Kind kind = visit(name, value);
@@ -74,6 +76,8 @@ constexpr int64_t kSamples = 8;  // of a tensor: more would take longer than a h
 struct Place {
   const char* first;  // null where they cannot be read from here
   int64_t span;       // in elements
+
+  int64_t offset(int64_t index) const { return span * index / (kSamples - 1); }
 };
 
 Place place_of(const at::Tensor& tensor) {
@@ -90,7 +94,7 @@ uint64_t hash_of(const Place& place) {
   uint64_t hash = 0;
   for (int64_t index = 0; index < kSamples; ++index) {
     Element bits;
-    std::memcpy(&bits, place.first + place.span * index / (kSamples - 1) * sizeof bits, sizeof bits);
+    std::memcpy(&bits, place.first + place.offset(index) * sizeof bits, sizeof bits);
     hash = (hash ^ bits) * 0x9E3779B97F4A7C15 + (hash >> 29);
   }
   return hash;
@@ -117,6 +121,23 @@ int64_t version_of(const at::Tensor& tensor) { return tensor.is_inference() ? 0 
 
 const void* address_of(const at::Tensor& tensor) { return tensor.has_storage() ? tensor.const_data_ptr() : nullptr; }
 
+// Whether what is asked of it may run Python.
+bool is_of_python(const at::Tensor& tensor) { return tensor.unsafeGetTensorImpl()->is_python_dispatch(); }
+
+// Fewer are compared before another thread has begun.
+constexpr size_t kValuesOfAThread = 32;
+
+// What a comparison reads of a tensor.
+void add_tensor(ReadAhead& reads, const at::Tensor& tensor) {
+  reads.add(&tensor, sizeof tensor);
+  reads.add(tensor.unsafeGetTensorImpl(), sizeof(at::TensorImpl));
+  if (tensor.has_storage()) reads.add(tensor.storage().unsafeGetStorageImpl(), sizeof(c10::StorageImpl));
+  const Place place = place_of(tensor);
+  for (int64_t index = 0; place.first != nullptr && index < kSamples; ++index) {
+    reads.add(place.first + place.offset(index) * tensor.element_size(), 1);
+  }
+}
+
 // The snapshot that ``self`` holds; null where the collector comes before it is made.
 ModuleSnapshot* made(PyObject* self) {
   auto holder = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
@@ -132,29 +153,50 @@ ModuleSnapshot::ModuleSnapshot(const py::list& modules, bool with_values) : with
     entries_.push_back({py::reinterpret_borrow<py::object>(name), py::reinterpret_borrow<py::object>(known), kind});
     if (kind == Kind::kTensor && with_values_) {
       const at::Tensor& tensor = THPVariable_Unpack(value);
-      values_.push_back({version_of(tensor), address_of(tensor), sample_of(tensor)});
+      values_.push_back({&tensor, version_of(tensor), address_of(tensor), sample_of(tensor)});
+      add_tensor(tensors_, tensor);
+    } else if (kind == Kind::kTensor) {
+      objects_.add(value, sizeof *value);
+    } else if (value != nullptr && PyDict_Check(value)) {
+      objects_.add_dictionary(value);
     }
     return kind;
   });
+  objects_.finish();
+  tensors_.finish();
 }
 
-bool ModuleSnapshot::matches(const py::list& modules) const {
+bool ModuleSnapshot::objects_match(const py::list& modules) const {
+  objects_.ask();
   auto entry = entries_.begin();
-  auto known_value = values_.begin();
   const auto compare = [&](PyObject* name, PyObject* value) {
     if (entry == entries_.end() || entry->name.ptr() != name) return Kind::kDifferent;
     const Entry& known = *entry++;
     const bool by_class = known.kind == Kind::kTensor && !with_values_;
     PyObject* object = by_class && value != nullptr ? reinterpret_cast<PyObject*>(Py_TYPE(value)) : value;
-    if (known.value.ptr() != object) return Kind::kDifferent;
-    if (known.kind != Kind::kTensor || by_class) return known.kind;
-    const at::Tensor& tensor = THPVariable_Unpack(value);
-    const Value& before = *known_value++;
-    const bool is_same = version_of(tensor) == before.version && address_of(tensor) == before.address &&
-                         sample_of(tensor) == before.sample;
-    return is_same ? known.kind : Kind::kDifferent;
+    return known.value.ptr() == object ? known.kind : Kind::kDifferent;
   };
   return walk_all(modules, compare) && entry == entries_.end();
+}
+
+bool ModuleSnapshot::values_match() const {
+  tensors_.ask();
+  return std::all_of(values_.begin(), values_.end(), [](const Value& before) {
+    const at::Tensor& tensor = *before.tensor;
+    return !is_of_python(tensor) && version_of(tensor) == before.version && address_of(tensor) == before.address &&
+           sample_of(tensor) == before.sample;
+  });
+}
+
+bool ModuleSnapshot::matches(const py::list& modules) const {
+  if (values_.size() < kValuesOfAThread) return objects_match(modules) && values_match();
+  // The calling thread, which holds the interpreter's lock, begins with the first.
+  bool same_objects = true, same_values = true;
+  at::parallel_for(0, 2, 1, [&](int64_t begin, int64_t end) {
+    if (begin == 0) same_objects = objects_match(modules);
+    if (end == 2) same_values = values_match();
+  });
+  return same_objects && same_values;
 }
 
 int ModuleSnapshot::visit_objects(visitproc visit, void* argument) const {

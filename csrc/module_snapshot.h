@@ -1,10 +1,13 @@
 // What modules were made of at one moment, to tell later whether all of it is still the same.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <vector>
+
+#include "read_ahead.h"
 
 namespace densenet_efficient {
 
@@ -25,22 +28,30 @@ class ModuleSnapshot {
 
   // For Python's garbage collector: the objects may lead back to what holds the snapshot.
   int visit_objects(visitproc visit, void* argument) const;
-  void clear() { entries_.clear(); }
+  void clear() {
+    entries_.clear();
+    values_.clear();
+  }
 
  private:
   struct Entry {
     pybind11::object name, value;  // held, so that nothing new can come to their addresses
     Kind kind;
   };
-  struct Value {  // of a tensor
+  struct Value {
+    const at::Tensor* tensor;  // of an entry's object
     int64_t version;
     const void* address;
     uint64_t sample;
   };
 
+  bool objects_match(const pybind11::list& modules) const;
+  bool values_match() const;
+
   bool with_values_;
   std::vector<Entry> entries_;
-  std::vector<Value> values_;  // in the order of their entries
+  std::vector<Value> values_;
+  ReadAhead objects_, tensors_;  // what their comparisons read
 };
 
 void define_module_snapshot(pybind11::module_& module);
