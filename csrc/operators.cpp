@@ -45,7 +45,10 @@ TORCH_LIBRARY(densenet_efficient, library) {
   library.def(
       "bn_relu_max_pool_backward(Tensor out_grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, int height, "
       "int width, Tensor(a!) grad, Tensor(b!) sum_grad, Tensor(c!) sum_grad_x) -> ()");
-  // At inference: weights packed once for many calls, and a stage on a few images at a time.
+  // At inference: the stem, weights packed once for many calls, and a stage on a few images at a time.
+  library.def(
+      "conv_bn_relu_max_pool(Tensor x, Tensor weight, int[2] stride, int[2] padding, Tensor scale, Tensor shift, "
+      "Tensor(a!) out) -> ()");
   library.def("packed_weight(Tensor weight, ScalarType dtype) -> Tensor");
   library.def(
       "dense_stage_inference(Tensor x, int height, int width, int bottleneck_channels, int growth_rate, "
@@ -81,6 +84,7 @@ TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) {
   library.impl("bn_relu_avg_pool_backward", &bn_relu_avg_pool_backward);
   library.impl("bn_relu_max_pool", &bn_relu_max_pool);
   library.impl("bn_relu_max_pool_backward", &bn_relu_max_pool_backward);
+  library.impl("conv_bn_relu_max_pool", &conv_bn_relu_max_pool);
   library.impl("packed_weight", &packed_weight);
   library.impl("dense_stage_inference", &dense_stage_inference);
   library.impl("dense_layers", &dense_layers);

@@ -61,6 +61,10 @@ void bn_relu_max_pool_backward(const at::Tensor& out_grad, const at::Tensor& x, 
                                const at::Tensor& scale, const at::Tensor& shift, int64_t height, int64_t width,
                                const at::Tensor& grad, const at::Tensor& sum_grad, const at::Tensor& sum_grad_x);
 
+void conv_bn_relu_max_pool(const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef stride,
+                           at::IntArrayRef padding, const at::Tensor& scale, const at::Tensor& shift,
+                           const at::Tensor& out);
+
 at::Tensor packed_weight(const at::Tensor& weight, at::ScalarType dtype);
 
 void dense_stage_inference(const at::Tensor& x, int64_t height, int64_t width, int64_t bottleneck_channels,

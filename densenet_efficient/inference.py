@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from . import fusion, kernels
 from .dimensions import BatchNorm, Convolution
 from .fusion import LayerParts, StageExit
-from .input_checks import check_devices
+from .input_checks import check_devices, convolved_size
 from .kept import beside
 from .kernels import spatial
 from .layout import as_rows, channels_last
@@ -155,6 +155,20 @@ def prepare_stage(block: nn.Module, layers: list[LayerParts], stage_exit: StageE
     kept = beside(block)  # before the snapshot is taken
     prepared = kept.stage = PreparedStage(block, layers, stage_exit)
     return prepared
+
+
+def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor) -> Tensor:
+    """The stem's output, of images [N, C, H, W] of any layout, where its norm uses its running statistics.
+
+    No more of the convolution's output exists at a time than what is pooled next.
+    """
+    affine = _affine(norm, kernels.accumulation_dtype(x.dtype))
+    size = spatial.max_pooled_size(convolved_size(conv, x))
+    out = kernels.empty_kept_images(x, x.shape[0], conv.out_channels, *size)
+    torch.ops.densenet_efficient.conv_bn_relu_max_pool(
+        x, conv.weight.to(x.dtype), conv.stride, [*map(int, conv.padding)], affine[2], affine[3], as_rows(out)
+    )
+    return out
 
 
 class CastLinear(NamedTuple):

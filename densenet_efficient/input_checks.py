@@ -28,7 +28,7 @@ def check_images(conv: Convolution, x: Tensor) -> None:
             f"Given weight of size {list(conv.weight.shape)}, expected input{list(x.shape)} to have "
             f"{conv.in_channels} channels, but got {x.shape[1]} channels instead"
         )
-    if min(x.shape[2:]) < 1 or convolved_pixels(conv, x) < 1:
+    if min(x.shape[2:]) < 1 or 0 in convolved_size(conv, x):
         raise RuntimeError(f"input of size {tuple(x.shape)} is too small for a {conv.kernel_size} convolution")
 
 
@@ -92,8 +92,7 @@ def pixels(x: Tensor) -> int:
     return x.shape[0] * math.prod(x.shape[2:])
 
 
-def convolved_pixels(conv: Convolution, x: Tensor) -> int:
-    """H * W of what ``conv`` gives, 0 where ``x`` is too small for it."""
+def convolved_size(conv: Convolution, x: Tensor) -> tuple[int, ...]:
+    """(H, W) of what ``conv`` gives, 0 where ``x`` is too small for it."""
     axes = zip(x.shape[2:], conv.kernel_size, conv.stride, map(int, conv.padding), strict=True)
-    sizes = [(length + 2 * padding - kernel) // stride + 1 for length, kernel, stride, padding in axes]
-    return math.prod(sizes) if min(sizes) > 0 else 0
+    return tuple(max((length + 2 * padding - kernel) // stride + 1, 0) for length, kernel, stride, padding in axes)

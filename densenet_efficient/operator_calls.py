@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from .input_checks import (
     check_images,
     check_input,
     check_poolable,
-    convolved_pixels,
+    convolved_size,
     pixels,
 )
 from .kept import ATTRIBUTE
@@ -187,9 +188,12 @@ def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool, lat
     running = [] if fusion.uses_batch_statistics(norm) else running_of(norm)
     check_devices(x, (conv.weight, norm.weight, norm.bias, *running))
     x = as_compute_dtype(x, [conv.weight])
-    group, counts, total = _count_values([norm], x.shape[0] * convolved_pixels(conv, x), x)
+    is_inference = inference.applies(x)
+    if is_inference and running and x.shape[0] > 0 and dims_of(conv) == 2:
+        return inference.run_stem(conv, norm, x)
+    group, counts, total = _count_values([norm], x.shape[0] * math.prod(convolved_size(conv, x)), x)
     # An operator's first call imports the compiler, which takes as long as torch itself; nothing sees an inference's.
-    run: Callable[..., Any] = operators.compute_stem if inference.applies(x) else operators.stem
+    run: Callable[..., Any] = operators.compute_stem if is_inference else operators.stem
     has_backward = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (x, conv.weight, norm.weight, norm.bias)
     )

@@ -140,12 +140,11 @@ def _bands(stem: Stem, grad: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor
 def _convolve(stem: Stem, x: Tensor) -> Tensor:
     """The convolution's output in channels-last, which is what the pooling reads as rows.
 
-    On the CPU several images are convolved a few at a time, so that the whole of it lies in memory that is kept for the
-    next step.
+    On the CPU a few images at a time, so that the whole of it lies in memory that is kept for the next step.
     """
     weight = channels_last(stem.conv.to(x.dtype))
-    if x.device.type != "cpu" or x.shape[0] == 1:
-        return channels_last(products.convolve(channels_last(x), weight, stem.geometry).to(x.dtype))
+    if x.device.type != "cpu":
+        return channels_last(products.convolve(channels_last(x), weight, stem.geometry))
     size = stem.output_size(x.shape[2:])
     out = as_images(kernels.empty_kept(x, x.shape[0] * math.prod(size), weight.shape[0]), *size)
     for images in _some_images_at_a_time(out):

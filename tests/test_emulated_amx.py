@@ -7,7 +7,7 @@ import pytest
 from cases import needs_native
 from processes import ROOT, run, run_tests
 
-KERNELS = ["tests/test_kernels.py", "-m", "each_capability"]
+KERNELS = ["tests/test_kernels.py", "tests/test_inference_stem.py", "-m", "each_capability"]
 LAYERS = ["tests/test_native_layers.py", "tests/test_inference.py"]
 
 

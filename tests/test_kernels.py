@@ -421,7 +421,8 @@ def test_every_compiled_cpu_capability(capability):
     if "not supported by this CPU" in used.stderr:
         pytest.skip(f"this CPU does not support {capability}")
     assert used.stdout.split() == [capability], used.stderr
-    files = [__file__, str(Path(__file__).with_name("test_skipped_zeros.py"))]
+    others = ["test_skipped_zeros.py", "test_inference_stem.py"]
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in others)]
     run_tests(["-x", *files, "-m", "each_capability"], environment)
 
 

@@ -209,12 +209,24 @@ def inference_arguments(dtype=torch.float32):
     }  # fmt: skip
 
 
+def inference_stem_arguments(dtype):
+    x, weight, out = (torch.rand(shape, dtype=dtype) for shape in [(1, 3, 9, 8), (5, 3, 3, 3), (6, 5)])
+    return {
+        "x": x, "weight": weight, "stride": [2, 2], "padding": [1, 1],
+        "scale": torch.rand(5), "shift": torch.rand(5), "out": out,
+    }  # fmt: skip
+
+
+INFERENCE = {"dense_stage_inference": inference_arguments, "conv_bn_relu_max_pool": inference_stem_arguments}
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_of_the_inference(dtype):
+@pytest.mark.parametrize("name", INFERENCE)
+def test_opcheck_of_the_inference(name, dtype):
     """It runs outside autograd and every trace, so the schema is all there is."""
-    operator = torch.ops.densenet_efficient.dense_stage_inference.default
-    torch.library.opcheck(operator, tuple(inference_arguments(dtype).values()), test_utils="test_schema")
+    operator = getattr(torch.ops.densenet_efficient, name).default
+    torch.library.opcheck(operator, tuple(INFERENCE[name](dtype).values()), test_utils="test_schema")
 
 
 # Of memory, of the machine's speed, and of weights before an inference: neither autograd nor a trace sees them.
@@ -286,7 +298,7 @@ def test_every_operator_is_checked_above():
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "densenet_efficient" in name}
     ours = {"dense_stage", "dense_stage_backward", "stem", "stem_backward"}
     loops = {"dense_layers", "dense_layers_backward"}  # in test_native_layers.py
-    assert registered <= ours | set(CONTRACT) | {"dense_stage_inference"} | OUTSIDE_TRACES.keys() | loops
+    assert registered <= ours | set(CONTRACT) | INFERENCE.keys() | OUTSIDE_TRACES.keys() | loops
     assert ours <= registered
 
 

@@ -13,7 +13,12 @@ pytestmark = [
     pytest.mark.own_process,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the run-time libraries are preloaded"),
 ]
-TESTS = ["tests/test_kernels.py", "tests/test_native_layers.py", "tests/test_inference.py"]
+TESTS = [
+    "tests/test_kernels.py",
+    "tests/test_native_layers.py",
+    "tests/test_inference.py",
+    "tests/test_inference_stem.py",
+]
 SHORT = "small_images or loop_in_python or share_a_model"
 # A bound of precision that only capabilities with fused multiplication and addition keep, which "default" has not.
 # The tests of the choice of a capability start processes of their own, with other extensions than this one; and a

@@ -42,6 +42,17 @@ template <typename T>
 constexpr int64_t kStripColumns = std::numeric_limits<int64_t>::max();
 #endif
 
+// Whether rows of A may overlap: torch's products do not take them.
+template <typename T>
+constexpr bool kOverlappingRows =
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+    std::is_same_v<T, BFloat16>;
+#elif defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+    std::is_same_v<T, float>;
+#else
+    false;
+#endif
+
 // While a thread multiplies operands of type T: AMX tiles are a state of the CPU.
 template <typename T>
 class Multiplying {

@@ -1,0 +1,170 @@
+"""The stem at inference: convolution, batch norm, ReLU and maximum pooling by one kernel."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import make_images, make_pair, needs_native
+from torch import nn
+
+from densenet_efficient import operators
+
+pytestmark = needs_native
+
+TOLERANCES = {torch.float64: 2e-15, torch.float32: 5e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # of the norm
+SHAPES = {  # of the images, outputs, kernel, stride and padding
+    "that of the paper": ((2, 3, 70, 66), 64, (7, 7), (2, 2), (3, 3)),
+    "grey": ((3, 1, 65, 33), 96, (7, 7), (2, 2), (3, 3)),
+    "unlike axes": ((2, 3, 7, 9), 13, (3, 5), (1, 3), (0, 2)),
+    "one pixel": ((1, 2, 1, 1), 8, (1, 1), (1, 1), (0, 0)),
+    "a row of outputs": ((2, 3, 3, 40), 24, (3, 3), (1, 1), (0, 1)),
+    "a column of outputs": ((1, 2, 40, 3), 20, (3, 3), (2, 2), (1, 0)),
+    "sparser than its kernel": ((1, 3, 41, 37), 16, (2, 2), (4, 3), (1, 2)),
+    "many channels": ((2, 20, 12, 14), 40, (3, 3), (1, 1), (1, 1)),
+    "more rows than of a task": ((1, 3, 150, 10), 16, (3, 3), (1, 1), (1, 1)),
+}
+LAYOUTS = {
+    "contiguous": lambda images: images.contiguous(),
+    "channels last": lambda images: images.contiguous(memory_format=torch.channels_last),
+    "every other column": lambda images: images.repeat_interleave(2, dim=3)[..., ::2],
+}
+
+
+class Case:
+    """A stem's arguments."""
+
+    def __init__(self, shape, dtype, layout="contiguous"):
+        size, outputs, kernel, self.stride, self.padding = SHAPES[shape]
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda *size: torch.randn(size, generator=generator, dtype=torch.float64)  # noqa: E731
+        self.x = LAYOUTS[layout](draw(*size).to(dtype))
+        self.weight = draw(outputs, size[1], *kernel).to(dtype)
+        accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+        self.scale, self.shift = draw(outputs).to(accumulated), draw(outputs).to(accumulated)
+
+    def expected(self):
+        """In float64, of a convolution that is rounded to the images' dtype."""
+        conv = F.conv2d(self.x.double(), self.weight.double(), None, self.stride, self.padding).to(self.x.dtype)
+        norm = conv.double() * self.scale.double()[:, None, None] + self.shift.double()[:, None, None]
+        return F.max_pool2d(F.relu(norm), 3, 2, 1)
+
+    def out(self):
+        """Empty, between columns that are not to be written."""
+        images, channels, height, width = self.expected().shape
+        wide = self.x.new_full((images * height * width, channels + 5), 7)
+        wide[:, 2:-3] = torch.nan
+        return wide
+
+    def run(self, **changed):
+        images, channels, height, width = self.expected().shape
+        wide = self.out()
+        arguments = {**vars(self), "out": wide[:, 2:-3]} | changed
+        torch.ops.densenet_efficient.conv_bn_relu_max_pool(**arguments)
+        assert (wide[:, :2] == 7).all()
+        assert (wide[:, -3:] == 7).all()
+        return wide[:, 2:-3].reshape(images, height, width, channels).permute(0, 3, 1, 2)
+
+
+@pytest.mark.each_capability
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_float64(shape, layout, dtype):
+    case = Case(shape, dtype, layout)
+    expected = case.expected()
+    assert torch.linalg.norm(case.run().double() - expected) <= TOLERANCES[dtype] * torch.linalg.norm(expected)
+
+
+@pytest.mark.each_capability
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_where_it_is_seen(value, dtype):
+    """Products read beyond a pixel's window, where weights are zero: zero times NaN would be NaN."""
+    case = Case("that of the paper", dtype)
+    for image, y, x in ((0, 20, 30), (1, 0, 65)):
+        case.x[image, 0, y, x] = value
+    found, expected = case.run(), case.expected()
+    assert found.isfinite().any()
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isinf(), expected.isinf())
+    finite = expected.isfinite()
+    error = torch.linalg.norm(found.double()[finite] - expected[finite])
+    assert error <= TOLERANCES[dtype] * torch.linalg.norm(expected[finite])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_bits_depend_on_neither_threads_nor_other_images(dtype):
+    case = Case("that of the paper", dtype)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            found.append(case.run())
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    both, case.x = found[0], case.x[1:]
+    assert torch.equal(case.run()[0], both[1])
+
+
+WRONG = {
+    "x has no pixels": ({"x": torch.empty(2, 3, 0, 66)}, "x must have shape"),
+    "x is one image": ({"x": torch.empty(3, 70, 66)}, "x must have shape"),
+    "weight of other channels": ({"weight": torch.empty(64, 4, 7, 7)}, "weight must have shape"),
+    "weight of another dtype": ({"weight": torch.empty(64, 3, 7, 7, dtype=torch.float64)}, "weight must be Float"),
+    "a stride of zero": ({"stride": [0, 2]}, "stride"),
+    "a negative padding": ({"padding": [3, -1]}, "padding"),
+    "a kernel that does not fit": ({"x": torch.empty(2, 3, 70, 1), "padding": [3, 2]}, "kernel of 7"),
+    "scale of other outputs": ({"scale": torch.empty(63)}, "scale must be"),
+    "shift of another dtype": ({"shift": torch.empty(64, dtype=torch.float64)}, "shift must be"),
+    "out of other pixels": ({"out": torch.empty(7, 64)}, "out must have shape"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_arguments(wrong):
+    changed, message = WRONG[wrong]
+    with pytest.raises(RuntimeError, match=message):
+        Case("that of the paper", torch.float32).run(**changed)
+
+
+def use_a_kernel_of_three(model):
+    model.features.conv0 = nn.Conv2d(3, model.features.conv0.out_channels, 3, stride=(1, 2), padding=1, bias=False)
+
+
+def lay_out_the_weight_otherwise(model):
+    weight = model.features.conv0.weight
+    weight.data = weight.data.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+CHANGES = {"none": lambda model: None, "kernel": use_a_kernel_of_three, "layout": lay_out_the_weight_otherwise}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_network_at_inference(change, monkeypatch):
+    """Its stem is one kernel, and its logits those of the naive network; also after its weights have changed."""
+
+    def refuse(*args):
+        raise AssertionError("the stem ran as in training")
+
+    naive, efficient = make_pair(mode="eval")
+    CHANGES[change](efficient)
+    efficient.double()
+    naive.features.conv0 = efficient.features.conv0
+    images = make_images(3, 3, 64, 40)
+    monkeypatch.setattr(operators, "compute_stem", refuse)
+    for factor in (1.0, -0.5):
+        with torch.inference_mode():
+            torch.testing.assert_close(efficient(images), naive(images), rtol=1e-9, atol=1e-9)
+        naive.features.norm0.weight.data.mul_(factor)
+        efficient.features.norm0.weight.data.mul_(factor)
+
+
+def test_batch_statistics_need_the_whole_convolution():
+    naive, efficient = make_pair(mode="eval")
+    images = make_images(3, 3, 64, 40)
+    for model in (naive, efficient):
+        model.features.norm0.train()
+    with torch.inference_mode():
+        torch.testing.assert_close(efficient(images), naive(images), rtol=1e-9, atol=1e-9)
