@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import Image as ImageTensor
 
+from densenet_efficient.training.dicom import read_dicom
+from densenet_efficient.training.pixel_values import UNREADABLE, ValueRange, require_finite, unit
+
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".bmp", ".gif", ".pbm", ".pgm", ".ppm", ".pnm"}
     | {".tif", ".tiff", ".webp", ".avif", ".dcm", ".dicom"}
 )
 DICOM_MAGIC = b"DICM"  # at byte 128
-UNREADABLE = "expected an undamaged image such as PNG, JPEG, TIFF or DICOM"
 # What makes an image upright, by its EXIF orientation.
 TURNS: dict[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -33,11 +34,6 @@ TURNS: dict[Any, Image.Transpose] = {
 }
 BITS, PHOTOMETRIC = 258, 262  # tags of TIFF
 WHITE_IS_ZERO = 0  # its photometric interpretation of images as films are
-# What pydicom says of Pillow where another decoder is needed, which is not installed.
-BEYOND_PILLOW = re.compile("Pillow (does not support|cannot decode)")
-MAY_BE_EMPTY = ("WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept")  # in DICOM files, as if not there
-
-ValueRange = Sequence[float] | None  # the values that become 0 and 1
 
 
 def is_image(path: Path) -> bool:
@@ -61,7 +57,7 @@ def read_image(path: str | Path, channels: int, value_range: ValueRange = None) 
     with open(path, "rb") as file:
         head = file.read(132)
         if head[128:] == DICOM_MAGIC:
-            return _with_channels(_read_dicom(path, value_range), channels)
+            return _with_channels(read_dicom(path, value_range), channels)
         file.seek(0)
         try:
             image: Image.Image = Image.open(file)
@@ -113,21 +109,8 @@ def _range_of(path: str | Path, image: Image.Image) -> tuple[float, float]:
 def _scaled(path: str | Path, image: Image.Image, value_range: Sequence[float]) -> NDArray[np.float32]:
     """A single-channel image of 16 or 32 bits, with the range of its values brought to [0, 1]."""
     values = np.asarray(image)
-    _require_finite(path, values)
-    return _unit(values, *value_range)
-
-
-def _require_finite(path: str | Path, values: NDArray[Any]) -> None:
-    if count := values.size - np.count_nonzero(np.isfinite(values)):
-        raise ValueError(
-            f"{path}: expected numbers, got {count} of {values.size} values that are infinite or not a number; "
-            "replace those"
-        )
-
-
-def _unit(values: NDArray[Any], low: float, high: float) -> NDArray[np.float32]:
-    scaled = (values.astype(np.float32) - low) / max(high - low, 1e-6)
-    return scaled.clip(0, 1)
+    require_finite(path, values)
+    return unit(values, *value_range)
 
 
 def _with_channels(image: Tensor, channels: int) -> ImageTensor:
@@ -135,90 +118,3 @@ def _with_channels(image: Tensor, channels: int) -> ImageTensor:
     if image.shape[0] == 3 and channels == 1:
         return ImageTensor(F.rgb_to_grayscale(image))
     return ImageTensor(image.expand(channels, -1, -1))
-
-
-def _read_dicom(path: str | Path, value_range: ValueRange) -> Tensor:
-    try:
-        from pydicom import dcmread
-        from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
-        from pydicom.pixels.utils import pixel_array
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{path}: DICOM needs pydicom; pip install pydicom") from error
-    dataset: Any = None
-    try:
-        dataset = dcmread(path)
-        pixels = pixel_array(dataset)
-        for name in MAY_BE_EMPTY:
-            if name in dataset and dataset[name].is_empty:
-                del dataset[name]
-        bits = dataset.BitsStored
-        if dataset.PhotometricInterpretation == "PALETTE COLOR":
-            pixels, bits = apply_color_lut(pixels, dataset), dataset.RedPaletteColorLookupTableDescriptor[2]
-    except Exception as error:  # pydicom raises many kinds for damaged files
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: {_lacking_decoder(dataset, reason) or f'{UNREADABLE} ({reason})'}") from error
-    if int(dataset.get("NumberOfFrames") or 1) > 1:
-        raise ValueError(f"{path}: expected a DICOM file of one frame, got {dataset.NumberOfFrames}; export the frames")
-    if pixels.ndim == 3:  # colours, as [H, W, 3], or 4 with opacity
-        colours = pixels if pixels.dtype == np.uint8 else _unit(pixels, 0, 2**bits - 1)
-        return torch.from_numpy(np.ascontiguousarray(colours[..., :3])).permute(2, 0, 1)
-    values = apply_modality_lut(pixels, dataset)
-    _require_finite(path, values)
-    has_units = bits > 8 or (dataset.get("RescaleSlope", 1), dataset.get("RescaleIntercept", 0)) != (1, 0)
-    bounds = (value_range if has_units else None) or _window(dataset)
-    if bounds is None and dataset.get("VOILUTSequence"):
-        scaled = _by_table(path, dataset, values)
-    else:
-        scaled = _unit(values, *(bounds or _extremes(dataset, pixels, values)))
-    if dataset.PhotometricInterpretation == "MONOCHROME1":  # the lowest value is white
-        scaled = 1 - scaled
-    return torch.from_numpy(scaled)[None]
-
-
-def _lacking_decoder(dataset: Any, reason: str) -> str | None:
-    """What would decode the pixels of a DICOM file, where nothing that is installed does; None if something does."""
-    from pydicom.pixels.decoders.base import get_decoder
-    from pydicom.uid import UID
-
-    syntax = getattr(dataset, "file_meta", {}).get("TransferSyntaxUID")
-    if not isinstance(syntax, UID) or not syntax:
-        return None
-    name = syntax.name if syntax.name == syntax else f"{syntax.name} ({syntax})"
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        return f"its transfer syntax, {name}, is none that pydicom decodes; convert the file to an uncompressed one"
-    if decoder.is_available and not BEYOND_PILLOW.search(reason):
-        return None
-    by_gdcm = any(text.startswith("gdcm") for text in decoder.missing_dependencies)
-    remedy = "pip install python-gdcm, or 'pylibjpeg[all]'" if by_gdcm else "pip install 'pylibjpeg[all]'"
-    return f"no decoder of its transfer syntax, {name}, is installed; {remedy}"
-
-
-def _by_table(path: str | Path, dataset: Any, values: NDArray[Any]) -> NDArray[np.float32]:
-    """By the first table of a DICOM file, which may well turn dark into bright (PS3.3 C.11.2.1.1)."""
-    from pydicom.pixels.processing import apply_voi
-
-    try:
-        looked_up = apply_voi(np.rint(values).astype(np.int64), dataset)
-        return _unit(looked_up, 0, 2 ** dataset.VOILUTSequence[0].LUTDescriptor[2] - 1)
-    except Exception as error:  # pydicom raises many kinds for damaged tables
-        raise ValueError(f"{path}: {UNREADABLE} ({' '.join(str(error).split())})") from error
-
-
-def _extremes(dataset: Any, pixels: NDArray[Any], values: NDArray[Any]) -> tuple[float, float]:
-    """The lowest and highest value, without those of the padding around the image."""
-    within = pixels != dataset.get("PixelPaddingValue")
-    inner = values[within] if np.any(within) else values
-    return float(inner.min()), float(inner.max())
-
-
-def _window(dataset: Any) -> tuple[float, float] | None:
-    """The first window of a DICOM file, as its lowest and highest value (PS3.3 C.11.2.1.2.1)."""
-    if "WindowCenter" not in dataset or "WindowWidth" not in dataset:
-        return None
-    center, width = (float(np.atleast_1d(dataset[name].value)[0]) for name in ("WindowCenter", "WindowWidth"))
-    if width < 1:  # which the standard rules out, and some write for none
-        return None
-    low = center - 0.5 - (width - 1) / 2
-    return low, low + width - 1
