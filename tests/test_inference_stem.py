@@ -21,11 +21,16 @@ SHAPES = {  # of the images, outputs, kernel, stride and padding
     "sparser than its kernel": ((1, 3, 41, 37), 16, (2, 2), (4, 3), (1, 2)),
     "many channels": ((2, 20, 12, 14), 40, (3, 3), (1, 1), (1, 1)),
     "more rows than of a task": ((1, 3, 150, 10), 16, (3, 3), (1, 1), (1, 1)),
+    "three bands": ((2, 3, 130, 6), 8, (3, 3), (1, 1), (1, 0)),
+    "few taps": ((2, 1, 4, 12), 8, (3, 3), (1, 1), (0, 0)),
 }
 LAYOUTS = {
     "contiguous": lambda images: images.contiguous(),
     "channels last": lambda images: images.contiguous(memory_format=torch.channels_last),
     "every other column": lambda images: images.repeat_interleave(2, dim=3)[..., ::2],
+    "some of the channels": lambda images: torch.cat((images, images), 1).contiguous(memory_format=torch.channels_last)[
+        :, : images.shape[1]
+    ],
 }
 
 
@@ -91,6 +96,39 @@ def test_what_is_not_finite_stays_where_it_is_seen(value, dtype):
     assert error <= TOLERANCES[dtype] * torch.linalg.norm(expected[finite])
 
 
+@pytest.mark.each_capability
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_what_is_not_finite_is_found_wherever_it_is(dtype):
+    for position in range(48):
+        case = Case("few taps", dtype)
+        case.x[1].view(-1)[position] = torch.nan
+        assert torch.equal(case.run().isnan(), case.expected().isnan()), position
+
+
+@pytest.mark.each_capability
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_what_is_left_of_another_band_is_not_read(dtype):
+    """Of an image's three bands the last is of most rows, and the first of the next image behind those of its own."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for row in range(130):
+            case = Case("three bands", dtype)
+            case.x[0, :, row, 0] = torch.nan
+            assert case.run()[1].isfinite().all(), row
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_a_weight_of_some_of_the_channels_and_outputs(dtype):
+    case = Case("that of the paper", dtype)
+    expected = case.run()
+    wide = case.weight.new_full((129, 5, 7, 7), torch.nan)
+    wide[1::2, 1:4] = case.weight
+    assert torch.equal(case.run(weight=wide[1::2, 1:4]), expected)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_bits_depend_on_neither_threads_nor_other_images(dtype):
     case = Case("that of the paper", dtype)
@@ -113,6 +151,11 @@ WRONG = {
     "x is one image": ({"x": torch.empty(3, 70, 66)}, "x must have shape"),
     "weight of other channels": ({"weight": torch.empty(64, 4, 7, 7)}, "weight must have shape"),
     "weight of another dtype": ({"weight": torch.empty(64, 3, 7, 7, dtype=torch.float64)}, "weight must be Float"),
+    "weight without kernels": ({"weight": torch.empty(64, 3)}, "weight must have shape"),
+    "weight of no outputs": ({"weight": torch.empty(0, 3, 7, 7)}, "weight must have shape"),
+    "a stride of one size": ({"stride": [2]}, "a stride and a padding of two sizes"),
+    "a padding of three sizes": ({"padding": [3, 3, 3]}, "a stride and a padding of two sizes"),
+    "a negative stride": ({"stride": [2, -2]}, "a stride above"),
     "a stride of zero": ({"stride": [0, 2]}, "stride"),
     "a negative padding": ({"padding": [3, -1]}, "padding"),
     "a kernel that does not fit": ({"x": torch.empty(2, 3, 70, 1), "padding": [3, 2]}, "kernel of 7"),

@@ -21,10 +21,10 @@ def layers(request, threads):
     return nn.Sequential(*(nn.Linear(3, 4) for _ in range(request.param)))
 
 
-def snapshot_of(layers, with_values=True):
+def snapshot_of(*modules, with_values=True):
     from densenet_efficient._C import ModuleSnapshot
 
-    return ModuleSnapshot([layers], with_values=with_values)
+    return ModuleSnapshot([*modules], with_values=with_values)
 
 
 def write_in_place(layer):
@@ -122,6 +122,83 @@ def test_a_tensor_becomes_one_of_python(layers):
     torch._C._autograd._unsafe_set_version_counter((wrapped,), (weight._version,))
     torch.utils.swap_tensors(weight, wrapped)
     assert not snapshot.matches([layers])
+
+
+@pytest.mark.parametrize("with_values", [True, False])
+def test_other_modules_than_those_of_the_snapshot(layers, with_values):
+    """Fewer, more, others or in another order."""
+    first, second = layers[0], layers[1]
+    snapshot = snapshot_of(first, second, with_values=with_values)
+    assert snapshot.matches([first, second])
+    for others in ([], [first], [first, second, second], [first, second, None], [second, first], [first, None]):
+        assert not snapshot.matches(others)
+    assert not snapshot_of(first, with_values=with_values).matches([first, second])
+
+
+def test_another_parameter_of_the_same_class_where_values_do_not_count(layers):
+    snapshot = snapshot_of(layers, with_values=False)
+    layers[-1].weight = nn.Parameter(torch.zeros(2, 5))
+    assert snapshot.matches([layers])
+
+
+def test_another_name_of_the_same_attribute(layers):
+    layers[-1].remark = "equal"
+    snapshot = snapshot_of(layers)
+    layers[-1].__dict__["comment"] = layers[-1].__dict__.pop("remark")
+    assert not snapshot.matches([layers])
+
+
+def test_what_moves_to_the_module_around_it(layers):
+    """Behind everything that is in the submodule: it comes in the same order, but for where the submodule ends."""
+    outer = nn.Sequential(layers)
+    del outer.__dict__["_non_persistent_buffers_set"]
+    snapshot = snapshot_of(outer)
+    assert snapshot.matches([outer])
+    outer._modules["1"] = layers._modules.pop("1")
+    assert not snapshot.matches([outer])
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda layer: layer.register_state_dict_post_hook(lambda *_: None),
+        lambda layer: layer.register_state_dict_pre_hook(lambda *_: None),
+        lambda layer: layer.register_load_state_dict_pre_hook(lambda *_: None),
+        lambda layer: layer.register_load_state_dict_post_hook(lambda *_: None),
+    ],
+    ids=["state dict", "before a state dict", "before loading", "after loading"],
+)
+def test_hooks_that_concern_files_alone(layers, register):
+    snapshot = snapshot_of(layers)
+    register(layers[-1])
+    assert snapshot.matches([layers])
+    layers[-1].register_forward_pre_hook(lambda *_: None)
+    assert not snapshot.matches([layers])
+
+
+@pytest.mark.parametrize("view", [slice(None), slice(1, None, 2)], ids=["all", "every other column"])
+@pytest.mark.parametrize("column", range(8))
+def test_each_of_eight_values_is_looked_at(view, column):
+    linear = nn.Linear(8, 1, bias=False)
+    linear.weight = nn.Parameter(torch.arange(16.0).repeat_interleave(1).view(1, 16)[:, view][:, :8])
+    snapshot = snapshot_of(linear)
+    linear.weight.data[0, column] += 1
+    assert not snapshot.matches([linear])
+
+
+def test_values_that_are_exchanged(layers):
+    layer = layers[-1]
+    layer.remarks = nn.Buffer(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]))
+    snapshot = snapshot_of(layers)
+    layer.remarks.data[0], layer.remarks.data[7] = 8.0, 1.0
+    assert not snapshot.matches([layers])
+
+
+def test_parameters_without_elements(layers):
+    layers[0].nothing = nn.Parameter(torch.empty(0, 3))
+    layers[0].nothing_of_a_part = nn.Parameter(torch.zeros(4, 3)[4:])
+    snapshot = snapshot_of(layers)
+    assert snapshot.matches([layers])
 
 
 def test_what_is_gone(layers):
