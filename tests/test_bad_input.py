@@ -106,7 +106,10 @@ def test_mismatched_devices(monkeypatch, arguments):
         assert_one_line(error_of(model, given), r"same device.*(meta.*cpu|cpu.*meta)")
 
 
-PARTS = ["conv0", "norm0", "denseblock1.denselayer2", "denseblock1.denselayer2.norm2", "transition1.norm", "norm5"]
+PARTS = [
+    "conv0", "norm0", "denseblock1.denselayer2", "denseblock1.denselayer2.norm2", "transition1.norm",
+    "transition1.conv", "norm5",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -122,6 +125,18 @@ def test_parts_on_another_device(backend, part, mode):
         with torch.set_grad_enabled(gradients):
             assert_one_line(error_of(efficient, images), r"same device.*cpu.*meta")
     assert all(torch.equal(buffer, before[name]) for name, buffer in buffers.items())
+
+
+@pytest.mark.parametrize("buffer", ["running_mean", "running_var"])
+@pytest.mark.parametrize("part", ["norm0", "denseblock1.denselayer2.norm1", "transition1.norm", "norm5"])
+def test_running_statistics_on_another_device(backend, part, buffer):
+    """Where they are used, with or without a gradient."""
+    _, efficient = make_pair(mode="eval", **FLOAT32)
+    norm = efficient.features.get_submodule(part)
+    setattr(norm, buffer, getattr(norm, buffer).to("meta"))
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            assert_one_line(error_of(efficient, torch.zeros(2, 3, 33, 47)), r"same device.*cpu.*meta")
 
 
 def test_parts_of_another_dtype(backend):
@@ -141,6 +156,8 @@ def test_a_batch_of_nothing(backend, arguments):
     naive, efficient = make_pair(mode="eval", **FLOAT32, **arguments)
     images = torch.zeros(0, 3, 33, 47)
     assert efficient(images).shape == naive(images).shape == (0, 5)
+    with torch.inference_mode():
+        assert efficient(images).shape == (0, 5)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "bottleneck"])

@@ -66,3 +66,17 @@ def test_the_classifier_is_cast_once(monkeypatch):
         torch.testing.assert_close(model(images), expected, rtol=0, atol=0)
     assert beside(model.classifier).cast.weight.dtype == torch.bfloat16
     assert beside(copy.deepcopy(model).classifier).cast is None
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_classifier_of_another_class_has_its_own_forward():
+    _, model = make_pair(dtype=torch.float32, mode="eval")
+    images = make_images(2, 3, 64, 64).float()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = 2 * model(images)
+        model.classifier.__class__ = Doubling
+        assert torch.equal(model(images), expected)

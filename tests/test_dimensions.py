@@ -23,6 +23,7 @@ from cases import (
 )
 from test_bad_input import assert_one_line, error_of
 from test_exactness import assert_errors_at_most_twice, assert_same_steps, block_step, low_precision_step
+from torch import nn
 
 from densenet_efficient import DenseBlock, DenseLayer, EfficientDenseNet, EfficientDenseNet121, Transition
 from densenet_efficient.dimensions import (
@@ -83,6 +84,20 @@ def test_modules_tell_their_dimensions():
         assert dims_of(norm) == dims_of(conv) == dims_of(MAX_POOLS[dims](2)) == dims_of(AVG_POOLS[dims](2)) == dims
         assert is_for(norm, dims) and is_for(torch.nn.SyncBatchNorm(2), dims) and not is_for(norm, dims % 3 + 1)
     assert dims_of(Own(2)) == 3
+
+
+@pytest.mark.parametrize(
+    ("dims", "kinds"),
+    [
+        (1, (nn.Conv1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d)),
+        (2, (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)),
+        (3, (nn.Conv3d, nn.BatchNorm3d, nn.MaxPool3d, nn.AvgPool3d)),
+    ],
+)
+def test_networks_are_made_of_torchs_modules(dims, kinds):
+    features = EfficientDenseNet(4, (1, 1), 6, spatial_dims=dims).features
+    found = (features.conv0, features.norm0, features.pool0, features.transition1.pool)
+    assert tuple(type(module) for module in found) == kinds
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

@@ -6,9 +6,10 @@ import warnings
 import pytest
 import test_segmentation
 import torch
-from cases import assert_close, make_images, make_pair, step
+from cases import assert_close, make_images, make_pair, needs_native, step
 from torch import nn
 
+from densenet_efficient import operators
 from densenet_efficient.dropout import Dropout, dropout
 
 pytestmark = [
@@ -38,6 +39,16 @@ def test_a_hooked_block_drops_what_the_operator_drops(backend, hooked, bottlenec
     fused, layered = (step(model, images, seed=1) for model in (efficient, by_layers))
     assert_close(layered, fused)
     assert_close(layered, step(naive, images, seed=1))
+
+
+@needs_native
+@pytest.mark.parametrize(("mode", "drop_rate"), [("eval", 0.5), ("frozen", 0.0)])
+def test_where_nothing_is_dropped_an_inference_is_prepared(mode, drop_rate, monkeypatch):
+    naive, efficient = make_pair(mode=mode, drop_rate=drop_rate)
+    images = make_images(*IMAGES)
+    monkeypatch.setattr(operators, "dense_stage", lambda *_: pytest.fail("a stage ran as in training"))
+    with torch.inference_mode():
+        assert_close({"": efficient(images)}, {"": naive(images)})
 
 
 CHANGES = {

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import LEVELS, MODES, assert_close, loss_of, make_images, make_pair, randomise
+from cases import LEVELS, MODES, assert_close, loss_of, make_images, make_pair, needs_native, randomise
 from torch import nn
 from torchvision.models import densenet
 from torchvision.models._utils import IntermediateLayerGetter
@@ -13,7 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from torchvision.ops import FeaturePyramidNetwork
 
-from densenet_efficient import Backbone, EfficientDenseNet, convert
+from densenet_efficient import Backbone, EfficientDenseNet, convert, kernels
 from densenet_efficient.models import create_model
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nan_memory")
@@ -168,3 +168,22 @@ def test_fx_traces_every_number_of_dimensions(dims):
     images = make_images(2, 3, *(33,) * dims)
     extractor = create_feature_extractor(model, ["flatten", "classifier"])
     assert_close({"": extractor(images)["classifier"]}, {"": model(images)})
+
+
+@needs_native
+def test_an_inference_keeps_no_features_that_nobody_asked_for(monkeypatch):
+    """Of the stem, the transition and the last norm there are the outputs alone; of the features, all where asked."""
+    _, efficient = make_pair(mode="eval")
+    images, made, original = make_images(*IMAGES), [], kernels.empty_kept_images
+
+    def empty_kept_images(like, *size):
+        made.append(size)
+        return original(like, *size)
+
+    monkeypatch.setattr(kernels, "empty_kept_images", empty_kept_images)
+    with torch.inference_mode():
+        efficient(images)
+        assert made == [(3, 6, 9, 12), (3, 9, 4, 6), (3, 17, 1, 1)]
+        made.clear()
+        Backbone(efficient)(images)
+    assert (3, 18, 9, 12) in made and (3, 17, 4, 6) in made

@@ -120,6 +120,17 @@ def test_what_is_left_of_another_band_is_not_read(dtype):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.each_capability
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float16, 2048.0), (torch.bfloat16, 256.0)], ids=str)
+def test_the_convolution_is_rounded_before_its_norm(dtype, large):
+    case = Case("one pixel", dtype)
+    case.x.view(-1)[:] = torch.tensor([large, 1.0])
+    case.weight.fill_(1.0)
+    case.scale.fill_(1.0)
+    case.shift.fill_(-large)
+    assert not case.run().any()
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_a_weight_of_some_of_the_channels_and_outputs(dtype):
     case = Case("that of the paper", dtype)
@@ -198,8 +209,9 @@ def test_a_network_at_inference(change, monkeypatch):
     images = make_images(3, 3, 64, 40)
     monkeypatch.setattr(operators, "compute_stem", refuse)
     for factor in (1.0, -0.5):
-        with torch.inference_mode():
-            torch.testing.assert_close(efficient(images), naive(images), rtol=1e-9, atol=1e-9)
+        for some in (images, images[:1]):
+            with torch.inference_mode():
+                torch.testing.assert_close(efficient(some), naive(some), rtol=1e-9, atol=1e-9)
         naive.features.norm0.weight.data.mul_(factor)
         efficient.features.norm0.weight.data.mul_(factor)
 

@@ -176,11 +176,11 @@ def test_hooks_that_concern_files_alone(layers, register):
     assert not snapshot.matches([layers])
 
 
-@pytest.mark.parametrize("view", [slice(None), slice(1, None, 2)], ids=["all", "every other column"])
 @pytest.mark.parametrize("column", range(8))
-def test_each_of_eight_values_is_looked_at(view, column):
+@pytest.mark.parametrize("step", [1, 2])
+def test_each_of_eight_values_is_looked_at(step, column):
     linear = nn.Linear(8, 1, bias=False)
-    linear.weight = nn.Parameter(torch.arange(16.0).repeat_interleave(1).view(1, 16)[:, view][:, :8])
+    linear.weight = nn.Parameter(torch.arange(16.0).view(1, 16)[:, 8 * (2 - step) :: step])
     snapshot = snapshot_of(linear)
     linear.weight.data[0, column] += 1
     assert not snapshot.matches([linear])

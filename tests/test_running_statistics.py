@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import LEVELS, MODES, assert_close, loss_of, make_images, make_pair, norms_of, set_mode, step
+from cases import LEVELS, MODES, assert_close, loss_of, make_images, make_pair, needs_native, norms_of, set_mode, step
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nan_memory")
@@ -133,3 +133,19 @@ def test_a_forward_in_training_before_the_backward_of_one_in_evaluation(backend,
         {name: p.grad for name, p in model.named_parameters()},
         {name: p.grad for name, p in expected.named_parameters()},
     )
+
+
+@needs_native
+@pytest.mark.parametrize("path", ["denseblock2.denselayer1.norm1", "norm5"])
+def test_one_statistic_made_in_inference_mode(path):
+    """It tells nobody when it changes, so nothing of its stage is kept: also one element shows."""
+    naive, efficient = make_pair(mode="eval")
+    images = make_images(*IMAGES)
+    with torch.inference_mode():
+        for model in (naive, efficient):
+            norm = model.features.get_submodule(path)
+            norm.running_mean = norm.running_mean.clone()
+        for change in (0.0, 10.0, -20.0):
+            for model in (naive, efficient):
+                model.features.get_submodule(path).running_mean[7] += change
+            assert_close({"": efficient(images)}, {"": naive(images)})
