@@ -150,6 +150,32 @@ def test_parts_of_another_dtype(backend):
     assert all(torch.equal(buffer, before[name]) for name, buffer in efficient.named_buffers())
 
 
+@pytest.mark.parametrize("path", ["denseblock1.denselayer2.norm2", "norm5"])
+def test_one_value_per_channel_where_one_norm_trains(backend, path):
+    pair = make_pair(mode="eval", block_config=(3,), **CIFAR, **FLOAT32)
+    for model in pair:
+        model.features.get_submodule(path).train()
+    expected, error = (error_of(model, torch.zeros(1, 3, 1, 1)) for model in pair)
+    assert type(error) is type(expected) is ValueError
+    assert_one_line(error, "more than 1 value per channel")
+
+
+@pytest.mark.parametrize("arguments", [{}, CIFAR], ids=str)
+def test_integers_are_refused_under_autocast_too(backend, arguments):
+    pair = make_pair(mode="eval", **FLOAT32, **arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, error = (error_of(model, torch.zeros(2, 3, 33, 47, dtype=torch.int64)) for model in pair)
+    assert type(error) is type(expected)
+    assert_one_line(error, "type")
+
+
+@pytest.mark.parametrize("size", [(2, 3), (3, 2)])
+def test_the_smallest_images_that_a_transition_pools(backend, size):
+    naive, efficient = make_pair(mode="eval", **CIFAR)
+    images = make_images(2, 3, *size)
+    torch.testing.assert_close(efficient(images), naive(images), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("arguments", [{}, CIFAR, {"bottleneck": False}], ids=str)
 def test_a_batch_of_nothing(backend, arguments):
     """An empty last batch in evaluation gives no logits, and no error."""

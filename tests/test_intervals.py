@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from densenet_efficient.training.evaluation import Evaluation, summarise
+from densenet_efficient.training.finish import _summary_table
 
 
 def evaluation(right: list[bool], positives: int) -> Evaluation:
@@ -54,3 +55,31 @@ def test_one_patient_is_one_whatever_its_images() -> None:
 def test_a_share_lies_within_its_interval(right: bool, count: int) -> None:
     accuracy = summarise(evaluation([right] * count, positives=count // 2))["accuracy"]
     assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
+
+
+def printed(one: Evaluation) -> list[tuple[str, ...]]:
+    """The rows that a run prints at its end."""
+    columns = [map(str, column.cells) for column in _summary_table(summarise(one)).columns]
+    return list(zip(*columns, strict=True))
+
+
+def test_what_is_printed_of_single_labels() -> None:
+    """An interval that begins at zero too; none where all samples agree, and no area of images of one class."""
+    assert printed(evaluation([True] * 21, positives=5)) == [
+        ("accuracy", "100.00%", "84.54% to 100.00%"),
+        ("balanced accuracy", "100.00%", ""),
+        ("macro f1", "100.00%", ""),
+        ("mean area under the ROC curve", "1.0000", ""),
+    ]
+    rows = printed(evaluation([False] * 21, positives=0))
+    assert rows[0] == ("accuracy", "0.00%", "0.00% to 15.46%")
+    assert [name for name, _, _ in rows] == ["accuracy", "balanced accuracy", "macro f1"]
+
+
+def test_what_is_printed_of_several_labels() -> None:
+    several = replace(evaluation([True] * 21, positives=5), multi_label=True)
+    assert [name for name, _, _ in printed(several)] == [
+        "all labels right",
+        "macro f1",
+        "mean area under the ROC curve",
+    ]

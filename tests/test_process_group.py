@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from densenet_efficient.training import process_group
 from densenet_efficient.training.cli import run
+from densenet_efficient.training.interruption import is_of_a_lost_process
 
 EXCHANGING = Path(__file__).parent / "exchanging.py"
 
@@ -45,3 +46,17 @@ def test_a_command_waits_before_its_process_ends(
         if together:
             dist.destroy_process_group()
     assert waits == [process_group.SECONDS_TO_LET_GO] * together
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (dist.DistBackendError("NCCL communicator was aborted on rank 1."), True),
+        (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x9 and 8x2)"), False),
+        (RuntimeError("the backend is gloo"), False),
+    ],
+    ids=["of NCCL", "of gloo", "another", "of another that names gloo"],
+)
+def test_errors_of_a_process_that_has_lost_another(error: RuntimeError, is_lost: bool) -> None:
+    assert is_of_a_lost_process(error) == is_lost
