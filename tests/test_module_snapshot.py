@@ -194,6 +194,15 @@ def test_values_that_are_exchanged(layers):
     assert not snapshot.matches([layers])
 
 
+def test_a_layer_that_holds_its_block(layers):
+    """It is not walked through within itself, and a change behind it shows."""
+    layers[0].block = layers
+    snapshot = snapshot_of(layers)
+    assert snapshot.matches([layers])
+    write_in_place(layers[-1])
+    assert not snapshot.matches([layers])
+
+
 def test_what_is_gone(layers):
     """A snapshot of modules that have been replaced compares none of their freed memory."""
     snapshot = snapshot_of(layers)
