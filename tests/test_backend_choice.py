@@ -5,9 +5,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from cases import needs_native
+from cases import make_images, make_pair, needs_native
 
-from densenet_efficient import kernels
+from densenet_efficient import inference, kernels
 from densenet_efficient.kernels import BACKEND_VARIABLE, cpu, cuda, gpu
 
 TRITON = "densenet_efficient.kernels.triton"
@@ -201,3 +201,14 @@ def test_operations_of_the_cuda_backend_are_native_or_triton_s(machine, monkeypa
     assert getattr(cuda, cuda.NATIVE[0]) is getattr(torch.ops.densenet_efficient, cuda.NATIVE[0]).default
     for name in (cuda.NATIVE[0], convolution):
         del vars(cuda)[name]
+
+
+def test_an_inference_runs_on_the_backend_that_is_asked_for(monkeypatch):
+    """What is prepared is the native one's."""
+    monkeypatch.setenv(BACKEND_VARIABLE, "reference")
+    for prepared in ("prepare_stage", "run_stem"):
+        monkeypatch.setattr(inference, prepared, lambda *_: pytest.fail("the native backend ran"))
+    naive, efficient = make_pair(mode="eval")
+    images = make_images(2, 3, 33, 47)
+    with torch.inference_mode():
+        torch.testing.assert_close(efficient(images), naive(images), rtol=1e-9, atol=1e-9)
