@@ -19,6 +19,7 @@ SHAPES = {  # of the images, outputs, kernel, stride and padding
     "a row of outputs": ((2, 3, 3, 40), 24, (3, 3), (1, 1), (0, 1)),
     "a column of outputs": ((1, 2, 40, 3), 20, (3, 3), (2, 2), (1, 0)),
     "sparser than its kernel": ((1, 3, 41, 37), 16, (2, 2), (4, 3), (1, 2)),
+    "strides far beyond the image": ((1, 2, 20, 9), 16, (3, 3), (2**40, 2**40), (1, 1)),
     "many channels": ((2, 20, 12, 14), 40, (3, 3), (1, 1), (1, 1)),
     "more rows than of a task": ((1, 3, 150, 10), 16, (3, 3), (1, 1), (1, 1)),
     "three bands": ((2, 3, 130, 6), 8, (3, 3), (1, 1), (1, 0)),

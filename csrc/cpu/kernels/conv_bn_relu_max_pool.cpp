@@ -118,14 +118,14 @@ class Bands {
   Bands(const ConvMaxPoolForward& p, const Weight<S, T>& weight, int64_t most_rows)
       : p_(p),
         weight_(weight),
-        rows_(p, 2 * most_rows * p.stride[0] + p.kernel[0], weight.depth()),
+        rows_(p, rows_of(p, std::min(2 * most_rows + 1, p.conv_height)), weight.depth()),
         conv_row_(p.conv_width * p.outputs),
         pooled_rows_(3 * pooled_size()) {}
 
   // The output's rows [begin, end) of an image.
   void run(int64_t image, int64_t begin, int64_t end) {
     const int64_t first = std::max<int64_t>(2 * begin - 1, 0), last = std::min(2 * end, p_.conv_height);
-    const int64_t taken = (last - 1 - first) * p_.stride[0] + p_.kernel[0];
+    const int64_t taken = rows_of(p_, last - first);
     rows_.take(image, first * p_.stride[0] - p_.padding[0], taken);
     overlap_ = kOverlappingRows<T> && (weight_.depth() == weight_.taps() || rows_.are_finite(taken));
     const auto pool = [&](int64_t y, A* to) { pool_columns(rows_.row((y - first) * p_.stride[0]), to); };
@@ -141,6 +141,12 @@ class Bands {
   }
 
  private:
+  // Of an image, those that ``conv_rows`` of the convolution see. No more of these than there are: a stride may be far
+  // beyond the image where they are one.
+  static int64_t rows_of(const ConvMaxPoolForward& p, int64_t conv_rows) {
+    return (conv_rows - 1) * p.stride[0] + p.kernel[0];
+  }
+
   int64_t pooled_size() const { return p_.out_width * p_.outputs; }
 
   // One row of the convolution, activated and pooled along the row.
