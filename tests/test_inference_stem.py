@@ -170,6 +170,8 @@ WRONG = {
     "a negative stride": ({"stride": [2, -2]}, "a stride above"),
     "a stride of zero": ({"stride": [0, 2]}, "stride"),
     "a negative padding": ({"padding": [3, -1]}, "padding"),
+    "padding beyond memory": ({"padding": [2**61, 2**20]}, "padding that memory can hold"),
+    "padding beyond integers": ({"padding": [3, 2**62]}, "padding that memory can hold"),
     "a kernel that does not fit": ({"x": torch.empty(2, 3, 70, 1), "padding": [3, 2]}, "kernel of 7"),
     "scale of other outputs": ({"scale": torch.empty(63)}, "scale must be"),
     "shift of another dtype": ({"shift": torch.empty(64, dtype=torch.float64)}, "shift must be"),

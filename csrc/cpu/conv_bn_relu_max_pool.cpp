@@ -1,5 +1,10 @@
 #include "cpu/kernels/conv_bn_relu_max_pool.h"
 
+#include <c10/util/safe_numerics.h>
+
+#include <initializer_list>
+#include <limits>
+
 #include "checks.h"
 #include "operators.h"
 
@@ -8,10 +13,19 @@ namespace {
 
 using at::Tensor;
 
+constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+
+// Whether no memory has so many elements.
+bool is_beyond_memory(std::initializer_list<int64_t> sizes) {
+  uint64_t elements;
+  return c10::safe_multiplies_u64(sizes, &elements) || elements > kMost / sizeof(double);
+}
+
 // Outputs along a dimension of a convolution, and of a 3x3 pooling with stride 2 and padding 1.
 int64_t convolved(int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
   TORCH_CHECK(stride > 0 && padding >= 0, "Expected a stride above and a padding not below 0, got ", stride, " and ",
               padding);
+  TORCH_CHECK(padding <= (kMost - size) / 2, "Expected a padding that memory can hold, got ", padding);
   TORCH_CHECK(size + 2 * padding >= kernel, "Expected images that the kernel fits in, got ", size, " pixels, a kernel ",
               "of ", kernel, " and a padding of ", padding);
   return (size + 2 * padding - kernel) / stride + 1;
@@ -51,6 +65,10 @@ void conv_bn_relu_max_pool(const Tensor& x, const Tensor& weight, at::IntArrayRe
   arguments.conv_width = convolved(arguments.width, weight.size(3), stride[1], padding[1]);
   arguments.out_height = pooled(arguments.conv_height);
   arguments.out_width = pooled(arguments.conv_width);
+  // The kernel lays out its rows with their padding, and the product of out's sizes may be that of another shape.
+  TORCH_CHECK(!is_beyond_memory({arguments.height + 2 * padding[0], arguments.width + 2 * padding[1], x.size(1)}) &&
+                  !is_beyond_memory({arguments.images, arguments.out_height, arguments.out_width, arguments.outputs}),
+              "Expected a padding that memory can hold, got ", padding, " for x ", x.sizes());
   check_vector(scale, "scale", arguments.outputs, x);
   check_vector(shift, "shift", arguments.outputs, x);
   arguments.scale = scale.const_data_ptr();
