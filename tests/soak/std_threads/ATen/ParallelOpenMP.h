@@ -18,16 +18,16 @@ inline void invoke_parallel(int64_t begin, int64_t end, int64_t grain_size, cons
   const int64_t share = divup(end - begin, count);
   std::vector<std::exception_ptr> errors(count);
   std::vector<std::thread> threads;
-  for (int64_t index = 0; index < count && begin + index * share < end; index++) {
-    threads.emplace_back([&, index] {
-      const ThreadIdGuard guard(static_cast<int>(index));
-      try {
-        f(begin + index * share, std::min(end, begin + (index + 1) * share));
-      } catch (...) {
-        errors[index] = std::current_exception();
-      }
-    });
-  }
+  const auto run = [&](int64_t index) {
+    const ThreadIdGuard guard(static_cast<int>(index));
+    try {
+      f(begin + index * share, std::min(end, begin + (index + 1) * share));
+    } catch (...) {
+      errors[index] = std::current_exception();
+    }
+  };
+  for (int64_t index = 1; index < count && begin + index * share < end; index++) threads.emplace_back(run, index);
+  run(0);  // as OpenMP's, in the calling thread: it may hold what others may not ask for, as Python's lock
   for (std::thread& thread : threads) thread.join();
   for (const std::exception_ptr& error : errors) {
     if (error) std::rethrow_exception(error);
