@@ -226,3 +226,31 @@ def test_batch_statistics_need_the_whole_convolution():
         model.features.norm0.train()
     with torch.inference_mode():
         torch.testing.assert_close(efficient(images), naive(images), rtol=1e-9, atol=1e-9)
+
+
+class OfPyTorchAlone(torch.Tensor):
+    """A weight that holds its values elsewhere, and knows no operations but PyTorch's."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        assert function.namespace == "aten", function
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        unwrap = lambda value: value.inner if isinstance(value, cls) else value  # noqa: E731
+        return function(*map(unwrap, args), **(kwargs or {}))
+
+
+def test_a_weight_that_knows_no_kernels():
+    naive, efficient = make_pair(mode="eval")
+    conv = efficient.features.conv0
+    conv.weight = nn.Parameter(OfPyTorchAlone(conv.weight.detach()), requires_grad=False)
+    images = make_images(3, 3, 64, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(efficient(images), naive(images), rtol=1e-9, atol=1e-9)
