@@ -18,6 +18,7 @@ TESTS = [
     "tests/test_native_layers.py",
     "tests/test_inference.py",
     "tests/test_inference_stem.py",
+    "tests/test_module_snapshot.py",
 ]
 SHORT = "small_images or loop_in_python or share_a_model"
 # A bound of precision that only capabilities with fused multiplication and addition keep, which "default" has not.
