@@ -217,11 +217,14 @@ def has_own_shape(module: BatchNorm | Convolution) -> bool:
     What runs as one operator is decided by them, while torch's forward reads the weight alone: a user may have put
     another in its place, as the pruning of channels does.
     """
+    return isinstance(module.weight, Tensor) and module.weight.shape == own_shape(module)
+
+
+def own_shape(module: BatchNorm | Convolution) -> tuple[int, ...]:
+    """The shape of its weight that its attributes tell."""
     if isinstance(module, Convolution):
-        shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
-    else:
-        shape = (module.num_features,)
-    return isinstance(module.weight, Tensor) and module.weight.shape == shape
+        return module.out_channels, module.in_channels // module.groups, *module.kernel_size
+    return (module.num_features,)
 
 
 def take_norm_relu(modules: list[nn.Module]) -> tuple[BatchNorm, list[nn.Module]] | None:
@@ -285,6 +288,14 @@ def read_transition(transition: nn.Module) -> StageExit | None:
 def read_head(norm: nn.Module) -> StageExit | None:
     """The last norm of a network, unobserved; None where ``norm`` is something else."""
     return StageExit(HEAD, norm, cast(BatchNorm, norm)) if is_last_norm(norm) else None
+
+
+def is_as_read(stage_exit: StageExit) -> bool:
+    """Whether its consumer still reads so."""
+    if stage_exit.consumer is None:
+        return True
+    read = read_head if stage_exit.kind == HEAD else read_transition
+    return read(stage_exit.consumer) == stage_exit
 
 
 def is_last_norm(module: nn.Module) -> bool:

@@ -23,11 +23,13 @@ from .input_checks import check_devices, convolved_size
 from .kept import beside
 from .kernels import spatial
 from .layout import as_rows, channels_last
+from .readings import read_once
 from .stage import HEAD, NO_EXIT, TRANSITION_DOWN, pooling_window
 from .stage_arguments import norms_of
 
 if TYPE_CHECKING:
     from ._C import ModuleSnapshot
+    from .operator_calls import StageBlock
 
 
 class Prepared(NamedTuple):
@@ -136,25 +138,43 @@ def forget_stage(block: nn.Module) -> None:
         beside(block).stage = None
 
 
-def prepare_stage(block: nn.Module, layers: list[LayerParts], stage_exit: StageExit, x: Tensor) -> PreparedStage | None:
+def prepare_stage(
+    block: StageBlock, layers: list[LayerParts], stage_exit: StageExit, x: Tensor
+) -> PreparedStage | None:
     """A stage prepared for ``x``, and kept for the next calls.
 
-    None where no kernel serves its layers, or where its statistics or weights may not be kept.
+    None where no kernel serves its layers, where its statistics or weights may not be kept, or where they have changed.
     """
-    if not all(spatial.has_kernel(layer.convolutions[-1].weight, layer.dilation) for layer in layers):
+    if not _may_be_kept(layers, stage_exit, x):
         return None
+    kept = beside(block)  # before the snapshot is taken
+    prepared = PreparedStage(block, layers, stage_exit)
+    # Another thread may have changed them since they were read: then the snapshot is not of what was prepared.
+    if not _is_as_read(block, layers, stage_exit) or not _may_be_kept(layers, stage_exit, x):
+        return None
+    kept.stage = prepared
+    return prepared
+
+
+def _may_be_kept(layers: list[LayerParts], stage_exit: StageExit, x: Tensor) -> bool:
+    """Whether kernels serve these layers, and what they compute with may be kept for ``x``."""
+    if not all(spatial.has_kernel(layer.convolutions[-1].weight, layer.dilation) for layer in layers):
+        return False
     norms = norms_of(layers, stage_exit)
     if (layers[0].training and layers[0].drop_rate > 0) or any(map(fusion.uses_batch_statistics, norms)):
-        return None
+        return False
     last = [] if stage_exit.conv is None else [stage_exit.conv]
     modules: list[nn.Module] = [*norms, *(conv for layer in layers for conv in layer.convolutions), *last]
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     check_devices(x, tensors)
-    if any(tensor.is_inference() for tensor in tensors):
-        return None  # made under torch.inference_mode: nothing tells when they change
-    kept = beside(block)  # before the snapshot is taken
-    prepared = kept.stage = PreparedStage(block, layers, stage_exit)
-    return prepared
+    # Of those made under torch.inference_mode nothing tells when they change.
+    return not any(tensor.is_inference() for tensor in tensors)
+
+
+def _is_as_read(block: StageBlock, layers: list[LayerParts], stage_exit: StageExit) -> bool:
+    """Whether a block, and what runs with it as one operator, still read so; alone it may have hooks of its own."""
+    is_whole = stage_exit.consumer is None or not fusion.is_observed(block)
+    return is_whole and fusion.is_as_read(stage_exit) and read_once(block) == layers
 
 
 def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor) -> Tensor:
@@ -198,14 +218,15 @@ def _kept_cast(linear: nn.Linear, dtype: torch.dtype) -> CastLinear | None:
 
 def _cast(linear: nn.Linear, dtype: torch.dtype) -> CastLinear | None:
     """The same made, and kept for the next calls; None where torch would not cast, or weights may not be kept."""
-    tensors = list(linear.parameters())
-    if fusion.is_observed(linear) or any(tensor.dtype != torch.float32 or tensor.is_inference() for tensor in tensors):
-        return None
     from ._C import ModuleSnapshot  # there, because the native backend is
 
     kept = beside(linear)  # before the snapshot is taken
+    snapshot = ModuleSnapshot([linear], with_values=True)  # first: another thread may change what is looked at and cast
+    tensors = list(linear.parameters())
+    if fusion.is_observed(linear) or any(tensor.dtype != torch.float32 or tensor.is_inference() for tensor in tensors):
+        return None
     bias = None if linear.bias is None else linear.bias.to(dtype)
-    cast = kept.cast = CastLinear(ModuleSnapshot([linear], with_values=True), linear.weight.to(dtype), bias)
+    cast = kept.cast = CastLinear(snapshot, linear.weight.to(dtype), bias)
     return cast
 
 

@@ -21,7 +21,7 @@ class Reading(NamedTuple):
 
     snapshot: ModuleSnapshot
     holders: list[dict[str, Any]]  # the dictionaries of the convolutions where their weights lie
-    shapes: list[torch.Size]  # of these weights, of which the snapshot knows but the class
+    shapes: list[tuple[int, ...]]  # of these weights, of which the snapshot knows but the class
     layers: list[LayerParts]
 
     def holds(self, block: StageBlock) -> bool:
@@ -34,7 +34,7 @@ def _holder(conv: nn.Module) -> dict[str, Any]:
     return next(held for held in (conv._parameters, conv._buffers, vars(conv)) if "weight" in held)
 
 
-def _shapes(holders: list[dict[str, Any]]) -> list[torch.Size]:
+def _shapes(holders: list[dict[str, Any]]) -> list[tuple[int, ...]]:
     return [held["weight"].shape for held in holders]
 
 
@@ -52,8 +52,10 @@ def read_once(block: StageBlock) -> list[LayerParts] | str:
     if reading is not None and reading.holds(block):
         return reading.layers
     kept.reading = None
+    snapshot = ModuleSnapshot([block], with_values=False)  # first: another thread may change what is being read
     layers = block.read()
     if not isinstance(layers, str):
-        holders = [_holder(conv) for layer in layers for conv in layer.convolutions]
-        kept.reading = Reading(ModuleSnapshot([block], with_values=False), holders, _shapes(holders), layers)
+        convolutions = [conv for layer in layers for conv in layer.convolutions]
+        shapes = [fusion.own_shape(conv) for conv in convolutions]
+        kept.reading = Reading(snapshot, [_holder(conv) for conv in convolutions], shapes, layers)
     return layers

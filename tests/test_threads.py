@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import make_images, make_pair, needs_native
 
-from densenet_efficient import inference
+from densenet_efficient import fusion, inference
 from densenet_efficient.kept import beside
 from densenet_efficient.modules import DenseBlock, Features, Transition
 
@@ -69,3 +69,67 @@ def test_threads_that_share_a_block_but_not_what_follows_it(monkeypatch):
     assert inference.kept_stage(block, consumers[0]) is own
     made = inference.prepare_stage(block, block.read(), own.exit, images)
     assert made is not None and made.exit.consumer is consumers[0]
+
+
+def double_a_convolution(model):
+    layer = model.features.denseblock1.denselayer2
+    layer.conv1 = copy.deepcopy(layer.conv1)
+    with torch.no_grad():
+        layer.conv1.weight *= 2
+
+
+def double_a_transition(model):
+    model.features.transition1.conv = copy.deepcopy(model.features.transition1.conv)
+    with torch.no_grad():
+        model.features.transition1.conv.weight *= 2
+
+
+def double(module, arguments, output):
+    return output * 2
+
+
+def hook_a_layer(model):
+    model.features.denseblock1.denselayer2.conv1.register_forward_hook(double)
+
+
+def hook_a_block(model):
+    model.features.denseblock1.register_forward_hook(double)
+
+
+CHANGES = [double_a_convolution, double_a_transition, hook_a_layer, hook_a_block]
+
+
+def call_once_after(monkeypatch, owner, name, change):
+    """What another thread does while this one stands behind a call of ``owner.name``."""
+    function, changes = getattr(owner, name), [change]
+
+    def changing(*args, **kwargs):
+        result = function(*args, **kwargs)
+        if changes:
+            changes.pop()()
+        return result
+
+    monkeypatch.setattr(owner, name, changing)
+
+
+@pytest.mark.filterwarnings("ignore:a dense block runs layer by layer")
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    ("owner", "name"), [(DenseBlock, "read"), (inference, "norms_of")], ids=["while it is read", "once it was read"]
+)
+def test_a_change_while_a_block_is_prepared(owner, name, change, monkeypatch):
+    """The next inference is of the block as it is, whatever this one saw of the change."""
+    naive, model = make_pair(mode="eval")
+    images = make_images(2, 3, 64, 64)
+    call_once_after(monkeypatch, owner, name, lambda: change(model))
+    outputs_of(model, images)
+    change(naive)
+    torch.testing.assert_close(outputs_of(model, images), outputs_of(naive, images), rtol=1e-9, atol=1e-9)
+
+
+def test_a_hook_while_a_classifier_is_cast(monkeypatch):
+    classifier, images = torch.nn.Linear(3, 4), make_images(2, 3, dtype=torch.float32)
+    call_once_after(monkeypatch, fusion, "is_observed", lambda: classifier.register_forward_hook(double))
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        inference.classify(classifier, images)
+        torch.testing.assert_close(inference.classify(classifier, images), classifier(images), rtol=0, atol=0)
