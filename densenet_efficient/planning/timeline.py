@@ -3,7 +3,8 @@
 The moments are those where `dense_block.py` and `stem.py` hold the most:
 
 - a stage's forward: its input, its storage, one bottleneck, and the exit's pooled activations and output; in a native
-  inference of storage, bottleneck and pooled activations no more than those of the few images that threads work on;
+  inference of storage, bottleneck and pooled activations no more than those of the few images that threads work on,
+  and of the stem its output alone;
 - a stage's backward: what every stage up to it has saved, the gradient of its output, the gradient buffer of its
   storage, and besides either the exit's pooled activations, or a recomputed bottleneck (in the first block of a quarter
   of the images) and its gradient, or the gradient of its input;
@@ -226,7 +227,8 @@ def inference_peak(shape: NetworkShape, device: str) -> Peak:
     packed = sum(parameters.packed for parameters in shape.every_parameters) if native else 0
     weights = sum(parameters.weights for parameters in shape.every_parameters) + packed
     stem = shape.stem
-    moments = {"stem": stem.cast + stem.conv_out + max(stem.forward_workspace, stem.out)}
+    by_torch = stem.conv_out + max(stem.forward_workspace, stem.out)
+    moments = {"stem": stem.cast + (stem.out if native and stem.conv_out else by_torch)}
     for block in shape.blocks:
         whole = block.storage + block.bottleneck + block.pooled
         moments[block.name] = block.input + (_scratch(block, shape.batch) if native else whole) + block.out
