@@ -177,18 +177,26 @@ def _is_as_read(block: StageBlock, layers: list[LayerParts], stage_exit: StageEx
     return is_whole and fusion.is_as_read(stage_exit) and read_once(block) == layers
 
 
-def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor) -> Tensor:
-    """The stem's output, of images [N, C, H, W] of any layout, where its norm uses its running statistics.
+def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The stem's output in ``dtype``, of images [N, C, H, W] of any layout, where its norm uses its running statistics.
 
     No more of the convolution's output exists at a time than what is pooled next.
     """
-    affine = _affine(norm, kernels.accumulation_dtype(x.dtype))
+    weight, affine = conv.weight.to(dtype), _affine(norm, kernels.accumulation_dtype(dtype))
     size = spatial.max_pooled_size(convolved_size(conv, x))
-    out = kernels.empty_kept_images(x, x.shape[0], conv.out_channels, *size)
+    out = kernels.empty_kept_images(weight, x.shape[0], conv.out_channels, *size)
     torch.ops.densenet_efficient.conv_bn_relu_max_pool(
-        x, conv.weight.to(x.dtype), conv.stride, [*map(int, conv.padding)], affine[2], affine[3], as_rows(out)
+        _cast_images(x, weight), weight, conv.stride, [*map(int, conv.padding)], affine[2], affine[3], as_rows(out)
     )
     return out
+
+
+def _cast_images(x: Tensor, like: Tensor) -> Tensor:
+    """Images in the dtype of ``like``; in kept memory, which the first block uses next."""
+    if x.dtype == like.dtype:
+        return x
+    empty = kernels.empty_kept if x.is_contiguous() else kernels.empty_kept_images
+    return empty(like, *x.shape).copy_(x)
 
 
 class CastLinear(NamedTuple):

@@ -74,17 +74,22 @@ def check_devices(x: Tensor, tensors: Iterable[Tensor]) -> None:
             )
 
 
-def as_compute_dtype(x: Tensor, weights: list[Tensor]) -> Tensor:
-    """``x`` in the dtype that convolutions with ``weights`` would compute in; raises where they would."""
+def compute_dtype(x: Tensor, weights: list[Tensor]) -> torch.dtype:
+    """The dtype that convolutions of ``x`` with ``weights`` would compute in; raises where they would."""
     device = x.device.type
     # meta has no autocast to ask for; torch.compile of torch 2.11 cannot trace torch.amp.is_autocast_available
     casts = device != "meta" and torch.is_autocast_enabled(device)
     if casts and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
+        return torch.get_autocast_dtype(device)
     for weight in weights:
         if x.dtype != weight.dtype:
             raise RuntimeError(f"Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same")
-    return x
+    return x.dtype
+
+
+def as_compute_dtype(x: Tensor, weights: list[Tensor]) -> Tensor:
+    """``x`` in its `compute_dtype`."""
+    return x.to(compute_dtype(x, weights))
 
 
 def pixels(x: Tensor) -> int:

@@ -28,6 +28,7 @@ from .input_checks import (
     check_images,
     check_input,
     check_poolable,
+    compute_dtype,
     convolved_size,
     pixels,
 )
@@ -187,12 +188,13 @@ def run_stem(conv: Convolution, norm: BatchNorm, x: Tensor, save_conv: bool, lat
     check_images(conv, x)
     running = [] if fusion.uses_batch_statistics(norm) else running_of(norm)
     check_devices(x, (conv.weight, norm.weight, norm.bias, *running))
-    x = as_compute_dtype(x, [conv.weight])
+    dtype = compute_dtype(x, [conv.weight])
     is_inference = inference.applies(x)
     # A weight of another class, a quantised one perhaps, may know PyTorch's own operations alone.
     is_plain = type(conv.weight) in (nn.Parameter, Tensor)
     if is_inference and is_plain and running and x.shape[0] > 0 and dims_of(conv) == 2:
-        return inference.run_stem(conv, norm, x)
+        return inference.run_stem(conv, norm, x, dtype)
+    x = x.to(dtype)
     group, counts, total = _count_values([norm], x.shape[0] * math.prod(convolved_size(conv, x)), x)
     # An operator's first call imports the compiler, which takes as long as torch itself; nothing sees an inference's.
     run: Callable[..., Any] = operators.compute_stem if is_inference else operators.stem
