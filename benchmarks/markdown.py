@@ -32,16 +32,23 @@ def _earlier(results: dict[str, Any]) -> Iterator[str]:
         for figure in FIGURES.keys() & commits.keys():
             place = f"{TASKS[row['task']]} {FIGURES[figure]}", f"{row['model']}, {row['dtype']}"
             batches.setdefault((commits[figure], *place), {})[row["batch"]] = None
-    measured: dict[str, list[str]] = {}
+    measured: dict[str, dict[str, None]] = {}
     for (commit, figure, network), sizes in sorted(batches.items()):
-        measured.setdefault(commit, []).append(f"{figure} of {network}, batch {' and '.join(map(str, sizes))}")
-    others = [(row, row.get("name", row.get("part"))) for row in results["rows"]]
+        measured.setdefault(commit, {})[f"{figure} of {network}, batch {' and '.join(map(str, sizes))}"] = None
+    others = [(row, _name(row)) for row in results["rows"]]
     others += [(row, "the first step") for row in results.get("first_step", [])[:1]]
     for row, name in others:
         if name is not None and "commit" in row:
-            measured.setdefault(row["commit"], []).append(name)
+            measured.setdefault(row["commit"], {})[name] = None
     for commit, places in measured.items():
         yield f"Of earlier code, commit {commit}: {'; '.join(places)}."
+
+
+def _name(row: dict[str, Any]) -> str | None:
+    """What a row is of that is all of one run; None where its figures tell."""
+    if "predicted" in row:
+        return f"{TASKS[row['task']]} memory of {row['model']}"
+    return row.get("name", row.get("part"))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> list[str]:

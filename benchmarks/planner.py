@@ -68,16 +68,18 @@ def main(arguments: Sequence[str]) -> None:
     header = results_file.describe_machine()
     path = options.output or results_file.RESULTS / f"{header['machine']}-planner.json"
     results = results_file.load(path, header)
-    measured = {_key(row): (tuple(row["batches"]), row["measured"]) for row in results["rows"]}
+    measured = {_key(row): row for row in results["rows"]}
     results["rows"] = []
     for workload in GRID:
         key = _key(asdict(workload))
         if key not in measured and (options.models is None or workload.model in options.models):
             print(workload, flush=True)
             batches = batches_of(workload)
-            measured[key] = batches, measure(workload, batches)
+            measured[key] = {"batches": batches, "measured": measure(workload, batches)}
         if key in measured:
-            results["rows"].append(row_of(workload, *measured[key]))
+            row = measured[key]
+            commit = {"commit": row["commit"]} if "commit" in row else {}
+            results["rows"].append(row_of(workload, tuple(row["batches"]), row["measured"]) | commit)
             results_file.save(path, results)
     print(f"wrote {path}", flush=True)
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import planner
+from benchmarks import results as results_file
+from benchmarks.markdown import figures_line
 from benchmarks.planner import GRID, MIXED, Workload
 from benchmarks.results import RESULTS
 
@@ -44,6 +46,20 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert asked == [*grid[:3], *grid[2:]]
     assert rows[:2] == before and len(rows) == 5
     assert [row["batches"][1] // row["batches"][0] for row in rows] == [4, 4, 2, 2, 2]
+
+
+def test_what_earlier_code_has_measured_keeps_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = results_file.describe_machine()
+    path = tmp_path / "some-planner.json"
+    monkeypatch.setattr(planner, "measure", lambda workload, batches: 10.0)
+    for commit, sizes in (("first", (32,)), ("second", (32, 33))):
+        grid = [Workload("train", "densenet-40-12", size, "float32", "none") for size in sizes]
+        monkeypatch.setattr(planner, "GRID", grid)
+        monkeypatch.setattr(results_file, "describe_machine", lambda commit=commit: header | {"commit": commit})
+        planner.main(["--output", str(path)])
+    assert [row.get("commit") for row in rows_of(path)] == ["first", None]
+    line = figures_line(json.loads(path.read_text()))
+    assert line.endswith("Of earlier code, commit first: training memory of densenet-40-12.")
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
