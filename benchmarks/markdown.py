@@ -46,7 +46,7 @@ def _earlier(results: dict[str, Any]) -> Iterator[str]:
 
 def _name(row: dict[str, Any]) -> str | None:
     """What a row is of that is all of one run; None where its figures tell."""
-    if "predicted" in row:
+    if {"task", "predicted"} <= row.keys():
         return f"{TASKS[row['task']]} memory of {row['model']}"
     return row.get("name", row.get("part"))
 
