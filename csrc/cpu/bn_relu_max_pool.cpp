@@ -4,20 +4,14 @@
 #include "operators.h"
 
 namespace densenet_efficient {
-namespace {
 
 using at::Tensor;
-
-// Outputs along a dimension of ``size`` inputs.
-int64_t pooled(int64_t size) { return (size - 1) / 2 + 1; }
-
-}  // namespace
 
 void bn_relu_max_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t height, int64_t width,
                       const Tensor& out) {
   const int64_t channels = x.size(1), images = check_images(x, "x", height, width);
   check_matrix(x, "x", x.size(0), channels, x);
-  check_matrix(out, "out", images * pooled(height) * pooled(width), channels, x);
+  check_matrix(out, "out", images * max_pooled(height) * max_pooled(width), channels, x);
   check_vector(scale, "scale", channels, x);
   check_vector(shift, "shift", channels, x);
   MaxPoolForward arguments{};
@@ -28,8 +22,8 @@ void bn_relu_max_pool(const Tensor& x, const Tensor& scale, const Tensor& shift,
   arguments.height = height;
   arguments.width = width;
   arguments.channels = channels;
-  arguments.out_height = pooled(height);
-  arguments.out_width = pooled(width);
+  arguments.out_height = max_pooled(height);
+  arguments.out_width = max_pooled(width);
   arguments.scale = scale.const_data_ptr();
   arguments.shift = shift.const_data_ptr();
   arguments.out = out.data_ptr();
@@ -42,7 +36,7 @@ void bn_relu_max_pool_backward(const Tensor& out_grad, const Tensor& x, const Te
                                const Tensor& sum_grad, const Tensor& sum_grad_x) {
   const int64_t rows = x.size(0), channels = x.size(1), images = check_images(x, "x", height, width);
   check_matrix(x, "x", rows, channels, x);
-  check_matrix(out_grad, "out_grad", images * pooled(height) * pooled(width), channels, x);
+  check_matrix(out_grad, "out_grad", images * max_pooled(height) * max_pooled(width), channels, x);
   check_matrix(grad, "grad", rows, channels, x);
   check_vector(mean, "mean", channels, x);
   check_vector(scale, "scale", channels, x);
@@ -59,8 +53,8 @@ void bn_relu_max_pool_backward(const Tensor& out_grad, const Tensor& x, const Te
   arguments.height = height;
   arguments.width = width;
   arguments.channels = channels;
-  arguments.out_height = pooled(height);
-  arguments.out_width = pooled(width);
+  arguments.out_height = max_pooled(height);
+  arguments.out_width = max_pooled(width);
   arguments.mean = mean.const_data_ptr();
   arguments.scale = scale.const_data_ptr();
   arguments.shift = shift.const_data_ptr();

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "checks.h"
+#include "cpu/kernels/bn_relu_max_pool.h"
 #include "operators.h"
 
 namespace densenet_efficient {
@@ -21,7 +22,7 @@ bool is_beyond_memory(std::initializer_list<int64_t> sizes) {
   return c10::safe_multiplies_u64(sizes, &elements) || elements > kMost / sizeof(double);
 }
 
-// Outputs along a dimension of a convolution, and of a 3x3 pooling with stride 2 and padding 1.
+// Outputs along a dimension of a convolution.
 int64_t convolved(int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
   TORCH_CHECK(stride > 0 && padding >= 0, "Expected a stride above and a padding not below 0, got ", stride, " and ",
               padding);
@@ -30,7 +31,6 @@ int64_t convolved(int64_t size, int64_t kernel, int64_t stride, int64_t padding)
               "of ", kernel, " and a padding of ", padding);
   return (size + 2 * padding - kernel) / stride + 1;
 }
-int64_t pooled(int64_t size) { return (size - 1) / 2 + 1; }
 
 }  // namespace
 
@@ -63,8 +63,8 @@ void conv_bn_relu_max_pool(const Tensor& x, const Tensor& weight, at::IntArrayRe
   }
   arguments.conv_height = convolved(arguments.height, weight.size(2), stride[0], padding[0]);
   arguments.conv_width = convolved(arguments.width, weight.size(3), stride[1], padding[1]);
-  arguments.out_height = pooled(arguments.conv_height);
-  arguments.out_width = pooled(arguments.conv_width);
+  arguments.out_height = max_pooled(arguments.conv_height);
+  arguments.out_width = max_pooled(arguments.conv_width);
   // The kernel lays out its rows with their padding, and the product of out's sizes may be that of another shape.
   TORCH_CHECK(!is_beyond_memory({arguments.height + 2 * padding[0], arguments.width + 2 * padding[1], x.size(1)}) &&
                   !is_beyond_memory({arguments.images, arguments.out_height, arguments.out_width, arguments.outputs}),

@@ -20,6 +20,10 @@ MAY_BE_EMPTY = ("WindowCenter", "WindowWidth", "VOILUTFunction", "RescaleSlope",
 
 
 def read_dicom(path: str | Path, value_range: ValueRange) -> Tensor:
+    """[1 or 3, H, W] of a DICOM file: uint8, or float32 in [0, 1], as `images.read_image` has it.
+
+    Raises ValueError if the file is damaged, of several frames, or needs a package or a decoder that is not installed.
+    """
     try:
         from pydicom import dcmread
         from pydicom.pixels.processing import apply_color_lut, apply_modality_lut

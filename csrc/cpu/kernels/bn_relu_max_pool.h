@@ -10,6 +10,9 @@
 
 namespace densenet_efficient {
 
+// Outputs along a dimension of ``size`` inputs.
+constexpr int64_t max_pooled(int64_t size) { return (size - 1) / 2 + 1; }
+
 struct MaxPoolForward {
   c10::ScalarType dtype;  // of x and out
   const void* x;          // [images * height * width, channels]

@@ -141,8 +141,8 @@ class Bands {
   }
 
  private:
-  // Of an image, those that ``conv_rows`` of the convolution see. No more of these than there are: a stride may be far
-  // beyond the image where they are one.
+  // Of an image, those that ``conv_rows`` of the convolution see. These must exist: where there is one alone, a stride
+  // may be far beyond the image.
   static int64_t rows_of(const ConvMaxPoolForward& p, int64_t conv_rows) {
     return (conv_rows - 1) * p.stride[0] + p.kernel[0];
   }
