@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -44,10 +43,10 @@ COLUMNS = ("DenseNet-201 of", "image", "as it was, MiB per image", "converted, M
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion", description=__doc__)
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<machine>-conversion.json")
+    results_file.add_output(parser, "conversion")
     options = parser.parse_args(arguments)
     header = results_file.describe_machine()
-    path = options.output or results_file.RESULTS / f"{header['machine']}-conversion.json"
+    path = options.output or results_file.default_path(header, "conversion")
     results = results_file.load(path, header)
     for source in options.sources:
         if source not in [row["source"] for row in results["rows"]]:

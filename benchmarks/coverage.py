@@ -34,10 +34,10 @@ OTHERS = ("-m", "each_capability")
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__)
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<machine>-coverage.json")
+    results_file.add_output(parser, "coverage")
     options, names = parts.parse(parser, PARTS, arguments)
     header = results_file.describe_machine()
-    path = options.output or results_file.RESULTS / f"{header['machine']}-coverage.json"
+    path = options.output or results_file.default_path(header, "coverage")
     FOLDER.mkdir(parents=True, exist_ok=True)
     for part in names:
         row = {"part": part, **PARTS[part]()}

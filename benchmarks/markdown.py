@@ -14,14 +14,23 @@ def figures_line(results: dict[str, Any]) -> str:
     header, first_steps = results["header"], results.get("first_step", [])
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
     device = "" if header["device"] == "cpu" else f"{header['device']}, driver {header['driver']}, "
-    machine = f"{device}{header['cpu']}, {header['cores']} cores, {header['instructions']}"
-    line = f"{machine}; {versions}; commit {header['commit']}, {header['date']}."
+    line = f"{device}{processor(header)}; {versions}; commit {header['commit']}, {header['date']}."
     if "rounds" in results:
         line += f" Times are medians of {results['rounds']} rounds."
     if first_steps:
         seconds = ", ".join(f"{row['implementation']} {row['seconds']:.1f} s" for row in first_steps)
         line += f" From starting Python to the end of {first_steps[0]['model']}'s first training step: {seconds}."
     return line + "".join(f" {sentence}" for sentence in _earlier(results))
+
+
+def machine(header: dict[str, Any]) -> str:
+    """What the figures are of: a GPU, or a CPU."""
+    return processor(header) if header["device"] == "cpu" else header["device"]
+
+
+def processor(header: dict[str, Any]) -> str:
+    """The CPU and what of it was used."""
+    return f"{header['cpu']}, {header['cores']} cores, {header['instructions']}"
 
 
 def _earlier(results: dict[str, Any]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from densenet_efficient.files import atomic_write
 
 from .cells import GRAPH
+from .workloads import workload_of
 
 # The palette of Okabe and Ito, told apart with every kind of colour vision; the marks differ as well.
 MARKS = {
@@ -50,11 +51,6 @@ def panels_of(results: dict[str, Any]) -> dict[tuple[str, str, int, int], list[d
         if row["step_ms"] and memory:
             panels.setdefault(workload_of(row), []).append(row | {"mib_per_image": memory})
     return panels
-
-
-def workload_of(row: dict[str, Any]) -> tuple[str, str, int, int]:
-    """Model, dtype, batch and size of a row."""
-    return row["model"], row["dtype"], row["batch"], row["size"]
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

@@ -13,7 +13,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from densenet_efficient import plan
@@ -63,10 +62,10 @@ GRID = [
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planner", description=__doc__)
     parser.add_argument("--models", nargs="+", help="of the grid alone these")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<machine>-planner.json")
+    results_file.add_output(parser, "planner")
     options = parser.parse_args(arguments)
     header = results_file.describe_machine()
-    path = options.output or results_file.RESULTS / f"{header['machine']}-planner.json"
+    path = options.output or results_file.default_path(header, "planner")
     results = results_file.load(path, header)
     measured = {_key(row): row for row in results["rows"]}
     results["rows"] = []

@@ -13,23 +13,23 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from densenet_efficient.files import atomic_write
 
-from . import blocking, coverage, markdown, uncovered
-from .cells import GRAPH
+from . import blocking, coverage, headline, markdown, uncovered, workloads
 from .conversion import table as conversion_table
 from .evidence import pictures, sections
 from .gpu_tiles_table import table as tiles_table
-from .picture import draw, panels_of, picture_path, workload_of
+from .picture import draw, picture_path
 from .planner import table as planner_table
-from .results import MEASURED, RESULTS, ROOT
+from .results import RESULTS, ROOT
 from .roofline import COLUMNS as ROOFLINE_COLUMNS
 from .roofline import Line, Roofline, table_cells, title, without_small_lines
 from .segmentation import table as segmentation_table
 from .soak import lines as soak_lines
+from .summary import summary
 from .trainer_table import table as trainer_table
+from .workloads import Results, Row
 
 DOCUMENTS = [
     ROOT / name
@@ -55,20 +55,6 @@ COLUMNS = (
     "MiB per image",
     "less",
 )
-TRAINING_COLUMNS = (
-    "torchvision",
-    "none",
-    "of it",
-    "bottleneck",
-    "of it",
-    "MiB per image: torchvision",
-    "none",
-    "bottleneck",
-)
-INFERENCE_COLUMNS = ("torchvision", "fastest other", "ours", "of the fastest")
-OURS = ("ours-none", "ours-bottleneck")
-Row = dict[str, Any]
-Results = dict[str, Any]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -98,6 +84,7 @@ def main(arguments: Sequence[str]) -> None:
     for kind, draw_picture in pictures.PICTURES.items():
         for machine in special[kind]:
             draw_picture(machine, options.pictures / pictures.picture_name(machine, kind))
+    headline.draw(results, options.pictures / headline.PICTURE)
     for document, text in filled.items():
         with atomic_write(document) as file:
             file.write(text.encode())
@@ -115,6 +102,8 @@ def fill(text: str, all_results: Sequence[Results], special: Mapping[str, Sequen
             raise ValueError(f"unknown benchmarks section {name!r}; expected one of {', '.join(SECTIONS)}")
         if name == "blocking":
             return f"{begin}{blocking_table((special or {}).get('roofline', ()))}\n{end}"
+        if name == "headline":
+            return f"{begin}{headline.section(all_results)}\n{end}"
         device, task = SECTIONS[name]
         if task in SPECIAL:
             texts = [SPECIAL[task](results) for results in (special or {}).get(task, ()) if _runs_on(device, results)]
@@ -166,68 +155,6 @@ def _step(row: Row) -> tuple[str, str, int, float, float]:
     return row["model"], row["dtype"], row["batch"], row["step_seconds"], row["copy_rate"]
 
 
-def summary(results: Results) -> str:
-    """One machine in two tables, a line per workload: ours beside the fastest of torchvision and of everything else."""
-    lines = [markdown.figures_line(results), ""]
-    workloads = {
-        task: [part for rows in _workloads(results, task) for part in _by_launch(rows)] for task in ("train", "infer")
-    }
-    if panels_of(results):
-        lines += [f"![step time against memory]({picture_path(results).as_posix()})", ""]
-        if any(row["implementation"].endswith(GRAPH) for row in results["rows"]):
-            lines += ["A CUDA graph stands at the memory of the same network when its kernels are launched.", ""]
-    if workloads["train"]:
-        lines += [*markdown.table(("training step", *TRAINING_COLUMNS), map(_training_cells, workloads["train"])), ""]
-    if workloads["infer"]:
-        lines += [*markdown.table(("inference", *INFERENCE_COLUMNS), map(_inference_cells, workloads["infer"])), ""]
-    if results.get("largest_batch"):
-        lines += [largest_batches(results["largest_batch"]), ""]
-    return "\n".join(lines)
-
-
-def _by_launch(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows that launch every kernel, and those that replay a CUDA graph, which are compared by themselves."""
-    launched = [row for row in rows if not row["implementation"].endswith(GRAPH)]
-    replayed = [
-        row | {"implementation": row["implementation"].removesuffix(GRAPH), "launch": ", in a CUDA graph"}
-        for row in rows
-        if row["implementation"].endswith(GRAPH)
-    ]
-    return [part for part in (launched, replayed) if any(row["implementation"] in OURS for row in part)]
-
-
-def _training_cells(rows: Sequence[Row]) -> list[str]:
-    fastest, smallest = _best_of_torchvision(rows)
-    ours = [next((row for row in rows if row["implementation"] == name), dict.fromkeys(MEASURED)) for name in OURS]
-    cells = [_title(rows[0]), markdown.number(fastest, "{:.0f} ms")]
-    for row in ours:
-        cells += [
-            markdown.number(row["step_ms"], "{:.0f} ms"),
-            markdown.number(markdown.ratio(row["step_ms"], fastest), "{:.2f}"),
-        ]
-    cells.append(markdown.number(smallest, "{:.1f}"))
-    for row in ours:
-        less = markdown.number(markdown.ratio(smallest, row["mib_per_image"]), " ({:.1f}x less)")
-        cells.append(markdown.number(row["mib_per_image"], "{:.1f}") + less)
-    return cells
-
-
-def _inference_cells(rows: Sequence[Row]) -> list[str]:
-    fastest, _ = _best_of_torchvision(rows)
-    timed = [row for row in rows if row["step_ms"]]
-    ours = min((row["step_ms"] for row in timed if row["implementation"] in OURS), default=None)
-    others = [row for row in timed if not row["implementation"].startswith(("ours", "torchvision"))]
-    other = min(others, key=lambda row: row["step_ms"], default=None)
-    peers = [time for time in (fastest, other and other["step_ms"]) if time]
-    return [
-        _title(rows[0]),
-        markdown.number(fastest, "{:.0f} ms"),
-        f"{other['step_ms']:.0f} ms ({other['implementation']})" if other else "",
-        markdown.number(ours, "{:.0f} ms"),
-        markdown.number(markdown.ratio(ours, min(peers, default=None)), "{:.2f}"),
-    ]
-
-
 def soak_list(results: Results) -> str:
     """What the last full run of the reliability suite survived."""
     (figures,) = results["rows"]
@@ -254,58 +181,29 @@ def tiles_tables(results: Results) -> str:
 
 def tables(results: Results, task: str) -> str:
     """One machine's tables of a task, one per workload, under a line that says what was measured where."""
-    workloads = _workloads(results, task)
-    if not workloads:
+    groups = workloads.of_task(results, task)
+    if not groups:
         return ""
-    return "\n".join([markdown.figures_line(results), "", *itertools.chain.from_iterable(map(table, workloads))])
-
-
-def _workloads(results: Results, task: str) -> list[list[Row]]:
-    """The rows of a task by workload."""
-    rows = sorted((row for row in results["rows"] if row["task"] == task), key=workload_of)
-    return [list(group) for _, group in itertools.groupby(rows, key=workload_of)]
+    return "\n".join([markdown.figures_line(results), "", *itertools.chain.from_iterable(map(table, groups))])
 
 
 def table(rows: Sequence[Row]) -> list[str]:
     """One workload in Markdown: time against the fastest torchvision variant, memory against plain."""
-    fastest, smallest_plain = _best_of_torchvision(rows)
+    torchvision = workloads.best_of_torchvision(rows)
     all_cells = []
     for row in rows:
         cells = [
             row["implementation"],
             row["layout"],
             markdown.number(row["step_ms"], "{:.0f} ms"),
-            markdown.number(markdown.ratio(row["step_ms"], fastest), "{:.2f}"),
+            markdown.number(markdown.ratio(row["step_ms"], torchvision["step_ms"]), "{:.2f}"),
             markdown.number(row["forward_ms"], "{:.0f} ms"),
             markdown.number(row["images_per_second"], "{:.1f}"),
             markdown.number(row["mib_per_image"], "{:.1f}"),
-            markdown.number(markdown.ratio(smallest_plain, row["mib_per_image"]), "{:.1f}x"),
+            markdown.number(markdown.ratio(torchvision["mib_per_image"], row["mib_per_image"]), "{:.1f}x"),
         ]
         all_cells.append(cells)
-    return [f"**{_title(rows[0])}**", "", *markdown.table(COLUMNS, all_cells, words=2), ""]
-
-
-def _best_of_torchvision(rows: Sequence[Row]) -> tuple[float | None, float | None]:
-    """The milliseconds of its fastest variant, and the MiB per image of its plain one."""
-    torchvision = [row for row in rows if row["implementation"].startswith("torchvision")]
-    plain = [row for row in torchvision if row["implementation"] == "torchvision"]
-    return (
-        min((row["step_ms"] for row in torchvision if row["step_ms"]), default=None),
-        min((row["mib_per_image"] for row in plain if row["mib_per_image"]), default=None),
-    )
-
-
-def _title(row: Row) -> str:
-    return f"{row['model']}, {row['dtype']}, batch {row['batch']}, {row['size']}x{row['size']}{row.get('launch', '')}"
-
-
-def largest_batches(rows: Sequence[Row]) -> str:
-    """The largest batch of each implementation, of one model."""
-    first = rows[0]
-    batches = ", ".join(f"{row['implementation']} {row['batch']}" for row in rows)
-    step = f"{first['dtype']} step of {first['model']}"
-    missing = "" if any(row["implementation"] in OURS for row in rows) else " Ours was not measured."
-    return f"The largest batch of {first['size']}x{first['size']} images whose {step} fits: {batches}.{missing}"
+    return [f"**{workloads.title(rows[0])}**", "", *markdown.table(COLUMNS, all_cells, words=2), ""]
 
 
 def _runs_on(device: str, results: Results) -> bool:
@@ -313,6 +211,7 @@ def _runs_on(device: str, results: Results) -> bool:
 
 
 SECTIONS = {
+    "headline": ("any machine", "train"),
     "summary-cpu": ("CPU", "summary"),
     "summary-gpu": ("GPU", "summary"),
     "training-cpu": ("CPU", "train"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -47,6 +48,28 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
+
+
+def add_output(parser: argparse.ArgumentParser, kind: str = "") -> None:
+    """The option that names the results file, else that of `default_path`."""
+    default = f"benchmarks/results/{_file_name('<machine>', kind)}"
+    parser.add_argument("--output", type=_file, metavar="FILE", help=f"default: {default}")
+
+
+def default_path(header: dict[str, Any], kind: str = "") -> Path:
+    """Where the machine's results of this kind are: of a training step and an inference without one."""
+    return RESULTS / _file_name(header["machine"], kind)
+
+
+def _file_name(machine: str, kind: str) -> str:
+    return f"{machine}-{kind}.json" if kind else f"{machine}.json"
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file, such as {path / 'results.json'}")
+    return path
 
 
 def load(path: Path, header: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from densenet_efficient.measure import DTYPES, TASKS, first_step_seconds
@@ -35,7 +34,7 @@ QUICK = ["--models=tiny", "--dtypes=float32", "--size=64", "--rounds=1", "--memo
 def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     header = results_file.describe_machine(options.device)
-    path = options.output or results_file.RESULTS / f"{header['machine']}.json"
+    path = options.output or results_file.default_path(header)
     results = results_file.load(path, header)
     cells = plan(options)
     if "times" in options.measure:
@@ -120,7 +119,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--compile-models", nargs="*", default=["densenet121"])
     parser.add_argument("--compile-dtypes", nargs="*", choices=DTYPES, default=["float32"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<machine>.json")
+    results_file.add_output(parser)
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs")
     options = parser.parse_args(arguments)
     if options.quick and options.output is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from densenet_efficient.measure import DTYPES, peak_memory_per_image
@@ -36,10 +35,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--size", nargs=2, type=int, default=[360, 480], help="height and width, as in CamVid")
     parser.add_argument("--batches", nargs=2, type=int, default=[1, 2], help="between which memory is compared")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<machine>-segmentation.json")
+    results_file.add_output(parser, "segmentation")
     options = parser.parse_args(arguments)
     header = results_file.describe_machine(options.device)
-    path = options.output or results_file.RESULTS / f"{header['machine']}-segmentation.json"
+    path = options.output or results_file.default_path(header, "segmentation")
     rows = [measure(model, options) for model in options.models]
     results_file.save(path, {"header": header, "rows": rows})
     print(f"wrote {path}", flush=True)

@@ -51,10 +51,10 @@ SENTENCES = {
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<machine>-soak.json")
+    results_file.add_output(parser, "soak")
     options = parser.parse_args(arguments)
     header = results_file.describe_machine()
-    path = options.output or results_file.RESULTS / f"{header['machine']}-soak.json"
+    path = options.output or results_file.default_path(header, "soak")
     begun = time.monotonic()
     with ThreadPoolExecutor(2) as pool, tempfile.TemporaryDirectory() as folder:
         outcomes = list(pool.map(lambda part: run(part, Path(folder), begun), PARTS))

@@ -39,10 +39,10 @@ Options = tuple[object, ...]
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trainer", description=__doc__)
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<machine>-training.json")
+    results_file.add_output(parser, "training")
     options, names = parts.parse(parser, MEASUREMENTS, arguments)
     header = results_file.describe_machine()
-    path = options.output or results_file.RESULTS / f"{header['machine']}-training.json"
+    path = options.output or results_file.default_path(header, "training")
     for name in names:
         print(f"measuring: {name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from benchmark_cases import HEADER, KEY
 
-from benchmarks import markdown, run
+from benchmarks import markdown, planner, run
 from benchmarks import results as results_file
 from benchmarks.cells import Cell, measure_times
 
@@ -39,6 +39,22 @@ def test_a_run_writes_a_header_and_one_row_per_measurement(tmp_path: Path) -> No
         assert set(row) == {*results_file.KEY, *results_file.MEASURED}
         assert row["images_per_second"] == pytest.approx(2e3 / row["step_ms"], rel=0.05)
         assert row["mib_per_image"] is None
+
+
+def test_a_folder_is_no_results_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before anything is measured."""
+    with pytest.raises(SystemExit):
+        run.main(["--models=tiny", f"--output={tmp_path}"])
+    expected = f"argument --output: {tmp_path} is a folder; name a file, such as {tmp_path / 'results.json'}"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(expected)
+
+
+def test_the_results_of_each_kind_have_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert results_file.default_path({"machine": "some-cpu"}).name == "some-cpu.json"
+    assert results_file.default_path({"machine": "some-cpu"}, "planner").name == "some-cpu-planner.json"
+    with pytest.raises(SystemExit):
+        planner.main(["--help"])
+    assert "default: benchmarks/results/<machine>-planner.json" in " ".join(capsys.readouterr().out.split())
 
 
 def test_running_a_cell_again_replaces_only_its_rows(tmp_path: Path) -> None:
