@@ -6,10 +6,11 @@ import warnings
 import pytest
 import test_segmentation
 import torch
+import torchvision
 from cases import assert_close, make_images, make_pair, needs_native, step
 from torch import nn
 
-from densenet_efficient import operators
+from densenet_efficient import convert, operators
 from densenet_efficient.dropout import Dropout, dropout
 
 pytestmark = [
@@ -39,6 +40,18 @@ def test_a_hooked_block_drops_what_the_operator_drops(backend, hooked, bottlenec
     fused, layered = (step(model, images, seed=1) for model in (efficient, by_layers))
     assert_close(layered, fused)
     assert_close(layered, step(naive, images, seed=1))
+
+
+@pytest.mark.parametrize("hooked", [0, 1])
+def test_a_hooked_block_of_a_converted_model_drops_what_the_original_drops(backend, hooked):
+    """A stem or a transition of ours gives it channels-last features, of which F.dropout would draw other numbers."""
+    torch.manual_seed(0)
+    original = torchvision.models.DenseNet(4, (2, 2), 6, bn_size=2, drop_rate=0.3, num_classes=5).double()
+    converted = copy.deepcopy(original)
+    convert(converted)
+    observe(layers_of(converted)[2 * hooked + 1])
+    images = make_images(*IMAGES)
+    assert_close(step(converted, images, seed=1), step(original, images, seed=1))
 
 
 @needs_native

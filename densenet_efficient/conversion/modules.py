@@ -67,8 +67,18 @@ class ConvertedBlock(Converted, StageBlock):
         return fusion.read_block(self, library.read_layer)
 
     def forward_by_layers(self, x: Tensor) -> Tensor:
-        """The original forward."""
-        return cast(Tensor, super(StageBlock, self).forward(x))
+        """The original forward.
+
+        Its dropout draws numbers in the order of the memory; the original's features are contiguous, ours are not.
+        """
+        is_laid_out_anew = self.training and self._has_dropout() and not fusion.tracer(x, self.training)
+        return cast(Tensor, super(StageBlock, self).forward(x.contiguous() if is_laid_out_anew else x))
+
+    def _has_dropout(self) -> bool:
+        return any(
+            isinstance(module, nn.Dropout) or getattr(module, "drop_rate", 0)  # a module's, or functional
+            for module in self.modules()
+        )
 
 
 class ConvertedSequential(Converted):
