@@ -20,8 +20,9 @@ def check_images(conv: Convolution, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a Tensor {shape}, got a {type(x).__name__}")
     if x.dim() != dims + 2:
-        # a convolution takes an image alone; batch_norm does not, or takes it for [N, C]
-        error = ValueError if x.dim() == dims + 1 and dims > 1 else RuntimeError
+        # a convolution takes an image alone, if of its channels; batch_norm does not, or takes it for [N, C]
+        is_convolved = x.dim() == dims + 1 and x.shape[0] == conv.in_channels
+        error = ValueError if is_convolved and dims > 1 else RuntimeError
         raise error(f"expected {dims + 2}D input {shape} (got {x.dim()}D input of size {tuple(x.shape)})")
     if x.shape[1] != conv.in_channels:
         raise RuntimeError(

@@ -118,13 +118,13 @@ def run_stage(
     elif torch.is_grad_enabled():
         inference.forget_stage(block)
     check_input(layers[0].norm1, layers[0].spatial_dims, x)
-    check_poolable(stage_exit, x)
     norms, exit_parameters = norms_of(layers, stage_exit), parameters_of_exit(stage_exit)
     parameters = [parameter for layer in layers for parameter in parameters_of(layer)]
     uses_running = [not fusion.uses_batch_statistics(norm) for norm in norms]
     running = [one for norm, uses in zip(norms, uses_running, strict=True) if uses for one in running_of(norm)]
     check_devices(x, (*parameters, *exit_parameters, *running))
     group, counts, total = _count_values(norms, pixels(x), x)
+    check_poolable(stage_exit, x)
     x = as_compute_dtype(x, [*parameters[2::3], *exit_parameters[2:]])  # the convolutions' weights
     drop_rate, masks = draw_masks(layers, stage_exit.conv if stage_exit.kind == TRANSITION_DOWN else None, x)
     with offloaded(block.offload, x, [*parameters, *exit_parameters]):

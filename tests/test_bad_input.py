@@ -20,6 +20,7 @@ BAD_IMAGES = {
     "1D": ({}, "train", torch.zeros(33), r"1D|33"),
     "2D": ({}, "train", torch.zeros(33, 47), r"2D|33, 47"),
     "3D": ({}, "train", torch.zeros(3, 33, 47), r"3, 33, 47|3D"),
+    "3D of other channels": ({}, "train", torch.zeros(2, 3, 33), r"3D"),
     "5D": ({}, "train", torch.zeros(1, 3, 1, 33, 47), r"5D|1, 3, 1, 33, 47"),
     "3D small": (CIFAR, "train", torch.zeros(3, 33, 47), r"3D"),
     "5D small": (CIFAR, "train", torch.zeros(1, 3, 1, 9, 9), r"5D|1, 3, 1, 9, 9"),
@@ -45,6 +46,7 @@ BAD_IMAGES = {
     "one value per channel after the stem": (
         {"block_config": (3,)}, "train", torch.zeros(1, 3, 4, 4), r"more than 1 value per channel",
     ),
+    "one value per channel, too small to pool": ({}, "train", torch.zeros(1, 3, 4, 4), r"more than 1 value"),
 }  # fmt: skip
 
 
