@@ -278,8 +278,8 @@ def run_children(children: list[nn.Module], x: Tensor, with_head: bool) -> tuple
 def run_features(children: list[nn.Module], x: Tensor) -> Tensor:
     """The output of a sequence; what its last norm makes is contiguous where ``x`` is, for users call `view` on it."""
     output = run_children(children, x, with_head=False)[0]
-    if not children or not fusion.is_last_norm(children[-1]) or fusion.tracer(x, children[-1].training):
-        return output
+    if not children or fusion.tracer(x, children[-1].training) or not fusion.is_last_norm(children[-1]):
+        return output  # a tracer first: of torch.fx it would see that the norm's weight is read
     return output.contiguous() if x.is_contiguous() else output
 
 

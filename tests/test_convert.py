@@ -381,6 +381,18 @@ def test_fx_extracts_features(backend, name, level):
     assert_close(results[1], results[0])
 
 
+@every_library
+@pytest.mark.filterwarnings("ignore:a dense block runs layer by layer")
+def test_fx_sees_what_it_sees_of_the_original(name):
+    """And nothing more, on which those who rewrite graphs fail, as torch.ao's quantisation."""
+    original, converted = make_models(name)
+    convert(converted)
+    graphs = [torch.fx.symbolic_trace(model).graph for model in (original, converted)]
+    seen = [[(node.op, node.target) for node in graph.nodes] for graph in graphs]
+    assert len(seen[0]) > 30
+    assert seen[1] == seen[0]
+
+
 @pytest.mark.parametrize(
     "make",
     [torchvision.models.densenet201, lambda: timm.create_model("densenet201")],
