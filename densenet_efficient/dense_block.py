@@ -145,7 +145,9 @@ def _convolve_pooled_backward(
     pooled_grad = kernels.empty_kept(pooled, *pooled.shape)
     if not _has_native_products(pooled):
         products.multiply(out_grad, weight.flatten(1).to(out_grad.dtype), pooled_grad)
-        return pooled_grad, products.multiply_transposed(out_grad, pooled).view_as(weight) if weight_needed else None
+        if not weight_needed:
+            return pooled_grad, None
+        return pooled_grad, _as_pointwise(products.multiply_transposed(out_grad, pooled), weight)
     plane = weight.flatten(1)[:, :, None, None]
     weight_grad = pooled.new_empty(plane.shape) if weight_needed else None
     scale, shift = _identity(pooled.shape[1], pooled)
@@ -154,7 +156,16 @@ def _convolve_pooled_backward(
         out_grad, out_grad, nothing, nothing, nothing,
         pooled, shift, scale, shift, plane, pooled_grad.zero_(), weight_grad, *pooled.new_empty(2, *scale.shape),
     )  # fmt: skip
-    return pooled_grad, None if weight_grad is None else weight_grad.view_as(weight)
+    return pooled_grad, None if weight_grad is None else _as_pointwise(weight_grad, weight)
+
+
+def _as_pointwise(grad: Tensor, weight: Tensor) -> Tensor:
+    """[K, C] numbers as the gradient of a 1x1 convolution's weight, of its own strides where these are of rows.
+
+    Contiguous and channels-last are then the same but for the strides of axes of one, which DDP compares and warns of.
+    """
+    is_rows = weight.flatten(1).is_contiguous()
+    return grad.as_strided(weight.shape, weight.stride()) if is_rows else grad.view_as(weight)
 
 
 def _pool(stage: Stage, storage: Tensor, statistics: Tensor, size: spatial.Size) -> Tensor:
@@ -236,7 +247,8 @@ def _backward_transition_down(
         spread, spread, nothing, nothing, nothing,
         storage, affine.mean, affine.scale, affine.shift, stage.exit_conv, grad, conv_grad, sum_grad, sum_grad_x,
     )  # fmt: skip
-    return [projection.add(stage.exit_norm, affine, sum_grad, sum_grad_x, storage.shape[0]), sum_grad, conv_grad]
+    norm_grad = projection.add(stage.exit_norm, affine, sum_grad, sum_grad_x, storage.shape[0])
+    return [norm_grad, sum_grad, None if conv_grad is None else _as_pointwise(conv_grad, stage.exit_conv)]
 
 
 def _unpool(images: Tensor, out_grad: Tensor) -> Tensor:

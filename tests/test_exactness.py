@@ -33,6 +33,7 @@ from torch import nn
 from densenet_efficient import dense_layers, kernels
 from densenet_efficient.modules import DenseBlock
 from densenet_efficient.reference import NaiveDenseBlock
+from densenet_efficient.segmentation import FCDenseNet
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nan_memory")
 
@@ -160,6 +161,23 @@ def test_channels_last_models(backend, level, small_inputs):
     pair = make_pair(checkpointing=level, small_inputs=small_inputs)
     images = make_images(2, 3, 18, 14).contiguous(memory_format=torch.channels_last)
     assert_same_steps([model.to(memory_format=torch.channels_last) for model in pair], images)
+
+
+@pytest.mark.parametrize(
+    ("make", "transition", "strides"),
+    [
+        (lambda: make_pair()[1], "features.transition1", (18, 1, 18, 18)),
+        (lambda: FCDenseNet(3, (2, 2), 6).double(), "transitions_down.0", (12, 1, 12, 12)),
+    ],
+    ids=["EfficientDenseNet", "FCDenseNet"],
+)
+def test_gradients_of_a_channels_last_model_are_laid_out_as_its_parameters(backend, make, transition, strides):
+    """To the strides of axes of one, which DistributedDataParallel compares and warns of."""
+    model = make().to(memory_format=torch.channels_last)
+    loss_of(model(make_images(2, 3, 18, 14))).backward()
+    assert model.get_parameter(f"{transition}.conv.weight").grad.stride() == strides
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.stride() == parameter.stride(), name
 
 
 @every_level
