@@ -20,7 +20,7 @@ from . import kernels
 from .batch_norm import Affine, Norm, Projection
 from .dropout import drop
 from .kernels import spatial
-from .layout import as_rows, is_channels_last
+from .layout import as_rows, empty_gradient
 from .stage import Stage, StageOutput
 
 MOST_PARTS = 4  # of the images, where bottlenecks are recomputed in parts
@@ -257,12 +257,7 @@ class _LayerBackward:
         return sum_grad, sum_grad_x
 
     def _like(self, weight: Tensor, needed: bool) -> Tensor | None:
-        """Of the weight's own layout where kernels write it, otherwise contiguous."""
-        if not needed:
-            return None
-        is_written = weight.is_contiguous() or is_channels_last(weight)
-        memory_format = torch.preserve_format if is_written else torch.contiguous_format
-        return torch.empty_like(weight, dtype=self.affine.mean.dtype, memory_format=memory_format)
+        return empty_gradient(weight, self.affine.mean.dtype) if needed else None
 
     def _scratch(self, name: str, rows: int, channels: int) -> Tensor:
         """One buffer serves every layer of the block."""

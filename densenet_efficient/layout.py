@@ -29,6 +29,13 @@ def is_channels_last(images: Tensor) -> bool:
     return images.dim() in MEMORY_FORMATS and images.is_contiguous(memory_format=MEMORY_FORMATS[images.dim()])
 
 
+def empty_gradient(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the weight's own layout where kernels write it, otherwise contiguous."""
+    is_written = weight.is_contiguous() or is_channels_last(weight)
+    memory_format = torch.preserve_format if is_written else torch.contiguous_format
+    return torch.empty_like(weight, dtype=dtype, memory_format=memory_format)
+
+
 def channels_last(images: Tensor) -> Tensor:
     """``images`` itself where it is channels-last, else a copy that is."""
     if images.dim() in MEMORY_FORMATS:

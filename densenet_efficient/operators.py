@@ -17,7 +17,7 @@ from torch import Tensor
 from .batch_norm import Norm
 from .dense_block import backward_stage, forward_stage
 from .kernels import accumulation_dtype, spatial
-from .layout import as_images, empty_images
+from .layout import as_images, empty_gradient, empty_images
 from .registration import register, register_autograd, register_fake
 from .stage import NO_EXIT, Layer, Stage, StageOutput, pooling_window
 from .stem import Stem, StemOutput, backward_stem, forward_stem
@@ -242,7 +242,7 @@ def _fake_stage_backward(
     images, _, *size = features.shape
     channels = _input_channels(features, parameters, bottleneck)
     x = as_images(features.new_empty(images * math.prod(size), channels), *size)
-    gradients = [x, *(parameter.new_empty(parameter.shape) for parameter in [*parameters, *exit_parameters])]
+    gradients = [x, *(empty_gradient(parameter, parameter.dtype) for parameter in [*parameters, *exit_parameters])]
     return [gradient for gradient, wanted in zip(gradients, needed, strict=True) if wanted]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import LEVELS, MODES, VARIANTS, assert_close, loss_of, make_images, make_pair, needs_native, state_of, step
 from kernel_cases import Factory, cast
+from torch._subclasses import FakeTensorMode
 
 from densenet_efficient import EfficientDenseNet
 from densenet_efficient import stem as stem_module
@@ -314,6 +315,22 @@ def test_compiles_to_a_full_graph(backend, variant, level, mode):
         result = step(compiled, images)
         assert_close({name.replace("_orig_mod.", ""): value for name, value in result.items()}, expected)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"bottleneck": False}], ids=str)
+def test_gradients_of_a_channels_last_model_are_laid_out_as_torch_compile_expects(backend, arguments):
+    """Inductor stops where strides are others than those of the fake tensors."""
+    _, model = make_pair(**arguments)
+    model.to(memory_format=torch.channels_last)
+    parameters = list(model.parameters())
+
+    def strides():
+        images = torch.zeros(2, 3, 18, 14, dtype=torch.float64)
+        return [gradient.stride() for gradient in torch.autograd.grad(model(images).sum(), parameters)]
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        expected = strides()
+    assert strides() == expected
 
 
 def test_compiles_with_inductor(backend):
