@@ -1,6 +1,8 @@
 """The cases of the kernels: random arguments of each operation of the contract, laid out as a dense block has them."""
 
+import ctypes
 import math
+import mmap
 from typing import Any, NamedTuple
 
 import torch
@@ -236,6 +238,18 @@ def run(backend, case, arguments, place=in_slot):
     return {name: placed[name] for name in case.written}
 
 
+def at_the_end_of_memory(tensor):
+    """The same in front of a page that may not be accessed: who reads or writes beyond a tensor is killed."""
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
+    whole = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, whole + mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + whole
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, 0) == 0
+    placed = torch.frombuffer(memory, dtype=tensor.dtype, offset=whole - tensor.nbytes, count=tensor.numel())
+    return placed.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
 def in_storage(name, value):
     """Whether the argument is a matrix [M, C], which a caller may take out of a wider one."""
     return isinstance(value, torch.Tensor) and value.dim() == 2 and name != "affine"
@@ -282,6 +296,17 @@ def assert_nothing(results):
     """Statistics and sums over no rows are zero."""
     names = ("mean", "variance", "grad_weight", "sum_grad", "sum_grad_x")
     assert all(not results[name].any() for name in names if name in results)
+
+
+def assert_nothing_beyond_is_touched(backend, case, arguments):
+    """Whatever is touched beyond an argument kills the process; the results are those of any other place."""
+    expected = run(backend, case, arguments)
+    layouts = (torch.Tensor.clone, torch.Tensor.contiguous) if case.operation == "write_with_statistics" else (copied,)
+    for layout in layouts:
+        placed = arguments | {"x": layout(arguments["x"])} if "x" in arguments else arguments
+        placed = {name: at_the_end_of_memory(value) for name, value in placed.items()}
+        getattr(backend, case.operation)(**placed)
+        assert all(same_values(placed[name], value) for name, value in expected.items())
 
 
 def assert_same_finite(results, expected):

@@ -6,6 +6,7 @@ strides and dtypes, missing barriers, memory that nobody wrote.
 """
 
 import ctypes
+import mmap
 from types import SimpleNamespace
 
 import kernel_cases
@@ -14,16 +15,19 @@ import torch
 from cases import needs_gpu, needs_native
 from cuda_shim.build import library_path
 from kernel_cases import (
+    BOUNDARY,
     FLOORS,
     LAYOUTS,
     OVER_ROWS,
     Factory,
     assert_norms_of_any_stride,
     assert_nothing,
+    assert_nothing_beyond_is_touched,
     assert_same_finite,
     assert_the_first_of_equal_maxima,
     cast,
     in_slot,
+    in_storage,
     run,
     write_images,
 )
@@ -109,6 +113,75 @@ def test_windows_of_the_average_pooling(operators, window, dtype):
         operators.assert_exact(images.bn_relu_avg_pool(window), dtype, packed_and_aligned)
         for accumulate in (True, False):
             operators.assert_exact(images.bn_relu_avg_pool_backward(window, accumulate), dtype, packed_and_aligned)
+
+
+def aligned_slot(matrix):
+    """The first channels of a wider storage, whose rows all begin at a multiple of 16 bytes."""
+    rows, columns = matrix.shape
+    return matrix.new_full((rows, 48), BOUNDARY)[:, :columns].copy_(matrix)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [3, 12, 17, 24])  # 24 are of whole pieces of 16 bytes in every dtype
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name in OVER_ROWS])
+def test_nothing_beside_an_aligned_slot_is_written(operators, operation, channels, dtype):
+    case = getattr(factory((2, 3, 5, channels)), operation)()
+    for result in run(operators, case, operators.arguments_of(case, dtype), aligned_slot).values():
+        if result.dim() == 2:
+            assert (result._base[:, channels:] == BOUNDARY).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_nothing_beyond_the_tensors_is_touched(shim, operation, dtype):
+    for channels in (3, 24):
+        case = getattr(factory((2, 3, 5, channels)), operation)()
+        assert_nothing_beyond_is_touched(shim, case, shim.arguments_of(case, dtype))
+
+
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name in OVER_ROWS])
+def test_one_matrix_that_is_not_aligned(operators, operation):
+    """Beside others that are: an access of 16 bytes from any other address is a fault."""
+    case = getattr(factory((2, 7, 5, 24)), operation)()
+    arguments = operators.arguments_of(case, torch.bfloat16)
+    expected = run(operators, case, arguments, aligned_slot)
+
+    def beginning_elsewhere(matrix):
+        return matrix.new_zeros(len(matrix), 48)[:, 1 : 1 + matrix.shape[1]].copy_(matrix)
+
+    def of_another_stride(matrix):
+        return matrix.new_zeros(len(matrix), 49)[:, : matrix.shape[1]].copy_(matrix)
+
+    for odd in [value for name, value in arguments.items() if in_storage(name, value)]:
+        for place_odd in (beginning_elsewhere, of_another_stride):
+
+            def place(matrix, odd=odd, place_odd=place_odd):
+                return place_odd(matrix) if matrix is odd else aligned_slot(matrix)
+
+            results = run(operators, case, arguments, place)
+            assert all(torch.equal(results[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("operation", "geometry", "window"),
+    [
+        ("channel_stats", (1, 91, 91, 256), []),
+        ("project_gradient", (1, 182, 182, 256), []),
+        ("bn_relu_avg_pool", (1, 91, 91, 256), [(1, 1)]),
+        ("bn_relu_avg_pool_backward", (1, 91, 91, 256), [(1, 1)]),
+        ("bn_relu_max_pool", (1, 16500, 1, 256), []),
+    ],
+)
+def test_more_rows_than_the_blocks_take_at_once(operators, operation, geometry, window):
+    """So that a block works on several groups of rows, and more than 32 blocks leave their sums to be added."""
+    operators.assert_exact(getattr(factory(geometry), operation)(*window), torch.float64, torch.Tensor.clone)
+
+
+@pytest.mark.parametrize("layout", ["channels-last", "contiguous"])
+def test_images_of_more_rows_than_the_blocks_take_at_once(operators, layout):
+    write_images(
+        operators, operators.arguments_of(factory((2, 91, 46, 256)).write_with_statistics(), torch.float64)["x"], layout
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -261,9 +334,65 @@ def test_rows_that_are_no_images(operators, operation, size):
         getattr(operators, operation)(**operators.arguments_of(case, torch.float32) | size)
 
 
+def test_more_pixels_than_kernels_count(operators):
+    """Without channels they take no memory."""
+    x, vector = torch.empty(2**31, 0, device=operators.device), torch.empty(0, device=operators.device)
+    images, size = x.view(2**16, 2**15, 0).transpose(1, 2), (2**15, 2**16)
+    for name, arguments in {
+        "write_with_statistics": (images, x, vector, vector),
+        "bn_relu_avg_pool": (x, vector, vector, *size, 1, 1, x),
+        "bn_relu_avg_pool_backward": (x, x, vector, vector, vector, *size, 1, 1, x, False, vector, vector),
+        "bn_relu_max_pool": (x, vector, vector, *size, x[: 2**29]),
+        "bn_relu_max_pool_backward": (x[: 2**29], x, vector, vector, vector, *size, x, vector, vector),
+    }.items():
+        with pytest.raises(RuntimeError, match="at most 2147481600 pixels, got 2147483648; use a smaller batch"):
+            getattr(operators, name)(*arguments)
+
+
 def test_the_mathematics_on_vectors(shim):
     """As the CPU kernels have them: csrc/batch_norm.h is written once."""
     assert ctypes.CDLL(str(library_path())).vectors_agree_with_numbers()
+
+
+def reserved(elements, like):
+    """Memory of which the pages that are touched exist: on the CPU torch would fill it."""
+    if like.is_cuda:
+        return like.new_empty(elements)
+    return torch.frombuffer(mmap.mmap(-1, elements * like.dtype.itemsize), dtype=like.dtype)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name in OVER_ROWS])
+def test_more_than_2_to_the_31_elements_in_one_storage(operators, operation):
+    """The last row of each matrix lies beyond."""
+
+    def place(matrix):
+        rows = len(matrix)
+        stride = 2**31 // (rows - 1) // 64 * 64 + 64
+        return reserved(rows * stride, matrix).as_strided(matrix.shape, (stride, 1)).copy_(matrix)
+
+    case = getattr(factory((1, 8, 10, 24)), operation)()
+    arguments = operators.arguments_of(case, torch.bfloat16)
+    expected = run(operators, case, arguments)
+    results = run(operators, case, arguments, place)
+    assert all(torch.equal(results[name], value) for name, value in expected.items())
+    del results
+    if operators.device == "cuda":
+        torch.cuda.empty_cache()  # other processes test on this card too
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("strides", [(2**30, 3, 1), (3, 2**30, 1), (3, 1, 2**30)], ids=str)
+def test_images_of_more_than_2_to_the_31_elements(operators, strides):
+    """Between images, between channels or between pixels."""
+    x = reserved(2**31 + 16, torch.empty(0, dtype=torch.bfloat16, device=operators.device))
+    images = x.as_strided((3, 3, 3), strides)
+    numbers = torch.arange(27, device=operators.device).view(3, 3, 3)
+    images.copy_(numbers)
+    out, (mean, variance) = images.new_empty(9, 3), torch.empty(2, 3, device=operators.device)
+    operators.write_with_statistics(images, out, mean, variance)
+    assert torch.equal(out, numbers.transpose(1, 2).reshape(9, 3).bfloat16())
+    assert mean.tolist() == [10, 13, 16]
 
 
 # ---- on a card alone
@@ -305,27 +434,6 @@ def test_a_captured_graph_and_another_stream(operators, operation):
     for name, value in expected.items():
         assert torch.equal(on_stream[name], value)
         assert torch.equal(written[name], value)
-
-
-@needs_gpu
-@pytest.mark.large
-@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name in OVER_ROWS])
-@pytest.mark.parametrize("operators", ["card"], indirect=True)
-def test_more_than_2_to_the_31_elements_in_one_storage(operators, operation):
-    """A row stride of 2^25 elements puts the last of 70 rows beyond 2^31."""
-    rows, stride = 70, 2**25
-
-    def place(matrix):
-        storage = torch.empty(rows * stride, dtype=matrix.dtype, device=matrix.device)
-        return storage.as_strided(matrix.shape, (stride, 1)).copy_(matrix)
-
-    case = getattr(factory((1, 7, 10, 24)), operation)()
-    arguments = operators.arguments_of(case, torch.bfloat16)
-    expected = run(operators, case, arguments)
-    results = run(operators, case, arguments, place)
-    assert all(torch.equal(results[name], value) for name, value in expected.items())
-    del results
-    torch.cuda.empty_cache()  # other processes test on this card too
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

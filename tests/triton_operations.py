@@ -18,8 +18,10 @@ from kernel_cases import (
     Factory,
     assert_norms_of_any_stride,
     assert_nothing,
+    assert_nothing_beyond_is_touched,
     assert_same_finite,
     assert_statistics_of_stored,
+    assert_the_first_of_equal_maxima,
     cast,
     run,
     write_images,
@@ -94,6 +96,11 @@ def test_more_outputs_than_one_program_computes(operation):
         assert_exact(getattr(Factory(1, 2, 3, 5, 261), operation)(), dtype)
 
 
+@pytest.mark.parametrize("operation", [name for name in CONTRACT if name not in OVER_ROWS])
+def test_more_channels_than_one_program_takes(operation):
+    assert_exact(getattr(Factory(1, 1, 1, 300, 1), operation)(), torch.float32)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="a card takes them where rows are many")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("operation", ["bn_relu_conv3x3", "bn_relu_conv3x3_backward"])
@@ -134,6 +141,18 @@ def test_windows_of_the_average_pooling(window):
         assert_exact(factory.bn_relu_avg_pool_backward(window, accumulate=False), dtype)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="a card's memory goes on behind a tensor")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operation", CONTRACT)
+def test_nothing_beyond_the_tensors_is_touched(operation, dtype):
+    for outputs in (20, 48):
+        case = getattr(Factory(2, 5, 4, 33, outputs), operation)()
+        arguments = arguments_of(case, dtype)
+        if operation in OVER_ROWS and "weight" in arguments:  # so that kernels take it as it is
+            arguments["weight"] = arguments["weight"].contiguous(memory_format=torch.channels_last)
+        assert_nothing_beyond_is_touched(backend, case, arguments)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("operation", ["bn_relu_conv3x3_backward", "bn_relu_avg_pool_backward"])
 def test_gradient_is_assigned_where_it_does_not_accumulate(operation, dtype):
@@ -169,6 +188,15 @@ def test_statistics_far_from_zero_of_many_tiles():
     variance, mean = torch.var_mean(arguments["x"].double(), 0, correction=0)
     torch.testing.assert_close(results["mean"].double(), mean, rtol=1e-6, atol=0)
     torch.testing.assert_close(results["variance"].double(), variance, rtol=2e-5, atol=0)
+
+
+def test_statistics_of_constants():
+    """Of each channel another one: what many programs have found alike is merged to the last bit."""
+    x = (torch.randn(64, generator=torch.Generator().manual_seed(0)) * 1e3).to(DEVICE).expand(28 * 256, 64)
+    mean, variance = torch.full((2, 64), torch.nan, device=DEVICE)
+    backend.channel_stats(x.contiguous(), mean, variance)
+    assert torch.equal(mean, x[0])
+    assert not variance.any()
 
 
 def test_partial_results_of_more_programs_than_are_merged_at_once():
@@ -221,12 +249,16 @@ def test_the_same_bits_in_every_run(operation, dtype):
         assert all(torch.equal(results[name], value) for name, value in expected.items())
 
 
+def test_the_first_of_equal_maxima():
+    assert_the_first_of_equal_maxima(backend, DEVICE)
+
+
 def test_norms_of_any_stride():
     assert_norms_of_any_stride(backend, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("operation", ["bn_relu_conv3x3", "bn_relu_conv3x3_backward"])
+@pytest.mark.parametrize("operation", [name for name in CONTRACT if "conv" in name])
 def test_weights_of_any_stride(operation, dtype):
     """Every second channel of a wider one, channels last: torch calls it channels-last already."""
     case = getattr(Factory(2, 5, 4, 32, 48), operation)()
@@ -254,22 +286,35 @@ def test_no_images(operation):
     assert_nothing(results)
 
 
-# A row stride of 2^25 elements puts the last of 70 rows beyond 2^31; of each row a page is touched.
+# The last row of each matrix lies beyond 2^31 elements; of each row a page is touched.
 @pytest.mark.large
 @pytest.mark.parametrize("operation", OVER_ROWS)
 def test_more_than_2_to_the_31_elements_in_one_storage(operation):
-    rows, stride = 70, 2**25
-    assert (rows - 1) * stride > 2**31
-
     def place(matrix):
+        rows = len(matrix)
+        stride = 2**31 // (rows - 1) // 64 * 64 + 64
         storage = torch.empty(rows * stride, dtype=matrix.dtype, device=DEVICE)
         return storage.as_strided(matrix.shape, (stride, 1)).copy_(matrix)
 
-    case = getattr(Factory(1, 7, 10, 24, 8), operation)()
-    arguments = arguments_of(case, torch.bfloat16)
-    expected = run(backend, case, arguments)
-    results = run(backend, case, arguments, place)
-    assert all(torch.equal(results[name], value) for name, value in expected.items())
+    for unneeded in ([], *(names for name, names in UNNEEDED if name == operation)):  # which other kernels may compute
+        case = getattr(Factory(1, 8, 10, 24, 8), operation)().without(*unneeded)
+        arguments = arguments_of(case, torch.bfloat16)
+        expected = run(backend, case, arguments)
+        results = run(backend, case, arguments, place)
+        assert all(torch.equal(results[name], value) for name, value in expected.items())
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("strides", [(2**30, 3, 1), (3, 2**30, 1), (3, 1, 2**30)], ids=str)
+def test_images_of_more_than_2_to_the_31_elements(strides):
+    """Between images, between channels or between pixels."""
+    images = torch.empty(2**31 + 16, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 3, 3), strides)
+    numbers = torch.arange(27, device=DEVICE).view(3, 3, 3)
+    images.copy_(numbers)
+    out, (mean, variance) = images.new_empty(9, 3), torch.empty(2, 3, device=DEVICE)
+    backend.write_with_statistics(images, out, mean, variance)
+    assert torch.equal(out, numbers.transpose(1, 2).reshape(9, 3).bfloat16())
+    assert mean.tolist() == [10, 13, 16]
 
 
 def test_more_pixels_than_kernels_count():
