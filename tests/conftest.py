@@ -9,7 +9,8 @@ from cases import CPU_BACKENDS, needs_native
 from densenet_efficient import kernels
 
 # torch brings Triton on Linux only.
-collect_ignore = [] if find_spec("triton") else ["test_triton_compile.py", "test_triton_kernels.py"]
+NEED_TRITON = ["test_triton_compile.py", "test_triton_kernels.py", "test_triton_launch.py"]
+collect_ignore = [] if find_spec("triton") else NEED_TRITON
 
 
 def pytest_configure(config):

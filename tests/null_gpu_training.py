@@ -5,6 +5,7 @@
 
 import ctypes
 import os
+import struct
 
 import pytest
 import torch
@@ -22,6 +23,19 @@ class Counts(ctypes.Structure):
     """`null_gpu_counts` of null_gpu.h."""
 
     _fields_ = [(name, ctypes.c_long) for name in FIELDS]
+
+
+class Latest(ctypes.Structure):
+    """`null_gpu_launch` of null_gpu.h."""
+
+    _fields_ = [
+        ("kernel", ctypes.c_size_t),
+        ("blocks", ctypes.c_uint * 3),
+        ("threads", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("first_argument", ctypes.c_size_t),
+        ("zero_bytes", ctypes.c_size_t),
+    ]
 
 
 COUNTS = Counts.in_dll(LIBRARY, "null_gpu_counts")
@@ -150,6 +164,68 @@ def test_where_cuda_refuses_changes_all_is_launched():
         step = counted(training.keeping_steps, 1)
         assert step["launches"] + step["launches_in_graphs"] == first["launches"]
     assert step["graph_launches"] < 2 * STAGES
+
+
+def latest():
+    """What the GPU was told of the latest launch, which it forgets."""
+    launch = Latest.in_dll(LIBRARY, "null_gpu_latest")
+    told = [tuple(value) if isinstance(value, ctypes.Array) else value for value in map(launch.__getattribute__, NAMES)]
+    ctypes.memset(ctypes.byref(launch), 0, ctypes.sizeof(launch))
+    return tuple(told)
+
+
+NAMES = [name for name, _ in Latest._fields_]
+# One by one, in a graph that is made, in two more graphs, and in one that is changed.
+TURNS = (0, 0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("memory", [1, 2], ids=["given", "result"])
+def test_a_launch_is_as_it_was_recorded(memory):
+    given = [torch.empty(1024, device="cuda") for _ in TURNS]
+    tape = _C.LaunchTape(0, given[:1])
+    tape.add_result(torch.empty(8, device="cuda"))
+    tape.add_launch(5000, (2, 3, 4), 64, 48, struct.pack("Pi", 0, 7), [0, 8], [(0, memory, 16)])
+    kept = []
+    for index in TURNS:
+        kept += tape.repeat([given[index]])
+        place = (given[index] if memory == 1 else kept[-1]).data_ptr()
+        assert latest() == (5000, (2, 3, 4), (64, 1, 1), 48, place + 16, 0)
+
+
+def test_zeros_are_where_they_were_recorded():
+    given = [torch.empty(1024, device="cuda") for _ in TURNS]
+    tape = _C.LaunchTape(0, given[:1])
+    tape.add_zeros(1, 32, 100)
+    for index in TURNS:
+        tape.repeat([given[index]])
+        assert latest() == (0, (0, 0, 0), (0, 0, 0), 0, given[index].data_ptr() + 32, 100)
+
+
+def test_the_current_stream_takes_the_launches():
+    memory = torch.empty(1024, device="cuda")
+    tape = _C.LaunchTape(0, [memory])
+    tape.add_zeros(1, 0, 16)
+    used = ctypes.c_size_t.in_dll(LIBRARY, "null_gpu_stream")
+    for _ in range(3):  # one by one and as a graph
+        for stream in (torch.cuda.Stream(), torch.cuda.default_stream()):
+            with torch.cuda.stream(stream):
+                tape.repeat([memory])
+            assert used.value == stream.cuda_stream
+
+
+def test_results_are_laid_out_as_those_recorded():
+    images = torch.empty(2, 4, 3, 5, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    tape = _C.LaunchTape(0, [torch.empty(4, device="cuda")])
+    for result in (images, images[:, 1:3], torch.empty(7, device="cuda")[2:]):
+        tape.add_result(result)
+    first, second = (tape.repeat([torch.empty(4, device="cuda")]) for _ in range(2))
+    for results in (first, second):
+        whole, cut, vector = results
+        assert (whole.dtype, whole.shape, whole.stride()) == (torch.bfloat16, (2, 4, 3, 5), (60, 1, 20, 4))
+        assert (cut.shape, cut.stride(), cut.storage_offset()) == ((2, 2, 3, 5), (60, 1, 20, 4), 1)
+        assert (vector.dtype, vector.shape, vector.storage_offset()) == (torch.float32, (5,), 2)
+        assert [result.untyped_storage().nbytes() for result in results] == [240, 240, 28]
+    assert not {result.data_ptr() for result in first} & {result.data_ptr() for result in second}
 
 
 def test_where_there_is_no_room_for_another_graph_the_oldest_is_changed():

@@ -184,6 +184,13 @@ def test_other_operations_spill_no_registers(architecture, compiled, tmp_path):
     assert_fast(compiled, architecture, tmp_path)
 
 
+def test_few_channels_compile(architecture, compiled):
+    """Tensor cores multiply sixteen by sixteen at least."""
+    for dtype in (torch.bfloat16, torch.float32):
+        Layer(dtype, 2, 8, 6, 4, 2).convolutions()
+    assert len(compiled) > 10
+
+
 def test_a_layer_more_compiles_nothing_new(architecture, compiled):
     """The channels grow from layer to layer: they are arguments, not constants of the kernels."""
     Layer(torch.bfloat16, 256, 14, 512, 128, 32).convolutions()

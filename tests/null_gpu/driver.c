@@ -33,19 +33,32 @@ CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfuncti
 CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdeviceptr pointer) {
   return *(CUdeviceptr*)value = pointer, CUDA_SUCCESS;
 }
+static void note(CUDA_KERNEL_NODE_PARAMS launch) {
+  null_gpu_latest = (struct null_gpu_launch){
+      .kernel = (uintptr_t)launch.func,
+      .blocks = {launch.gridDimX, launch.gridDimY, launch.gridDimZ},
+      .threads = {launch.blockDimX, launch.blockDimY, launch.blockDimZ},
+      .shared_bytes = launch.sharedMemBytes,
+      .first_argument = *(uintptr_t*)launch.kernelParams[0],
+  };
+}
 CUresult cuLaunchKernelEx(const CUlaunchConfig* configured, CUfunction kernel, void** arguments, void** extra) {
   return ++null_gpu_counts.launches, CUDA_SUCCESS;
 }
 CUresult cuLaunchKernel(CUfunction kernel, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
                         unsigned threads_z, unsigned shared, CUstream stream, void** arguments, void** extra) {
+  note((CUDA_KERNEL_NODE_PARAMS){kernel, x, y, z, threads, threads_y, threads_z, shared, arguments});
+  null_gpu_stream = (uintptr_t)stream;
   return ++null_gpu_counts.launches, CUDA_SUCCESS;
 }
 CUresult cuGraphAddKernelNode(CUgraphNode* node, CUgraph graph, const CUgraphNode* after, size_t count,
                               const CUDA_KERNEL_NODE_PARAMS* parameters) {
   *node = (CUgraphNode)8;
+  note(*parameters);
   return ++*(long*)graph, CUDA_SUCCESS;
 }
 CUresult cuGraphExecKernelNodeSetParams(CUgraphExec executable, CUgraphNode node,
                                         const CUDA_KERNEL_NODE_PARAMS* parameters) {
+  note(*parameters);
   return ++null_gpu_counts.changed_launches, null_gpu_refuses_changes ? CUDA_ERROR_NOT_SUPPORTED : CUDA_SUCCESS;
 }

@@ -1,6 +1,9 @@
 // What the null GPU was asked to do; test only.
 #pragma once
 
+#include <stddef.h>
+#include <stdint.h>
+
 struct null_gpu_counts {
   long launches;            // one by one
   long graph_launches;      // of whole graphs
@@ -13,3 +16,15 @@ struct null_gpu_counts {
 extern struct null_gpu_counts null_gpu_counts;
 // What it refuses, where not 0.
 extern int null_gpu_refuses_graphs, null_gpu_refuses_changes;
+
+// What it was told of the latest launch: one by one, or as a node of a graph that was made or changed.
+struct null_gpu_launch {
+  uintptr_t kernel;  // 0: zeros
+  unsigned blocks[3], threads[3], shared_bytes;
+  uintptr_t first_argument;  // of zeros, where they begin
+  size_t zero_bytes;
+};
+
+extern struct null_gpu_launch null_gpu_latest;
+// The stream of the latest launch or graph that it runs.
+extern uintptr_t null_gpu_stream;

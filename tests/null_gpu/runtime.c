@@ -9,6 +9,8 @@
 
 struct null_gpu_counts null_gpu_counts;
 int null_gpu_refuses_graphs, null_gpu_refuses_changes;
+struct null_gpu_launch null_gpu_latest;
+uintptr_t null_gpu_stream;
 
 static const int kMultiprocessors = 132, kSharedMemory = 227 << 10;
 static const size_t kMemory = (size_t)8 << 30;
@@ -58,7 +60,12 @@ cudaError_t cudaMemGetInfo(size_t* available, size_t* total) { return *available
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
   return memcpy(to, from, size), cudaSuccess;
 }
+static void note_zeros(const void* memory, size_t size) {
+  null_gpu_latest = (struct null_gpu_launch){.first_argument = (uintptr_t)memory, .zero_bytes = size};
+}
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t size, cudaStream_t stream) {
+  note_zeros(memory, size);
+  null_gpu_stream = (uintptr_t)stream;
   return ++null_gpu_counts.launches, cudaSuccess;
 }
 
@@ -132,6 +139,7 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
 cudaError_t cudaGraphAddMemsetNode(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNode_t* after, size_t count,
                                    const struct cudaMemsetParams* parameters) {
   *node = (cudaGraphNode_t)(names += 8);
+  note_zeros(parameters->dst, parameters->elementSize * parameters->width * parameters->height);
   return ++*(long*)graph, cudaSuccess;
 }
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags) {
@@ -144,6 +152,7 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph
 }
 cudaError_t cudaGraphExecMemsetNodeSetParams(cudaGraphExec_t executable, cudaGraphNode_t node,
                                              const struct cudaMemsetParams* parameters) {
+  note_zeros(parameters->dst, parameters->elementSize * parameters->width * parameters->height);
   return ++null_gpu_counts.changed_launches, null_gpu_refuses_changes ? cudaErrorNotSupported : cudaSuccess;
 }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
@@ -154,6 +163,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
   if (is_captured()) return cudaErrorStreamCaptureUnsupported;
   null_gpu_counts.launches_in_graphs += *(long*)executable;
+  null_gpu_stream = (uintptr_t)stream;
   return ++null_gpu_counts.graph_launches, cudaSuccess;
 }
 
