@@ -224,6 +224,58 @@ def test_another_epsilon(monkeypatch):
     assert Tape.repetitions == 2 * 2
 
 
+def test_sizes_of_as_many_pixels(monkeypatch):
+    model = make_model(checkpointing="none")
+    assert_same_bits(monkeypatch, model, batches(3, size=(12, 16)))
+    assert_same_bits(monkeypatch, model, batches(1, size=(16, 12)))
+    assert Tape.repetitions == 2
+
+
+def test_an_exit_that_takes_statistics_after_one_that_does_not(monkeypatch):
+    """The layers never do."""
+    model = make_model(checkpointing="none")
+    model.features.denseblock1.eval()
+    model.features.norm5.eval()
+    assert_same_bits(monkeypatch, model, batches(3))
+    model.features.norm5.train()
+    assert_same_bits(monkeypatch, model, batches(1))
+    assert Tape.repetitions == 2
+
+
+def test_an_input_that_needs_a_gradient_after_one_that_does_not(monkeypatch):
+    model = make_model(checkpointing="none")
+    stem = torch.nn.ModuleList([model.features.conv0, model.features.norm0])
+    stem.requires_grad_(False)
+    assert_same_bits(monkeypatch, model, batches(3))
+    stem.requires_grad_(True)
+    assert_same_bits(monkeypatch, model, batches(1))
+    assert Tape.repetitions == 2 + 1  # the forward knows of no difference
+
+
+def test_one_layer_frozen_and_then_another(monkeypatch):
+    """Of the same shapes."""
+    model = make_model(checkpointing="none")
+    layer1, layer2 = model.features.denseblock1.children()
+    layer1.norm2.requires_grad_(False)
+    assert_same_bits(monkeypatch, model, batches(3))
+    layer1.norm2.requires_grad_(True)
+    layer2.norm2.requires_grad_(False)
+    assert_same_bits(monkeypatch, model, batches(1))
+    assert Tape.repetitions == 2 + 1
+
+
+def test_running_statistics_of_one_norm_and_then_another(monkeypatch):
+    """Of the same shapes."""
+    model = make_model(checkpointing="none")
+    layer1, layer2 = model.features.denseblock1.children()
+    layer1.norm2.eval()
+    assert_same_bits(monkeypatch, model, batches(3))
+    layer1.norm2.train()
+    layer2.norm1.eval()
+    assert_same_bits(monkeypatch, model, batches(1))
+    assert Tape.repetitions == 2
+
+
 def test_weights_are_cast_once_and_for_all():
     convolutions = {"conv1": torch.randn(8, 4, 1, 1), "conv2": torch.randn(4, 8, 3, 3)}
     layer = Layer(norm1=None, norm2=None, dilation=1, dropout=None, **convolutions)
@@ -337,6 +389,39 @@ def test_what_is_made_may_be_added():
     tape = recording.tape([recorded])
     assert recorded.tolist() == [1, 1]
     assert tape.repeat([torch.tensor([[5.0, 6.0], [7.0, 8.0]])])[0].tolist() == [5, 6]
+
+
+def test_parts_of_what_is_given_are_found_from_its_beginning():
+    """Which need not be that of its memory."""
+    x = torch.ones(4, 2)[1:]
+    with launch_recording.Recording([x], []) as recording:
+        recorded = x.new_zeros(2).add_(x[1])
+    later = torch.arange(8.0).view(4, 2)
+    assert recording.tape([recorded]).repeat([later[2:]])[0].tolist() == [6, 7]
+
+
+def test_a_launch_is_recorded_as_it_was_compiled(monkeypatch):
+    compiled = SimpleNamespace(**vars(Interpreted.metadata) | {"num_warps": 4, "shared": 1000})
+    monkeypatch.setattr(Interpreted, "metadata", compiled)
+    added = []
+    monkeypatch.setattr(Tape, "add_launch", lambda self, *launch: added.append(launch))
+    x = torch.ones(3000)
+    with launch_recording.Recording([x], []) as recording:
+        result = x.new_zeros(3000).add_(x)
+    recording.tape([result])
+    ((_, blocks, threads, shared_bytes, *_),) = added
+    assert (blocks, threads, shared_bytes) == ((3, 1, 1), 128, 1000)
+    assert recording.kernels() == [recording._steps[-1].compiled]
+
+
+def test_arguments_lie_where_a_kernel_looks_for_them():
+    """Each at a multiple of its size, and two more pointers behind them."""
+    address = launch_recording.Address(1, 8)
+    arguments = [("i32", 7), ("*bf16", address), ("i32", -1), ("i64", 9), ("i32", 5)]
+    packed, layout, pointers = launch_recording._pack(arguments)
+    assert struct.unpack("@iPiqiPP", packed) == (7, 0, -1, 9, 5, 0, 0)
+    assert layout == [(0, 4), (8, 8), (16, 4), (24, 8), (32, 4), (40, 8), (48, 8)]
+    assert pointers == [(8, address)]
 
 
 def test_memories_in_use_at_the_same_time_lie_side_by_side():
