@@ -59,13 +59,17 @@ def _missing_operators(device: torch.device) -> str | None:
 def serves(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether code for ``architectures`` (as in TORCH_CUDA_ARCH_LIST) runs on a card of this compute capability.
 
-    Machine code runs on cards of its major version, from its minor version on; PTX on every later card.
+    Machine code runs on cards of its major version, from its minor version on; PTX on every later card. Either is
+    bound to that very card where the number ends in an "a", and to that major version where it ends in an "f".
     """
     for architecture in architectures.replace(" ", ";").split(";"):
         number, _, ptx = architecture.partition("+")
         major, _, minor = number.rstrip("af").partition(".")
         built = (int(major), int(minor))
-        if built <= capability and (ptx == "PTX" or built[0] == capability[0]):
+        if number.endswith("a") and built != capability:
+            continue
+        is_portable = ptx == "PTX" and not number.endswith("f")
+        if built <= capability and (is_portable or built[0] == capability[0]):
             return True
     return False
 
