@@ -28,6 +28,7 @@ from setuptools import Extension, setup
 from torch.utils import cpp_extension
 
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+CUDA_ARCHITECTURE = r"\d+\.\d+[af]?(\+PTX)?"  # torch takes names too
 # What the CUDA operators need of a toolkit: to compile and link kernels, and the newest function they call (12.5).
 CUDA_PROBE = """
 #include <cuda_runtime.h>
@@ -68,6 +69,11 @@ def why_not_native() -> str | None:
     return None
 
 
+def cuda_architectures() -> str:
+    """As in TORCH_CUDA_ARCH_LIST; where that is empty torch would look for a card."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES
+
+
 def find_nvcc() -> str | None:
     """The CUDA compiler: that of CUDA_HOME, else the one on PATH, else the one where the toolkit puts it."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -94,6 +100,12 @@ def why_not_cuda() -> str | None:
     """
     if os.environ.get("DENSENET_EFFICIENT_CUDA") == "0":
         return "DENSENET_EFFICIENT_CUDA=0 was set: unset it and install again"
+    architectures = cuda_architectures()
+    if not re.fullmatch(f"{CUDA_ARCHITECTURE}([ ;]{CUDA_ARCHITECTURE})*", architectures):
+        return (
+            f"TORCH_CUDA_ARCH_LIST={architectures} is not made of numbers, by which cards are told apart later: "
+            f"write it as in {DEFAULT_CUDA_ARCHITECTURES} and install again"
+        )
     wanted = torch.version.cuda
     if wanted is None:
         return "this torch is a build without CUDA: install one with CUDA, then this package again"
@@ -136,8 +148,8 @@ def native_extension() -> Extension:
         cpp_extension.CUDA_HOME = toolkit_of(nvcc)
         os.environ.setdefault("TORCH_DONT_CHECK_COMPILER_ABI", "1")  # nvcc was tried, which tells more than a table
         host_sources += sources("cuda/*.cpp") + sources("cuda/tape/*.cpp") + sources("cuda/kernels/*.cu")
-        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
-        facts = [f'-DCUDA_ARCHITECTURES="{escaped(architectures)}"']
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures()
+        facts = [f'-DCUDA_ARCHITECTURES="{escaped(cuda_architectures())}"']
         extension_type, device = cpp_extension.CUDAExtension, "cuda"
     # Declared as system headers, those of torch and CUDA are exempt from our warnings.
     system_headers = [flag for path in cpp_extension.include_paths(device) for flag in ("-isystem", path)]

@@ -78,6 +78,19 @@ def test_the_extension_registers_its_cuda_operators(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"densenet_efficient::{name}", "CUDA")
 
 
+@pytest.mark.parametrize("architectures", ["native", "Hopper", "8.0;Ada", "8.0;"])
+def test_architectures_without_numbers_are_refused(setup, architectures, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+    assert f"TORCH_CUDA_ARCH_LIST={architectures} is not made of numbers" in setup.why_not_cuda()
+
+
+@pytest.mark.parametrize("architectures", ["8.0", "8.0 8.6 9.0+PTX", "9.0a;10.0f+PTX;12.0", ""])
+def test_architectures_by_their_numbers_are_built_for(setup, architectures, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+    assert "not made of numbers" not in (setup.why_not_cuda() or "")
+    assert setup.cuda_architectures() == (architectures or "8.0;9.0+PTX")
+
+
 def test_a_script_on_the_path_leads_to_the_toolkit(setup, tmp_path, monkeypatch):
     real = nvcc_of(setup)
     toolkit = setup.toolkit_of(real)
