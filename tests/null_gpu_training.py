@@ -183,12 +183,12 @@ TURNS = (0, 0, 1, 2, 3)
 def test_a_launch_is_as_it_was_recorded(memory):
     given = [torch.empty(1024, device="cuda") for _ in TURNS]
     tape = _C.LaunchTape(0, given[:1])
-    tape.add_result(torch.empty(8, device="cuda"))
+    tape.add_result(torch.empty(12, device="cuda")[4:])  # its place is that of its memory
     tape.add_launch(5000, (2, 3, 4), 64, 48, struct.pack("Pi", 0, 7), [0, 8], [(0, memory, 16)])
     kept = []
     for index in TURNS:
         kept += tape.repeat([given[index]])
-        place = (given[index] if memory == 1 else kept[-1]).data_ptr()
+        place = (given[index] if memory == 1 else kept[-1]).untyped_storage().data_ptr()
         assert latest() == (5000, (2, 3, 4), (64, 1, 1), 48, place + 16, 0)
 
 
