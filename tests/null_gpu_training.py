@@ -192,6 +192,14 @@ def test_a_launch_is_as_it_was_recorded(memory):
         assert latest() == (5000, (2, 3, 4), (64, 1, 1), 48, place + 16, 0)
 
 
+def test_the_graph_that_was_used_longest_ago_is_changed():
+    given = [torch.empty(1024, device="cuda") for _ in range(4)]
+    tape = _C.LaunchTape(0, given[:1])
+    tape.add_zeros(1, 0, 16)
+    changed = [counted(tape.repeat, [given[index]])["changed_launches"] for index in (0, 0, 1, 2, 3, 1, 2, 3)]
+    assert changed == [0, 0, 0, 0, 1, 0, 0, 0]
+
+
 def test_zeros_are_where_they_were_recorded():
     given = [torch.empty(1024, device="cuda") for _ in TURNS]
     tape = _C.LaunchTape(0, given[:1])
