@@ -22,6 +22,7 @@ class Machine:
         self.modules = monkeypatch
         self.set(torch.cuda, "is_available", lambda: True)
         self.set(torch.cuda, "get_device_name", lambda device: "a card")
+        self.set(torch.version, "hip", None)
         self.set(cpu, "_unavailable_reason", None)
         self.card(9, 0)
         self.build("8.0;9.0+PTX")
@@ -76,6 +77,15 @@ def test_an_old_card_is_announced_once(machine):
     with pytest.warns(
         RuntimeWarning, match=r"a card has compute capability 7\.5, below 8\.0\. Remedy: a card"
     ) as warned:
+        assert [kernels.backend_name(GPU) for _ in range(3)] == ["reference"] * 3
+    assert len(warned) == 1
+
+
+def test_a_card_of_another_maker_is_announced_once(machine):
+    """Its compute capability is above what is asked for."""
+    machine.set(torch.version, "hip", "7.0")
+    machine.card(9, 4)
+    with pytest.warns(RuntimeWarning, match="made for NVIDIA's cards.*AMD's.*Remedy: a card of NVIDIA's") as warned:
         assert [kernels.backend_name(GPU) for _ in range(3)] == ["reference"] * 3
     assert len(warned) == 1
 

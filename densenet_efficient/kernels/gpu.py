@@ -21,6 +21,8 @@ def unsupported_card(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         missing = "a card and its driver" if torch.version.cuda else "a CUDA build of torch, and the card's driver"
         return f"this torch ({torch.__version__}) sees no GPU. Remedy: install {missing}"
+    if torch.version.hip:  # whose Triton knows no option that limits the registers
+        return "the kernels are made for NVIDIA's cards, this torch is a build for AMD's. Remedy: a card of NVIDIA's"
     capability = torch.cuda.get_device_capability(device)
     if capability >= LEAST_CAPABILITY:
         return None
