@@ -328,6 +328,24 @@ def test_impossible_arguments(operators, operation):
                 getattr(operators, operation)(**arguments | {name: wrong})
 
 
+@pytest.mark.parametrize(
+    ("operation", "changes", "message"),
+    [
+        ("batch_norm_gradients", {"offset": lambda offset: None}, "slope and offset must be given together"),
+        ("batch_norm_gradients", {"count": lambda count: 0}, "count must be positive, got 0"),
+        ("batch_norm_affine", {"affine": lambda affine: affine.t().contiguous().t()}, "affine must be contiguous"),
+        ("bn_relu_avg_pool", {"window_height": lambda height: 5}, "fits the images of 4x6, got 5x2"),
+        ("bn_relu_avg_pool_backward", {"window_width": lambda width: 0}, "fits the images of 4x6, got 2x0"),
+        ("channel_stats", {"x": lambda x: x.t().contiguous().t()}, "x must have unit column stride"),
+        ("channel_stats", {"x": lambda x: x[0].expand(48, 5)}, "x must have rows that do not overlap"),
+    ],
+)
+def test_arguments_that_do_not_fit(operators, operation, changes, message):
+    arguments = operators.arguments_of(getattr(factory((2, 4, 6, 5)), operation)(), torch.float32)
+    with pytest.raises(RuntimeError, match=message):
+        getattr(operators, operation)(**arguments | {name: of(arguments[name]) for name, of in changes.items()})
+
+
 @pytest.mark.parametrize("operation", PIXELWISE)
 @pytest.mark.parametrize("size", [{"height": 5}, {"height": 0}, {"width": -6, "height": -4}])
 def test_rows_that_are_no_images(operators, operation, size):
