@@ -247,6 +247,16 @@ def test_where_there_is_no_room_for_another_graph_the_oldest_is_changed():
     assert COUNTS.graphs == 2
 
 
+def test_the_room_of_a_graph_goes_back_with_its_tape():
+    memory = torch.empty(1024, device="cuda")
+    for _ in range(4):
+        tape = _C.LaunchTape(0, [memory])
+        for _ in range(12_000):
+            tape.add_zeros(1, 0, 16)
+        assert [counted(tape.repeat, [memory])["graph_launches"] for _ in range(2)] == [0, 1]
+        del tape
+
+
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream", "ignore:The CUDA Graph is empty")
 def test_a_captured_step_has_every_launch(monkeypatch):
     """Of a layout that was met before, and of others: no graph makes way for them, which would spoil the capture."""
