@@ -16,7 +16,7 @@ from densenet_efficient import _C, EfficientDenseNet, taped_layers
 MODEL = {"growth_rate": 16, "block_config": (3, 2), "num_init_features": 32, "bn_size": 4, "num_classes": 10}
 STAGES = len(MODEL["block_config"])
 LIBRARY = ctypes.CDLL(os.environ["LD_PRELOAD"])
-FIELDS = ("launches", "graph_launches", "launches_in_graphs", "changed_launches", "graphs", "waits")
+FIELDS = ("launches", "graph_launches", "launches_in_graphs", "changed_launches", "graphs", "waits", "unordered_nodes")
 
 
 class Counts(ctypes.Structure):
@@ -190,6 +190,17 @@ def test_a_launch_is_as_it_was_recorded(memory):
         kept += tape.repeat([given[index]])
         place = (given[index] if memory == 1 else kept[-1]).untyped_storage().data_ptr()
         assert latest() == (5000, (2, 3, 4), (64, 1, 1), 48, place + 16, 0)
+
+
+def test_the_launches_of_a_graph_follow_each_other():
+    memory = torch.empty(1024, device="cuda")
+    tape = _C.LaunchTape(0, [memory])
+    for _ in range(2):
+        tape.add_zeros(1, 0, 16)
+        tape.add_launch(5000, (1, 1, 1), 32, 0, struct.pack("P", 0), [0], [(0, 1, 0)])
+    tape.repeat([memory])
+    repetition = counted(tape.repeat, [memory])
+    assert (repetition["launches_in_graphs"], repetition["unordered_nodes"]) == (4, 0)
 
 
 def test_the_graph_that_was_used_longest_ago_is_changed():

@@ -53,9 +53,8 @@ CUresult cuLaunchKernel(CUfunction kernel, unsigned x, unsigned y, unsigned z, u
 }
 CUresult cuGraphAddKernelNode(CUgraphNode* node, CUgraph graph, const CUgraphNode* after, size_t count,
                               const CUDA_KERNEL_NODE_PARAMS* parameters) {
-  *node = (CUgraphNode)8;
-  note(*parameters);
-  return ++*(long*)graph, CUDA_SUCCESS;
+  *node = null_gpu_add_node(graph, (void* const*)after, count);
+  return note(*parameters), CUDA_SUCCESS;
 }
 CUresult cuGraphExecKernelNodeSetParams(CUgraphExec executable, CUgraphNode node,
                                         const CUDA_KERNEL_NODE_PARAMS* parameters) {

@@ -11,6 +11,7 @@ struct null_gpu_counts {
   long changed_launches;    // of graphs that had been made before
   long graphs;              // that there are
   long waits;               // of the host for the GPU
+  long unordered_nodes;     // of graphs, that do not follow the one before them alone
 };
 
 extern struct null_gpu_counts null_gpu_counts;
@@ -28,3 +29,6 @@ struct null_gpu_launch {
 extern struct null_gpu_launch null_gpu_latest;
 // The stream of the latest launch or graph that it runs.
 extern uintptr_t null_gpu_stream;
+
+// A new node of a graph, which is the number of its nodes, behind ``count`` others.
+void* null_gpu_add_node(void* graph, void* const* others, size_t count);

@@ -14,7 +14,7 @@ uintptr_t null_gpu_stream;
 
 static const int kMultiprocessors = 132, kSharedMemory = 227 << 10;
 static const size_t kMemory = (size_t)8 << 30;
-static long names = 1;  // of streams, events and nodes
+static long names = 1;  // of streams and events
 static enum cudaStreamCaptureStatus capture_status = cudaStreamCaptureStatusNone;
 
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
@@ -129,6 +129,12 @@ static int is_captured(void) {
   return 1;
 }
 
+void* null_gpu_add_node(void* graph, void* const* others, size_t count) {
+  long* nodes = graph;
+  const int follows = *nodes == 0 ? count == 0 : count == 1 && others[0] == (void*)(8 * *nodes);
+  null_gpu_counts.unordered_nodes += !follows;
+  return (void*)(8 * ++*nodes);
+}
 cudaError_t cudaGraphCreate(cudaGraph_t* graph, unsigned flags) {
   return *graph = calloc(1, sizeof(long)), cudaSuccess;
 }
@@ -138,9 +144,9 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
 }
 cudaError_t cudaGraphAddMemsetNode(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNode_t* after, size_t count,
                                    const struct cudaMemsetParams* parameters) {
-  *node = (cudaGraphNode_t)(names += 8);
+  *node = null_gpu_add_node(graph, (void* const*)after, count);
   note_zeros(parameters->dst, parameters->elementSize * parameters->width * parameters->height);
-  return ++*(long*)graph, cudaSuccess;
+  return cudaSuccess;
 }
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags) {
   if (is_captured()) return cudaErrorStreamCaptureUnsupported;
