@@ -164,6 +164,16 @@ def test_one_matrix_that_is_not_aligned(operators, operation):
             assert all(torch.equal(results[name], value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize("strides", [(841, 1, 24), (880, 1, 25)], ids=["images", "pixels"])
+def test_images_or_pixels_that_are_not_aligned(operators, strides):
+    images = torch.zeros(2000, dtype=torch.bfloat16, device=operators.device).as_strided((2, 24, 35), strides)
+    images.copy_(torch.arange(24)[:, None])
+    out, (mean, variance) = images.new_zeros(70, 24), torch.zeros(2, 24, device=operators.device)
+    operators.write_with_statistics(images, out, mean, variance)
+    assert out.tolist() == [list(range(24))] * 70
+    assert mean.tolist() == list(range(24))
+
+
 @pytest.mark.parametrize(
     ("operation", "geometry", "window"),
     [
