@@ -247,6 +247,19 @@ def test_results_are_laid_out_as_those_recorded():
     assert not {result.data_ptr() for result in first} & {result.data_ptr() for result in second}
 
 
+def test_a_graph_whose_change_is_refused_is_given_up():
+    """A part of its launches may have been changed."""
+    given = [torch.empty(1024, device="cuda") for _ in range(4)]
+    tape = _C.LaunchTape(0, given[:1])
+    tape.add_zeros(1, 0, 16)
+    for index in (0, 0, 1, 2):
+        tape.repeat([given[index]])
+    assert tape.graphs == 3
+    refuses("changes")
+    assert counted(tape.repeat, [given[3]])["graph_launches"] == 0
+    assert tape.graphs == 0
+
+
 def test_where_there_is_no_room_for_another_graph_the_oldest_is_changed():
     """A process has room for two graphs of 12,000 launches."""
     memories = [torch.empty(1024, device="cuda") for _ in range(3)]

@@ -276,6 +276,15 @@ def test_running_statistics_of_one_norm_and_then_another(monkeypatch):
     assert Tape.repetitions == 2
 
 
+def test_parameters_of_another_dtype(monkeypatch):
+    model = make_model(checkpointing="none")
+    assert_same_bits(monkeypatch, model, batches(3))
+    norm = next(model.features.denseblock1.children()).norm2
+    norm.weight.data = norm.weight.data.bfloat16()
+    assert_same_bits(monkeypatch, model, batches(1))
+    assert Tape.repetitions == 2
+
+
 def test_weights_are_cast_once_and_for_all():
     convolutions = {"conv1": torch.randn(8, 4, 1, 1), "conv2": torch.randn(4, 8, 3, 3)}
     layer = Layer(norm1=None, norm2=None, dilation=1, dropout=None, **convolutions)

@@ -326,6 +326,12 @@ def test_a_dtype_that_no_storage_has(operators):
         )
 
 
+def test_a_dtype_that_no_norm_has(operators):
+    vector, affine = torch.ones(4, dtype=torch.int32, device=operators.device), torch.empty(4, 4)
+    with pytest.raises(TypeError, match="expected float32, float64, bfloat16 or float16, got Int"):
+        operators.batch_norm_affine(vector, vector, vector, vector, 1e-5, affine.to(operators.device))
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_impossible_arguments(operators, operation):
     case = getattr(factory((2, 4, 6, 5)), operation)()
@@ -344,6 +350,7 @@ def test_impossible_arguments(operators, operation):
         ("batch_norm_gradients", {"offset": lambda offset: None}, "slope and offset must be given together"),
         ("batch_norm_gradients", {"count": lambda count: 0}, "count must be positive, got 0"),
         ("batch_norm_affine", {"affine": lambda affine: affine.t().contiguous().t()}, "affine must be contiguous"),
+        ("batch_norm_affine", {"affine": torch.Tensor.bfloat16}, "affine must be float32 or float64"),
         ("bn_relu_avg_pool", {"window_height": lambda height: 5}, "fits the images of 4x6, got 5x2"),
         ("bn_relu_avg_pool_backward", {"window_width": lambda width: 0}, "fits the images of 4x6, got 2x0"),
         ("channel_stats", {"x": lambda x: x.t().contiguous().t()}, "x must have unit column stride"),
