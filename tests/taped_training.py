@@ -331,6 +331,9 @@ def test_a_tape_that_is_used_stays(monkeypatch):
         (lambda x: x.new_zeros(2).add_(1), "aten.add_.Tensor is not recorded"),
         (lambda x: x.new_zeros(2).add_(x[0, 0]), "aten.add_.Tensor is not recorded"),
         (lambda x: x.new_zeros(2).add_(x[0], alpha=2), "aten.add_.Tensor is not recorded"),
+        (lambda x: x.new_zeros(2, dtype=torch.float64).add_(x[0]), "aten.add_.Tensor is not recorded"),
+        (lambda x: x.new_zeros(2, 2).add_(x.t()), "aten.add_.Tensor is not recorded"),
+        (lambda x: x.new_zeros(2, 4)[:, ::2].add_(x.new_zeros(2, 4)[:, ::2]), "aten.add_.Tensor is not recorded"),
         (lambda x: x.new_zeros(2).add_(OUTSIDE), "a tensor that was neither given nor made"),
         (lambda x: x.to(torch.float64).new_empty(2), "is not recorded"),
         (lambda x: x[0], "results that share their memory"),
@@ -342,6 +345,14 @@ def test_what_cannot_be_recorded_is_named(loop, obstacle):
         result = loop(x)
     assert recording.tape([result]) is None
     assert obstacle in recording.obstacle
+
+
+def test_results_have_a_memory_each():
+    x = torch.ones(2, 2)
+    with launch_recording.Recording([x], []) as recording:
+        result = x.new_zeros(2)
+    assert recording.tape([result, result[:1]]) is None
+    assert recording.obstacle == "results that share their memory"
 
 
 @pytest.mark.parametrize(
@@ -439,3 +450,11 @@ def test_memories_in_use_at_the_same_time_lie_side_by_side():
     total, offsets = launch_recording._lay_out(memories)
     assert [offsets[memory] for memory in memories] == [0, 512, 512, 0]
     assert total == 512 + 600
+
+
+def test_a_memory_that_fits_no_gap_lies_behind_all_others():
+    lives = [(512, 0, 3), (512, 0, 1), (512, 0, 3), (600, 2, 3), (512, 2, 3)]  # bytes, first and last launch
+    memories = [launch_recording.Memory(*life) for life in lives]
+    total, offsets = launch_recording._lay_out(memories)
+    assert [offsets[memory] for memory in memories] == [0, 512, 1024, 1536, 512]
+    assert total == 1536 + 600
