@@ -395,6 +395,15 @@ def test_what_is_not_repeated_runs_as_a_loop(monkeypatch, name, answer):
     assert Tape.repetitions == 0
 
 
+def test_results_that_nobody_needs_keep_their_places():
+    stage, x = Stage([], NO_EXIT, None, None, None, drop_rate=0), torch.ones(2, 2)
+    for factor in range(1, 5):
+        x.fill_(factor)
+        found = taped_layers._run(("loop",), lambda: [None, x.new_zeros(2).add_(x[0]), None], stage, [x])
+        assert found[0] is None and found[1].tolist() == [factor, factor] and found[2] is None
+    assert Tape.repetitions == 2
+
+
 def test_tensors_that_share_their_memory_are_not_told_apart():
     x = torch.ones(2, 2)
     assert launch_recording.Recording([x, x[0]], []).obstacle == "tensors that share their memory"
