@@ -143,7 +143,7 @@ def test_nothing_beyond_the_tensors_is_touched(shim, operation, dtype):
 
 @pytest.mark.parametrize("operation", [name for name in OPERATIONS if name in OVER_ROWS])
 def test_one_matrix_that_is_not_aligned(operators, operation):
-    """Beside others that are: an access of 16 bytes from any other address is a fault."""
+    """Beside others that are: on a card an access of 16 bytes from any other address is a fault."""
     case = getattr(factory((2, 7, 5, 24)), operation)()
     arguments = operators.arguments_of(case, torch.bfloat16)
     expected = run(operators, case, arguments, aligned_slot)

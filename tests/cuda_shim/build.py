@@ -13,8 +13,6 @@ FOLDER = Path(__file__).resolve().parent
 # Multiplications and additions are contracted as nvcc does it, where this CPU has the instruction.
 FLAGS = ["-std=c++20", "-O2", "-g0", "-fPIC", "-march=native", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
-# An access of 16 bytes from an address that is no multiple of them, a fault on a card, is an illegal instruction here.
-FLAGS += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 INCLUDES = [f"-I{FOLDER}", f"-I{ROOT / 'csrc'}"] + [f"-isystem{path}" for path in cpp_extension.include_paths()]
 
 
