@@ -271,6 +271,16 @@ def test_where_there_is_no_room_for_another_graph_the_oldest_is_changed():
     assert COUNTS.graphs == 2
 
 
+def test_more_launches_than_all_graphs_may_have_go_one_by_one():
+    memory = torch.empty(1024, device="cuda")
+    tape = _C.LaunchTape(0, [memory])
+    for _ in range(40_000):
+        tape.add_zeros(1, 0, 16)
+    for _ in range(3):
+        assert counted(tape.repeat, [memory])["launches"] == 40_000
+    assert tape.graphs == 0
+
+
 def test_the_room_of_a_graph_goes_back_with_its_tape():
     memory = torch.empty(1024, device="cuda")
     for _ in range(4):
