@@ -112,6 +112,15 @@ def test_a_signal_before_the_training_saves_nothing(images: Path, tmp_path: Path
     assert not list(tmp_path.glob("*.ckpt"))
 
 
+def test_a_signal_before_the_first_step_names_no_checkpoint(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(History, "on_train_epoch_start", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert fit(images, tmp_path) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "Interrupted before the first step; the same command begins again\n"
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
 @pytest.fixture
 def heeding_ctrl_c() -> Iterator[None]:
     """As in a terminal: what a shell starts in the background ignores it."""
