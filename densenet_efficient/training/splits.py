@@ -53,8 +53,7 @@ def stratified_split(
 
 def _rarest_classes(holds: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     """How many units hold each class, and the rarest class that each unit [units, K] holds."""
-    units = holds.sum(0).astype(float)
-    rarity = np.where(units > 0, units, np.inf)
+    rarity = holds.sum(0).astype(float)
     return rarity, np.where(holds, rarity, np.inf).argmin(1)
 
 
