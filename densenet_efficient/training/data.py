@@ -19,6 +19,7 @@ from densenet_efficient.training.folders import read_folder
 from densenet_efficient.training.images import what_is_wrong
 from densenet_efficient.training.interruption import end_with_the_run
 from densenet_efficient.training.loading import EpochSampler, LabelledImages, TrainingLoader
+from densenet_efficient.training.option_checks import check_at_least_zero
 from densenet_efficient.training.preprocessing import Preprocessing, Transform, normalisation
 from densenet_efficient.training.samples import Samples, Splits
 from densenet_efficient.training.shared_check import find_unreadable_together
@@ -92,6 +93,7 @@ class ImageData(LightningDataModule, ABC):
             raise ValueError(
                 f"--data.batch_size: expected at least 2, so that a batch has a variance, got {batch_size}"
             )
+        check_at_least_zero("--data.num_workers", num_workers or 0)
         if class_weights and weighted_sampling:
             raise ValueError(
                 "--data.class_weights and --data.weighted_sampling both make up for rare classes; choose one"
@@ -328,6 +330,8 @@ class CSVData(ImageData):
             raise ValueError(
                 "--data.label_columns and --data.label_separator both tell of several labels per image; choose one"
             )
+        if label_separator == "":
+            raise ValueError("--data.label_separator: expected what stands between the classes of a cell, got nothing")
         self.columns = Columns(
             path_column, label_column, label_columns or (), label_separator, group_column, split_column
         )

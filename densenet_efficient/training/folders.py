@@ -44,7 +44,7 @@ def read_folder(folder: Path, validation_fraction: float, test_fraction: float, 
         )
     train_folder = folders.pop("train", None)
     names, train, strays = _list_classes(train_folder or folder)
-    require_several_classes(folder, names)
+    require_several_classes(folder, names, "; give the folder whose subfolders are the classes")
     if train_folder is None:
         return replace(split(names, train, validation_fraction, test_fraction, seed, folder), strays=strays)
     strays |= _stray_images(folder)
