@@ -335,6 +335,17 @@ def test_a_full_disk(
     assert output.read_bytes() == whole
 
 
+def test_folders_in_place_of_files(
+    folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(checkpoint, folder / "images", "--output", tmp_path) == 2
+    assert f"error: {tmp_path}: A folder; give --output a table in it\n" in capsys.readouterr().err
+    assert predict(tmp_path, folder / "images") == 2
+    assert f"error: {tmp_path}: A folder; expected a checkpoint written by densenet-efficient fit\n" in (
+        capsys.readouterr().err
+    )
+
+
 def test_an_output_that_is_no_table(
     folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

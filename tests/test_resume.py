@@ -467,3 +467,9 @@ def test_a_failed_write_leaves_the_earlier_file_alone(tmp_path: Path) -> None:
         file.write("text, where bytes are expected")  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_bytes() == b"earlier"
+
+
+def test_a_write_that_fails_names_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as failure, atomic_write(tmp_path / "nowhere" / "file"):
+        pass
+    assert failure.value.filename == str(tmp_path / "nowhere" / "file")

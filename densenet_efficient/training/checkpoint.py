@@ -155,8 +155,9 @@ def entry_of(path: str | Path, content: Any) -> dict[str, Any]:
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
     """The content of a checkpoint; raises as `load_classifier`."""
-    if not Path(path).exists():
-        raise FileNotFoundError(errno.ENOENT, f"No such file; {REMEDY}", str(path))
+    if not Path(path).is_file():
+        found = "A folder" if Path(path).is_dir() else "No such file"
+        raise FileNotFoundError(errno.ENOENT, f"{found}; {REMEDY}", str(path))
     with open(path, "rb") as file:
         if not _is_archive(file):  # its index stands at its end, so a truncated file has none
             raise RuntimeError(f"{path}: truncated, or not a checkpoint at all; {REMEDY}")

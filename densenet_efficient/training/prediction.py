@@ -119,6 +119,8 @@ def predict(
         raise ValueError(f"{given_as}: found no image; expected image files, folders or CSV tables")
     writer: BasePredictionWriter = LineWriter(classifier, bad_files)
     if output is not None:
+        if output.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "A folder; give --output a table in it", str(output))
         prepare_directory(output.parent)
         writer = CSVWriter(classifier, bad_files, output, views, root, paths)
         paths = [path for path in paths if path not in writer.done]
