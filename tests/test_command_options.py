@@ -123,6 +123,10 @@ def test_a_report_of_some_test_batches(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (["--seed_everything", "-1"], "--seed_everything: expected a number of 0 to 4294967295, got -1"),
         (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches: expected a number above 0, got 0"),
+        (["--trainer.check_val_every_n_epoch", "0"], "check_val_every_n_epoch: expected a number above 0, got 0"),
+        (["--data.seed", "3"], "--data.seed: a run has one seed for all, --seed_everything; give that"),
+        (["--data.init_args.seed=3"], "--data.seed: a run has one seed for all, --seed_everything; give that"),
+        (["--ema_decay", "1"], "--ema_decay: expected a number above 0 and below 1, got 1"),
         (["--trainer.overfit_batches", "1"], "--trainer.overfit_batches: not here; give a smaller table or folder"),
     ],
 )

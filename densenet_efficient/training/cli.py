@@ -65,6 +65,7 @@ from densenet_efficient.training.synchronised import SynchronisedOnCPUs
 register_type(numbers.Number, serializer=lambda value: value, deserializer=float, type_check=isinstance)
 # With their limits. (As the parser's own types they would stand in checkpoints, which hold plain values only.)
 NUMBERS_ABOVE_ZERO = dict.fromkeys(("threads", "memory", "patience", "save_every_n_steps"), math.inf) | {"ema_decay": 1}
+SEED_OF_DATA = ("--data.seed", "--data.init_args.seed")
 MOST_SEED = 2**32 - 1  # that NumPy takes
 CONFIG = "config.yaml"  # of a run, beside its checkpoints
 COPIES = {"adamw": 2, "adam": 2, "sgd": 1}  # of the parameters, that the optimizers keep
@@ -75,7 +76,8 @@ DESCRIPTIONS = {
     "test": "Evaluate a checkpoint on the test images, or the validation images where there are none, into test/.",
     "find-learning-rate": "Train for a short while with growing learning rates, and suggest one.",
     "find-batch-size": "Measure the memory that training takes, and find the largest batch that fits.",
-    "check-data": "Read every image once; count the classes; find damaged and repeated files.",
+    "check-data": "Read every image once; count the classes; find damaged and repeated files. "
+    "With --config the data of a recipe, or of a run's config.yaml.",
 }
 
 
@@ -208,6 +210,8 @@ class TrainingCLI(LightningCLI):
         getattr(self, f"run_{command.replace('-', '_')}")()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        if any(argument.partition("=")[0] in SEED_OF_DATA for argument in args):  # which would go unheard
+            raise ValueError("--data.seed: a run has one seed for all, --seed_everything; give that")
         self.config = parser.parse_args(args)
         seed = self.config.seed_everything  # by which Lightning seeds NumPy too, before all else
         if not isinstance(seed, bool | None) and not 0 <= seed <= MOST_SEED:
@@ -240,7 +244,9 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Nothing is written before everything else is known to be in order."""
         trainer = self.config.trainer
-        check_above_zero("--trainer.accumulate_grad_batches", trainer.accumulate_grad_batches)
+        for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+            if trainer[name] is not None:
+                check_above_zero(f"--trainer.{name}", trainer[name])
         if trainer.overfit_batches:
             raise ValueError("--trainer.overfit_batches: not here; give a smaller table or folder as --data")
         for name, below in NUMBERS_ABOVE_ZERO.items():
