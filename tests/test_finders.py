@@ -132,3 +132,12 @@ def test_the_largest_batch_is_found_from_smaller_ones() -> None:
     model = create_model("densenet-bc-40-12")
     measure = measure_training(model, (3, 8, 8), "cpu", "float32", states=2)
     assert measure(4) > 2**26
+
+
+def test_two_images_are_the_least_batch() -> None:
+    assert largest_batch(lambda batch: 100 + 7 * batch, 114) == (2, 114)
+
+
+def test_the_memory_of_a_container_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_size, "left_in_control_groups", lambda: iter([700, 4600]))
+    assert available_memory("cpu") == 700

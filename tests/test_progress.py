@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 
+from densenet_efficient.training import progress as progress_module
 from densenet_efficient.training.progress import Progress
 
 
@@ -45,3 +46,52 @@ def test_images_of_all_processes_are_counted(monkeypatch: pytest.MonkeyPatch) ->
     for index in range(2):
         progress.on_train_batch_end(trainer, LightningModule(), None, batch, index)
     assert progress._rate() == 4 * 3 * 2 / 2
+
+
+def test_the_time_left_of_a_continued_run_is_told_by_its_own_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five in ten seconds, of which the run has ten more."""
+    monkeypatch.setattr(RichProgressBar, "on_train_start", lambda *_: None)
+    loop = SimpleNamespace(total_batch_idx=4)
+    trainer: Any = SimpleNamespace(
+        fit_loop=loop, num_training_batches=10, max_epochs=2, max_steps=-1, accumulate_grad_batches=1
+    )
+    progress = Progress()
+    monkeypatch.setattr("time.monotonic", lambda: 0.0)
+    progress.on_train_start(trainer, LightningModule())
+    loop.total_batch_idx = 9
+    monkeypatch.setattr("time.monotonic", lambda: 10.0)
+    assert progress._remaining(trainer) == {"ETA": "0:00:20"}
+
+
+def test_the_rate_is_that_of_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("on_train_epoch_start", "on_train_batch_end"):
+        monkeypatch.setattr(RichProgressBar, name, lambda *_: None)
+    progress, trainer = Progress(), cast(Trainer, SimpleNamespace(world_size=1))
+    progress.images = 100  # of the epoch before
+    monkeypatch.setattr("time.monotonic", lambda: 50.0)
+    progress.on_train_epoch_start(trainer, LightningModule())
+    monkeypatch.setattr("time.monotonic", lambda: 52.0)
+    progress.on_train_batch_end(trainer, LightningModule(), None, (torch.zeros(4, 1), torch.zeros(4)), 0)
+    assert progress._rate() == 2
+
+
+def test_a_validation_has_no_rate_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RichProgressBar, "get_metrics", lambda *_: {"v_num": 3, "val_loss": 0.5})
+    progress = Progress()
+    progress.images = 100
+    assert progress.get_metrics(cast(Trainer, SimpleNamespace(training=False)), LightningModule()) == {"val_loss": 0.5}
+
+
+def test_an_epoch_is_told_by_one_process_alone() -> None:
+    """Lightning disables the bars of the others."""
+    progress, told = Progress(), []
+    progress._console = cast(Any, SimpleNamespace(print=lambda *_, **__: told.append(1)))
+    progress._trainer = trainer = cast(Trainer, SimpleNamespace(callback_metrics={}, current_epoch=0, max_epochs=2))
+    progress.disable()
+    progress.on_train_epoch_end(trainer, LightningModule())
+    assert not told
+
+
+def test_memory_is_what_the_process_takes_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_module, "status_bytes", {"VmRSS": 3 * 2**20}.__getitem__)
+    assert progress_module._memory_mib(torch.device("cpu")) == 3

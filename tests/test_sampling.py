@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from densenet_efficient.training.loading import EpochSampler
+from densenet_efficient.training.loading import EpochSampler, LabelledImages, TrainingLoader
+from densenet_efficient.training.samples import Samples
 
 
 def drawn(epoch: int = 0, batch_size: int = 2, seed: int = 3, **options: int) -> list[tuple[int, int]]:
@@ -30,3 +31,18 @@ def test_no_augmentation_comes_twice() -> None:
 def test_weights_are_those_of_the_images() -> None:
     sampler = EpochSampler(4, 4, 0, torch.tensor([0.0, 1.0, 0.0, 3.0]))
     assert {index for index, _ in sampler} <= {1, 3}
+
+
+def test_weighted_draws_follow_from_the_seed_alone() -> None:
+    sampler = EpochSampler(11, 2, 3, torch.arange(1.0, 12.0))
+    torch.manual_seed(1)
+    first = list(sampler)
+    torch.manual_seed(2)
+    assert list(sampler) == first
+
+
+def test_what_an_interrupted_epoch_has_given_is_left_out_once() -> None:
+    images = LabelledImages(Samples(torch.arange(6.0), torch.zeros(6)), lambda source: source, lambda image: image)
+    loader = TrainingLoader(images, EpochSampler(6, 2, seed=0), batch_size=2)
+    loader.load_state_dict({"epoch": 0, "given": 2})
+    assert [len(list(loader)), len(list(loader))] == [1, 3]
