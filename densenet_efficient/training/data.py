@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from densenet_efficient.training.check import find_unreadable, keep_readable, printable
 from densenet_efficient.training.folders import read_folder
 from densenet_efficient.training.images import what_is_wrong
-from densenet_efficient.training.interruption import end_with_the_run
+from densenet_efficient.training.interruption import ReadingLoader, end_with_the_run
 from densenet_efficient.training.loading import EpochSampler, LabelledImages, TrainingLoader
 from densenet_efficient.training.option_checks import check_at_least_zero
 from densenet_efficient.training.preprocessing import Preprocessing, Transform, normalisation
@@ -206,7 +206,7 @@ class ImageData(LightningDataModule, ABC):
         if world_size > 1:
             samples = samples.subset(range(rank, len(samples), world_size))
         dataset = LabelledImages(samples, self._read_for_a_batch, self.preprocessing.transform())
-        return DataLoader(dataset, batch_size=self.batch_size, **self._loader_options())
+        return ReadingLoader(dataset, batch_size=self.batch_size, **self._loader_options())
 
     def _process(self) -> tuple[int, int]:
         """The rank of this process, and how many there are."""

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
+from densenet_efficient.training.interruption import ReadingLoader
 from densenet_efficient.training.preprocessing import Transform
 from densenet_efficient.training.samples import Samples
 
@@ -78,7 +79,7 @@ class EpochSampler(Sampler[Draw]):
         yield from list(zip(order[mine].tolist(), seeds[mine].tolist(), strict=True))[self.start :]
 
 
-class TrainingLoader(DataLoader[Any]):
+class TrainingLoader(ReadingLoader):
     """A loader that Lightning can save and restore in the middle of an epoch."""
 
     def __init__(self, dataset: LabelledImages, sampler: EpochSampler, batch_size: int, **kwargs: Any) -> None:

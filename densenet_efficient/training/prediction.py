@@ -17,14 +17,14 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from densenet_efficient.files import FULL_DISK, atomic_write, prepare_directory
 from densenet_efficient.training.check import listing, printable
 from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier, probabilities_of
 from densenet_efficient.training.folders import OTHER_TYPE, list_files
 from densenet_efficient.training.images import what_is_wrong
-from densenet_efficient.training.interruption import end_with_the_run
+from densenet_efficient.training.interruption import ReadingLoader, end_with_the_run
 from densenet_efficient.training.progress import Progress
 from densenet_efficient.training.tables import filled, read_rows, require_a_file
 
@@ -128,7 +128,7 @@ def predict(
     if not paths:
         return
     require_a_file(given_as, paths, "--root")
-    loader = DataLoader(
+    loader = ReadingLoader(
         ImageFiles(paths, classifier),
         batch_size=batch_size,
         num_workers=num_workers,
