@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from training_cases import assert_same_bits, fails, fit, fit_arguments, make_images, stopping_at, weights
 
 from densenet_efficient.cli import main
-from densenet_efficient.training.checkpoint import read_checkpoint
+from densenet_efficient.training.checkpoint import check_fits, read_checkpoint
 from densenet_efficient.training.classifier import Classifier
 from densenet_efficient.training.continuation import is_own_checkpoint
 from densenet_efficient.training.parameter_groups import options_of
@@ -272,3 +273,12 @@ def test_a_configuration_says_nothing_of_the_call_that_wrote_it(
     assert "holds an earlier run" in fails(["fit", "--config", str(run / "config.yaml")], capsys)
     assert fit(images, run, "--ckpt_path", "last", "--trainer.max_epochs", "2") == 0
     assert "--ckpt_path" in fails(["test", "--config", str(run / "config.yaml")], capsys)
+
+
+def test_the_same_classes_in_another_order_are_others() -> None:
+    """Each would be taken for the other."""
+    ours: Any = SimpleNamespace(class_names=["ill", "healthy"])
+    with pytest.raises(
+        ValueError, match=r"last.ckpt: a checkpoint of another class list than the data \(another order\)"
+    ):
+        check_fits("last.ckpt", {"class_names": ["healthy", "ill"]}, ours)

@@ -221,3 +221,14 @@ def test_a_file_of_two_groups_is_named(tmp_path: Path) -> None:
     message = r"table.csv:22: .*bright/0.png is of group another, and of bright 0 at .*table.csv:2; correct one of them"
     with pytest.raises(ValueError, match=message):
         CSVData(table, group_column="patient", image_size=8, batch_size=4, num_workers=0)
+
+
+def test_classes_that_one_split_alone_can_have_are_shared_among_them() -> None:
+    parts = stratified_split(np.eye(2), (0.7, 0.3), seed=0)
+    assert [len(part) for part in parts] == [1, 1]
+
+
+def test_a_split_is_the_same_on_every_machine() -> None:
+    """NumPy sorts what is equal in an order that depends on the processor, unless it is asked not to."""
+    labels = np.eye(2)[[0] * 20 + [1] * 20]
+    assert stratified_split(labels, (0.8, 0.2), seed=0)[1] == [5, 12, 15, 16, 32, 33, 36, 39]
