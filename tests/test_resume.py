@@ -473,3 +473,17 @@ def test_a_write_that_fails_names_the_file_that_was_to_be_written(tmp_path: Path
     with pytest.raises(FileNotFoundError) as failure, atomic_write(tmp_path / "nowhere" / "file"):
         pass
     assert failure.value.filename == str(tmp_path / "nowhere" / "file")
+
+
+def test_a_previous_checkpoint_that_cannot_be_replaced_leaves_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    checkpoints = AtomicCheckpointIO()
+    checkpoints.save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(OSError, match="the earlier one is kept"):
+        checkpoints.save_checkpoint({"step": 2}, tmp_path / "last.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
