@@ -135,6 +135,11 @@ def test_discriminative_learning_rates_cover_every_parameter_once() -> None:
 # ---- frozen parts ----
 
 
+def test_a_stage_without_norms_has_no_group_of_them() -> None:
+    groups = parameter_groups(classifier().model, 1.0, 1.0, decay_norms=False)
+    assert [group["name"] for group in groups][:2] == ["stage 0", "stage 1"]
+
+
 class Watch(Callback):
     """Remembers the weights, and the head's weight decay, at the end of each epoch."""
 

@@ -92,3 +92,16 @@ def test_one_process_alone_says_that_a_model_knows_its_images(capsys: pytest.Cap
     said = capsys.readouterr().err
     assert said.startswith("the model was trained on 3 of the 3 images of the validation split, so its figures flatter")
     assert said.count("\n") == 1
+
+
+def test_what_is_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(finish, "evaluate", lambda *_: evaluated(of(LABELS), LOGITS, LABELS))
+    monkeypatch.setattr(finish, "_compare", lambda *_: {})
+    monkeypatch.setattr(finish, "collect_mistakes", lambda *_: [])
+    monkeypatch.setattr(finish, "write_report", lambda *_: ["report.html"])
+    trainer: Any = SimpleNamespace(is_global_zero=True)
+    classifier: Any = SimpleNamespace(network="densenet121", model=SimpleNamespace(config={}))
+    report_run(trainer, classifier, trainer, tmp_path, history=[], config="", comparison=True)
+    assert "Wrote memory.png, report.html into" in " ".join(capsys.readouterr().out.split())
