@@ -54,7 +54,8 @@ def delayed_signals() -> Iterator[None]:
         yield
         return
     received: list[int] = []
-    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in SIGNALS}
+    ours = [number for number in SIGNALS if signal.getsignal(number) is not None]  # else not Python's to set again
+    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in ours}
     try:
         yield
     finally:
