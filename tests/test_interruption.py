@@ -30,6 +30,7 @@ def events() -> Iterator[list[str]]:
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.own_process
 def test_a_signal_waits_until_processes_that_read_have_begun(
     events: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
