@@ -25,7 +25,7 @@ from .uncovered import MissedLines, count, unexplained
 FOLDER = ROOT / "build" / "coverage"
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 TRACED = [sys.executable, "-m", "coverage", "run", *PYTEST[1:]]
-NATIVE_TESTS = ("kernels", "native_layers", "inference", "operators", "roofline", "concatenation")
+NATIVE_TESTS = ("kernels", "native_layers", "inference", "inference_stem", "operators", "roofline", "concatenation")
 # By capability. Where each line counts for itself, nothing is optimised: neither the rates of the machine are reached
 # nor the accuracy of multiplications and additions in one.
 BEST = ("-k", "not cpu_capability and not rates_of_the_machine and not means_far_from_zero")
