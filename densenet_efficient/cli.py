@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from densenet_efficient import __version__
 from densenet_efficient.argument_checks import CHECKPOINTING_LEVELS
 from densenet_efficient.planning import plan
 from densenet_efficient.planning.planner import DTYPES
@@ -80,6 +81,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="densenet-efficient", description="Train, use and examine memory-efficient DenseNets.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, text in CONFIGURED_COMMANDS.items():  # only for the list of commands
         commands.add_parser(name, help=text, add_help=False)

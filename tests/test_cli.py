@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from training_cases import fails, fit, fit_arguments, make_cifar, make_images
 
-from densenet_efficient import summary_table
+from densenet_efficient import __version__, summary_table
 from densenet_efficient.cli import CONFIGURED_COMMANDS, main, with_underscores
 from densenet_efficient.models import create_model, model_names
 from densenet_efficient.training import finish
@@ -79,6 +79,12 @@ def test_every_option_is_explained(arguments: list[str], capsys: pytest.CaptureF
         first, *others = paragraph.splitlines()
         described = first.partition("  ")[2] + " ".join(line for line in others if line.startswith(" " * 20))
         assert len(re.split(r"\((required, )?type:", described)[0].split()) > 1, paragraph
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"densenet-efficient {__version__}\n"
 
 
 def test_help_names_the_recipes_and_what_may_augment(capsys: pytest.CaptureFixture[str]) -> None:
