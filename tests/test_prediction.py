@@ -274,6 +274,7 @@ def test_a_table_of_no_root_takes_none_later(
     assert f"holds predictions without --root, not with --root {tmp_path}; give the" in capsys.readouterr().err
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_prediction_that_is_told_to_stop(
