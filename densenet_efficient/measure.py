@@ -134,14 +134,15 @@ def peak_memory_per_image(
 
     `factory` is "module:function"; `function(**arguments)` gives the model, and `arguments` must be JSON.
     Each of the two batches, the smaller one first, runs in a fresh process, and raises as `peak_memory` does; other
-    batches are a ValueError.
+    batches are a ValueError. Pages of files do not count: how much of its libraries a process holds depends on what
+    the system has read before.
     """
     smaller, larger = batches
     if not 0 < smaller < larger:
         raise ValueError(f"expected batches (smaller, larger) with 0 < smaller < larger, got {batches}")
     options = {"dtype": dtype, "task": task, "device": device, "channels_last": channels_last}
-    smaller_peak = peak_memory(factory, arguments, input_shape, smaller, **options)
-    larger_peak = peak_memory(factory, arguments, input_shape, larger, **options)
+    peaks = (_peak_and_files(factory, arguments, input_shape, batch, options) for batch in batches)
+    smaller_peak, larger_peak = (peak - files for peak, files in peaks)
     return (larger_peak - smaller_peak) / (larger - smaller) / MIB
 
 
@@ -157,7 +158,16 @@ def peak_memory(
     The first step compiles and initialises, so it is left out. On the CPU this is the peak resident set
     (Linux only), on CUDA the allocator's peak. Raises RuntimeError if the process fails.
     """
-    return int(_run_in_fresh_process("peak", factory, arguments, input_shape, batch, options)[0])
+    return _peak_and_files(factory, arguments, input_shape, batch, options)[0]
+
+
+def _peak_and_files(
+    factory: str, arguments: Mapping[str, Any], input_shape: tuple[int, ...], batch: int, options: Mapping[str, Any]
+) -> tuple[int, int]:
+    """The bytes of `peak_memory`, and those among them of files, such as libraries; on CUDA none."""
+    answer, _ = _run_in_fresh_process("peak", factory, arguments, input_shape, batch, options)
+    peak, files = map(int, answer.split())
+    return peak, files
 
 
 def first_step_seconds(
@@ -208,23 +218,25 @@ def build_model(factory: str, arguments: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _serve(request: Mapping[str, Any]) -> int:
-    """Run the requested steps in this process and return its peak bytes; 0 for the first step alone."""
+def _serve(request: Mapping[str, Any]) -> tuple[int, int]:
+    """Run the requested steps in this process and return its `_peak_bytes`; 0 for the first step alone."""
     model = build_model(request["factory"], request["arguments"])
     step = make_step(model, **request["step"])
     step()
     if request["measurement"] == "first":
-        return 0
+        return 0, 0
     return _peak_bytes(step, on_cuda=next(model.parameters()).is_cuda)
 
 
-def _peak_bytes(step: Callable[[], object], on_cuda: bool) -> int:
+def _peak_bytes(step: Callable[[], object], on_cuda: bool) -> tuple[int, int]:
+    """The peak of one step, and how much of it are pages of files."""
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-    else:
-        reset_peak_resident()
+        step()
+        return torch.cuda.max_memory_allocated(), 0
+    reset_peak_resident()
     step()
-    return torch.cuda.max_memory_allocated() if on_cuda else status_bytes("VmHWM")
+    return status_bytes("VmHWM"), status_bytes("RssFile")
 
 
 def reset_peak_resident() -> None:
@@ -233,7 +245,8 @@ def reset_peak_resident() -> None:
 
 
 def status_bytes(name: str) -> int:
-    """What the kernel says of this process: "VmRSS" held now, "VmHWM" at most, "VmData" mapped (Linux only).
+    """What the kernel says of this process: "VmRSS" held now, "RssFile" of it of files, "VmHWM" held at most,
+    "VmData" mapped (Linux only).
 
     Not getrusage: its ru_maxrss survives exec, so a child could report the peak of its parent.
     """
@@ -261,4 +274,4 @@ def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 if __name__ == "__main__":
-    print(_serve(json.loads(sys.argv[1])), flush=True)
+    print(*_serve(json.loads(sys.argv[1])), flush=True)

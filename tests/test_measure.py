@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import mmap
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +31,17 @@ class KnownMemory(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         filled = torch.ones(len(images), self.mib * 2**18)
         return self.linear(images.flatten(1)) + filled[:, :2]
+
+
+class KnownMemoryAndFile(KnownMemory):
+    """Of a larger batch it also reads 32 MiB of a library, which stay mapped."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) > 2:
+            with open(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so", "rb") as file:
+                self.pages = mmap.mmap(file.fileno(), 2**25, access=mmap.ACCESS_READ)
+            self.pages.find(b"no such bytes are there")
+        return super().forward(images)
 
 
 class Recorder(nn.Module):
@@ -84,6 +97,12 @@ def test_step_times_needs_rounds(rounds: int, warmup: int) -> None:
 
 def test_memory_is_what_an_image_adds() -> None:
     slope = peak_memory_per_image("test_measure:KnownMemory", {"mib": 8}, SHAPE, batches=(2, 12))
+    assert slope == pytest.approx(8, rel=0.05)
+
+
+def test_how_much_of_its_libraries_a_process_holds_adds_nothing() -> None:
+    """Here the process of the larger batch has read a file of 32 MiB, as another may have read more of a library."""
+    slope = peak_memory_per_image("test_measure:KnownMemoryAndFile", {"mib": 8}, SHAPE, batches=(2, 12))
     assert slope == pytest.approx(8, rel=0.05)
 
 
