@@ -472,3 +472,23 @@ def test_the_same_relative_paths_of_another_folder_are_not_taken_for_predicted(
     origin = output.with_name("out.csv.json")
     origin.write_text(json.dumps({k: v for k, v in json.loads(origin.read_text()).items() if k != "working_directory"}))
     assert predict(checkpoint, "images", "--output", output) == 0  # a table of an earlier version
+
+
+def test_an_accelerator_that_is_not_there(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "--checkpoint", str(checkpoint), "--accelerator", "mps", "examples/digit.png"]) == 2
+    [error] = capsys.readouterr().err.splitlines()[-1:]
+    assert error.startswith("error: ")
+    assert "accelerator" in error
+
+
+def test_a_disk_that_fails_is_not_called_full(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = CSVWriter(load_classifier(checkpoint), "refuse", tmp_path / "out.csv", "none")
+
+    def fail(mode: str) -> TextIO:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(writer, "_open", fail)
+    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error$"):
+        writer.write(["a.png"], torch.tensor([[0.25, 0.75]]))

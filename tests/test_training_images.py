@@ -307,3 +307,14 @@ def test_films_as_tiff_are_turned_into_positives(dtype: Any, tmp_path: Path) -> 
     (tmp_path / "film.tif").write_bytes(content.replace(black_is_zero, black_is_zero[:-1] + b"\x00"))
     film, positive = (read_image(tmp_path / name, 1).float() for name in ("film.tif", "print.tif"))
     torch.testing.assert_close(film, positive.max() - positive)
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_damaged_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (4, 4)).save(tmp_path / "image.png")
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(MemoryError):
+        read_image(tmp_path / "image.png", 1, None)
