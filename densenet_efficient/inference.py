@@ -239,7 +239,7 @@ def _cast(linear: nn.Linear, dtype: torch.dtype) -> CastLinear | None:
 
 
 def _pack(conv: Convolution, dtype: torch.dtype) -> Tensor:
-    shape = (conv.out_channels, conv.in_channels, *conv.kernel_size)
+    shape = fusion.own_shape(conv)
     if conv.weight.shape != shape:
         raise RuntimeError(f"expected a weight of size {list(shape)} for {conv}, but got {list(conv.weight.shape)}")
     return torch.ops.densenet_efficient.packed_weight(conv.weight, dtype)

@@ -406,6 +406,7 @@ def test_more_than_2_to_the_31_elements_in_one_storage(operators, operation):
     def place(matrix):
         rows = len(matrix)
         stride = 2**31 // (rows - 1) // 64 * 64 + 64
+        assert (rows - 1) * stride > 2**31
         return reserved(rows * stride, matrix).as_strided(matrix.shape, (stride, 1)).copy_(matrix)
 
     case = getattr(factory((1, 8, 10, 24)), operation)()

@@ -293,6 +293,7 @@ def test_more_than_2_to_the_31_elements_in_one_storage(operation):
     def place(matrix):
         rows = len(matrix)
         stride = 2**31 // (rows - 1) // 64 * 64 + 64
+        assert (rows - 1) * stride > 2**31
         storage = torch.empty(rows * stride, dtype=matrix.dtype, device=DEVICE)
         return storage.as_strided(matrix.shape, (stride, 1)).copy_(matrix)
 

@@ -71,9 +71,11 @@ class Interrupted(SystemExit):
     def __init__(self, number: int, kept: Path, validating: bool = False) -> None:
         super().__init__(128 + number)
         where = "in a validation, which is done again" if validating else "after a whole step"
-        self.message = f"Interrupted {where}; continue from {kept} with --ckpt_path last"
-        if not kept.exists():
-            self.message = "Interrupted before the first step; the same command begins again"
+        self.message = (
+            f"Interrupted {where}; continue from {kept} with --ckpt_path last"
+            if kept.exists()
+            else "Interrupted before the first step; the same command begins again"
+        )
 
     def __str__(self) -> str:
         return self.message
