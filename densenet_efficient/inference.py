@@ -92,12 +92,12 @@ class PreparedStage:
         return out, x.new_empty((0,)) if features is None else features
 
     def _prepare(self, x: Tensor) -> Prepared:
-        dtype = kernels.accumulation_dtype(x.dtype)
+        dtype, pack = kernels.accumulation_dtype(x.dtype), torch.ops.densenet_efficient.packed_weight
         return Prepared(
             [_affine(norm, dtype) for norm in self.norms],
-            [_pack(conv, x.dtype) for conv in self.convolutions],
+            [pack(conv.weight, x.dtype) for conv in self.convolutions],
             None if self.exit.norm is None else _affine(self.exit.norm, dtype),
-            None if self.exit.conv is None else _pack(self.exit.conv, x.dtype),
+            None if self.exit.conv is None else pack(self.exit.conv.weight, x.dtype),
         )
 
 
@@ -236,13 +236,6 @@ def _cast(linear: nn.Linear, dtype: torch.dtype) -> CastLinear | None:
     bias = None if linear.bias is None else linear.bias.to(dtype)
     cast = kept.cast = CastLinear(snapshot, linear.weight.to(dtype), bias)
     return cast
-
-
-def _pack(conv: Convolution, dtype: torch.dtype) -> Tensor:
-    shape = fusion.own_shape(conv)
-    if conv.weight.shape != shape:
-        raise RuntimeError(f"expected a weight of size {list(shape)} for {conv}, but got {list(conv.weight.shape)}")
-    return torch.ops.densenet_efficient.packed_weight(conv.weight, dtype)
 
 
 def _affine(norm: BatchNorm, dtype: torch.dtype) -> Tensor:

@@ -94,6 +94,15 @@ def test_one_process_alone_says_that_a_model_knows_its_images(capsys: pytest.Cap
     assert said.count("\n") == 1
 
 
+def test_what_was_trained_on_is_unknown_with_any_other_data_or_after_an_unknown_part() -> None:
+    data = SimpleNamespace(splits=of(LABELS), root=Path())
+    none = torch.empty(0, dtype=torch.int64)
+    for marks, module in ((none, None), (None, data)):
+        images = TrainingImages(marks)
+        images.begin(SimpleNamespace(datamodule=module))
+        assert images.count(data.splits.train.sources, data.root) is None
+
+
 def test_what_is_written_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -187,3 +187,12 @@ def test_nothing_is_free_in_other_dimensions(dims):
     model = EfficientDenseNet(**NETWORK, spatial_dims=dims)
     blocks = [module for module in model.features if isinstance(module, densenet_efficient.DenseBlock)]
     assert len(blocks) == 3 and not any(block.free_bottlenecks for block in blocks)
+
+
+@pytest.mark.parametrize(
+    "features", [[], [torch.nn.Identity()], [torch.nn.Conv2d(3, 8, 3)]], ids=["none", "one", "conv"]
+)
+def test_nothing_is_known_of_other_networks(features):
+    assert usual_shape(features, "cpu") is None
+    stages = list(EfficientDenseNet(**NETWORK).features)[1:]  # that begins with no convolution
+    assert usual_shape([*features, *stages], "cpu") is None

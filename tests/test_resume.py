@@ -331,6 +331,21 @@ def test_what_another_users_process_may_still_write_is_not_removed(
     assert theirs.exists()
 
 
+def test_what_another_machine_has_just_finished_writing_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half, whole = tmp_path / ".last.ckpt.node.77", tmp_path / "last.ckpt"
+    half.write_bytes(b"whole")
+
+    def renamed(folder: Path, pattern: str) -> list[Path]:
+        half.rename(whole)
+        return [half]
+
+    monkeypatch.setattr(Path, "glob", renamed)
+    remove_left_over([whole])
+    assert whole.read_bytes() == b"whole" and not half.exists()
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_previous_one(
     images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

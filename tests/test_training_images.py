@@ -216,6 +216,23 @@ def test_an_image_beside_the_splits_is_named(tmp_path: Path) -> None:
         FolderData(tmp_path, **SMALL).setup("fit")
 
 
+def test_files_that_may_not_be_read_beside_the_splits_are_no_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are not trained on, so a training goes on; but one in a split would stop it."""
+    for part in ("train", "val", "extra"):
+        make_images(tmp_path / part)
+
+    def is_image(path: Path) -> bool:
+        if "extra" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return True
+
+    monkeypatch.setattr("densenet_efficient.training.folders.is_image", is_image)
+    FolderData(tmp_path, **SMALL).setup("fit")
+    assert "other folders" not in capsys.readouterr().out
+
+
 def test_images_in_folders_beside_the_splits_are_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("train", "val"):
         make_images(tmp_path / part)
