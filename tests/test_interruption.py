@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader
 
 from densenet_efficient.training.averaging import AveragedWeights
 from densenet_efficient.training.checkpoint import last_whole
-from densenet_efficient.training.interruption import SIGNALS, ReadingLoader, SaveLast
+from densenet_efficient.training.interruption import SaveLast
+from densenet_efficient.training.loading import ReadingLoader
+from densenet_efficient.training.signals import SIGNALS
 
 
 @pytest.fixture

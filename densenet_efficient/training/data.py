@@ -17,12 +17,12 @@ from torchvision.transforms import v2
 from densenet_efficient.training.check import find_unreadable, keep_readable, printable
 from densenet_efficient.training.folders import read_folder
 from densenet_efficient.training.images import what_is_wrong
-from densenet_efficient.training.interruption import ReadingLoader, end_with_the_run
-from densenet_efficient.training.loading import EpochSampler, LabelledImages, TrainingLoader
+from densenet_efficient.training.loading import EpochSampler, LabelledImages, ReadingLoader, TrainingLoader
 from densenet_efficient.training.option_checks import check_at_least_zero
 from densenet_efficient.training.preprocessing import Preprocessing, Transform, normalisation
 from densenet_efficient.training.samples import Samples, Splits
 from densenet_efficient.training.shared_check import find_unreadable_together
+from densenet_efficient.training.signals import end_with_the_run
 from densenet_efficient.training.tables import Columns, read_table
 
 Augmentation = Literal["none", "photograph", "medical", "small", "digits"] | list[v2.Transform]

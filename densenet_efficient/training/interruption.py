@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -15,54 +11,8 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-def end_with_the_run(worker: int) -> None:
-    """For a process that reads images: signals are for the run alone, which needs it until its step has ended.
-
-    They reach it where they are sent to a whole group, as by Ctrl-C, `timeout` and many a queue.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for the thread to see who has sent it
-    threading.Thread(target=_wait_for_the_run, daemon=True).start()
-
-
-def _wait_for_the_run() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-class ReadingLoader(DataLoader[Any]):
-    """A loader whose processes begin undisturbed: signals of that moment act right after it.
-
-    Of a handler that Python calls while it forks, what it raises is lost; and a process that is new dies of the signal.
-    """
-
-    def __iter__(self) -> Any:
-        with delayed_signals():
-            return super().__iter__()
-
-
-@contextmanager
-def delayed_signals() -> Iterator[None]:
-    """SIGTERM and Ctrl-C of this block act at its end."""
-    if threading.current_thread() is not threading.main_thread():  # which no handler interrupts
-        yield
-        return
-    received: list[int] = []
-    ours = [number for number in SIGNALS if signal.getsignal(number) is not None]  # else not Python's to set again
-    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in ours}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    for waiting in received:
-        signal.raise_signal(waiting)
+from densenet_efficient.training.signals import SIGNALS
 
 
 class Interrupted(SystemExit):

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from densenet_efficient.training.interruption import ReadingLoader
 from densenet_efficient.training.preprocessing import Transform
 from densenet_efficient.training.samples import Samples
+from densenet_efficient.training.signals import delayed_signals
 
 Draw = tuple[int, int]  # the index of a sample, and the seed of its augmentation
 SEED_RANGE = 2**62
@@ -77,6 +77,17 @@ class EpochSampler(Sampler[Draw]):
         seeds = torch.randint(SEED_RANGE, (self.count,), generator=generator)
         mine = slice(self.rank, self.share * self.world_size, self.world_size)
         yield from list(zip(order[mine].tolist(), seeds[mine].tolist(), strict=True))[self.start :]
+
+
+class ReadingLoader(DataLoader[Any]):
+    """A loader whose processes begin undisturbed: signals of that moment act right after it.
+
+    Of a handler that Python calls while it forks, what it raises is lost; and a process that is new dies of the signal.
+    """
+
+    def __iter__(self) -> Any:
+        with delayed_signals():
+            return super().__iter__()
 
 
 class TrainingLoader(ReadingLoader):

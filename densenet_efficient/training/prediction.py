@@ -24,8 +24,9 @@ from densenet_efficient.training.check import listing, printable
 from densenet_efficient.training.checkpoint import SavedClassifier, load_classifier, probabilities_of
 from densenet_efficient.training.folders import OTHER_TYPE, list_files
 from densenet_efficient.training.images import what_is_wrong
-from densenet_efficient.training.interruption import ReadingLoader, end_with_the_run
+from densenet_efficient.training.loading import ReadingLoader
 from densenet_efficient.training.progress import Progress
+from densenet_efficient.training.signals import end_with_the_run
 from densenet_efficient.training.tables import filled, read_rows, require_a_file
 
 ORIGIN_OF_PATHS = ("root", "working_directory")  # of which the latter is empty where the former does not need it

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -14,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from densenet_efficient.training.command_errors import say_what_is_wrong
+from densenet_efficient.training.signals import handled_by
 
 
 def run_predict(arguments: Sequence[str]) -> int:
@@ -31,7 +30,7 @@ def run_predict(arguments: Sequence[str]) -> int:
     options = given.as_dict()
     del options["config"]
     try:
-        with stopped_by_signals():
+        with handled_by(_stop):
             predict(**options)
     except Stopped as stop:
         print(f"Interrupted{'' if given.output is None else '; the same command goes on'}", file=sys.stderr)
@@ -49,20 +48,9 @@ class Stopped(BaseException):
         self.status = 128 + number
 
 
-@contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """In this block SIGTERM and Ctrl-C raise `Stopped`, at once: by itself Lightning's `predict` goes on at a SIGTERM,
-    and at Ctrl-C ends the process without a word."""
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise Stopped(number)
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """At once. By itself Lightning's `predict` goes on at a SIGTERM, and at Ctrl-C ends the process without a word."""
+    raise Stopped(number)
 
 
 def build_parser() -> ArgumentParser:
