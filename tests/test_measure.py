@@ -293,6 +293,31 @@ def test_memory_kept_for_the_next_step() -> None:
     assert int(grown) <= 2 and int(fresh) <= 2  # MiB
 
 
+REPEATED_STEPS = """
+from densenet_efficient import EfficientDenseNet
+
+model = EfficientDenseNet(block_config=(6, 8, 4), num_classes=10, checkpointing="none")
+images = torch.rand(4, 3, 128, 128)
+
+def mappings_after(steps):
+    for _ in range(steps):
+        model.zero_grad()
+        model(images).sum().backward()
+    with open("/proc/self/maps") as file:
+        return sum(1 for _ in file)
+
+print(mappings_after(5), mappings_after(40))
+"""
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_repeated_steps_do_not_scatter_the_memory() -> None:
+    """Each range of pages that are moved apart costs a call of the system whenever it moves again."""
+    first, later = measured(REPEATED_STEPS)
+    assert later <= first + 8
+
+
 MIXED_MEMORY = """
 return_freed_memory()
 random.seed(0)
@@ -316,7 +341,7 @@ print(most >> 20, grown >> 20)
 
 @needs_native
 def test_buffers_of_many_sizes_hold_their_own_values() -> None:
-    """And the process never holds more than was in use at once, but for whole pages."""
+    """And the process holds no more than was in use at once, but for whole pages and a part in 64."""
     most, grown = measured(MIXED_MEMORY)
     assert grown <= 1.03 * most + 4  # MiB
 

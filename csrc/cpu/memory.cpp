@@ -10,10 +10,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <limits>
-#include <memory>
 #include <mutex>
 #include <new>
-#include <optional>
 #include <utility>
 
 #include "cpu/pages.h"
@@ -37,21 +35,22 @@ constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
 constexpr size_t kSmallest = 1 << 18, kCacheLine = 64;  // bytes
 constexpr size_t kOffsets = 64;                         // of cache lines in a page
 
-// Together with the memory in use, what is kept is never more than was in use at once.
 class KeptMemory final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    Pages::Buffer* const buffer = take(bytes);
+    Buffer* const buffer = take(bytes);
     if (buffer == nullptr) return c10::GetCPUAllocator()->allocate(bytes);
-    c10::profiledCPUMemoryReporter().New(buffer->data(), bytes);
-    return {buffer->data() + next_offset(), buffer, &release_reported, c10::DeviceType::CPU};
+    c10::profiledCPUMemoryReporter().New(buffer->addresses.begin, bytes);
+    return {buffer->addresses.begin + next_offset(), buffer, &release_reported, c10::DeviceType::CPU};
   }
 
   // As ``allocate``, but of what no tensor holds, so that torch's profiler does not count it. What a thread takes for
   // itself the C library serves, which keeps memory for each thread.
   c10::DataPtr allocate_unreported(size_t bytes) {
-    Pages::Buffer* const buffer = at::in_parallel_region() ? nullptr : take(bytes);
-    if (buffer != nullptr) return {buffer->data() + next_offset(), buffer, &release_unreported, c10::DeviceType::CPU};
+    Buffer* const buffer = at::in_parallel_region() ? nullptr : take(bytes);
+    if (buffer != nullptr) {
+      return {buffer->addresses.begin + next_offset(), buffer, &release, c10::DeviceType::CPU};
+    }
     void* const data = std::aligned_alloc(kCacheLine, (bytes + kCacheLine - 1) / kCacheLine * kCacheLine);
     if (data == nullptr) throw std::bad_alloc();
     return {data, data, &std::free, c10::DeviceType::CPU};
@@ -64,45 +63,57 @@ class KeptMemory final : public c10::Allocator {
   void let_all_go() {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return;
-    most_ = in_use_;
-    keep_no_more_than_most();
+    collect_freed();
+    pages_.let_all_go();
   }
 
  private:
+  struct Buffer {
+    AddressRange addresses;
+    KeptMemory& memory;
+    Buffer* next = nullptr;  // of those that are freed
+  };
+
   // Null where a small buffer is better served by the C library, or pages cannot be had.
-  Pages::Buffer* take(size_t bytes) {
+  Buffer* take(size_t bytes) {
     if (!kKeeps || bytes < kSmallest) return nullptr;
     // Where another thread is inside, as it may be for ever in a forked process, nothing is kept.
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
-    auto buffer = pages_.take(bytes + kOffsets * kCacheLine);
-    if (!buffer) {  // what is kept may be in the way
-      pages_.let_go(pages_.kept_bytes());
-      buffer = pages_.take(bytes + kOffsets * kCacheLine);
-    }
-    if (!buffer) return nullptr;
-    in_use_ += buffer->bytes();
-    most_ = std::max<size_t>(most_, in_use_);
-    keep_no_more_than_most();
-    return new Pages::Buffer(*std::move(buffer));
+    collect_freed();
+    const AddressRange addresses = pages_.take(bytes + kOffsets * kCacheLine);
+    return addresses.bytes() == 0 ? nullptr : new Buffer{addresses, *this};
   }
 
-  void keep_no_more_than_most() {
-    const size_t all = in_use_ + pages_.kept_bytes();
-    if (all > most_) pages_.let_go(all - most_);
+  void collect_freed() {
+    Buffer* buffer = freed_.exchange(nullptr);
+    while (buffer != nullptr) {
+      pages_.keep(buffer->addresses);
+      delete std::exchange(buffer, buffer->next);
+    }
   }
 
   // Rows at the same place of their pages would share a few sets of the first cache.
   size_t next_offset() { return (offset_ = (offset_ + 11) % kOffsets) * kCacheLine; }
 
-  static void release(KeptMemory& memory, void* context);
-  static void release_unreported(void* context);
-  static void release_reported(void* context);
+  // Never waits for a thread that is inside.
+  static void release(void* context) {
+    auto* const buffer = static_cast<Buffer*>(context);
+    auto& freed = buffer->memory.freed_;
+    buffer->next = freed.load();
+    while (!freed.compare_exchange_weak(buffer->next, buffer)) {
+    }
+  }
+
+  static void release_reported(void* context) {
+    c10::profiledCPUMemoryReporter().Delete(static_cast<Buffer*>(context)->addresses.begin);
+    release(context);
+  }
 
   std::mutex mutex_;
   Pages pages_;
-  size_t most_ = 0;
-  std::atomic<size_t> in_use_ = 0, offset_ = 0;
+  std::atomic<Buffer*> freed_ = nullptr;
+  std::atomic<size_t> offset_ = 0;
 };
 
 // Never destroyed: tensors may outlive every static object.
@@ -115,21 +126,6 @@ KeptMemory& kept_memory() {
 KeptMemory& kernel_memory() {
   static auto* const memory = new KeptMemory;
   return *memory;
-}
-
-void KeptMemory::release(KeptMemory& memory, void* context) {
-  const std::unique_ptr<Pages::Buffer> buffer(static_cast<Pages::Buffer*>(context));
-  const std::unique_lock lock(memory.mutex_, std::try_to_lock);
-  memory.in_use_ -= buffer->bytes();
-  if (!lock) return Pages::let_go(*buffer);
-  memory.pages_.keep(std::move(*buffer));
-}
-
-void KeptMemory::release_unreported(void* context) { release(kernel_memory(), context); }
-
-void KeptMemory::release_reported(void* context) {
-  c10::profiledCPUMemoryReporter().Delete(static_cast<Pages::Buffer*>(context)->data());
-  release(kept_memory(), context);
 }
 
 // As torch fills what at::empty returns.

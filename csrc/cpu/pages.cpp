@@ -1,11 +1,12 @@
 #include "cpu/pages.h"
 
 #include <algorithm>
-#include <iterator>
-#include <utility>
+#include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
+#include <sys/resource.h>
+#include <unistd.h>
 #endif
 
 namespace densenet_efficient {
@@ -15,131 +16,137 @@ size_t round_up(size_t bytes) { return (bytes + Pages::kMultiple - 1) / Pages::k
 
 #if defined(__unix__) || defined(__APPLE__)
 
-void unmap(char* data, size_t bytes) { munmap(data, bytes); }
+// Of twice the machine's memory, without any of it; none where addresses are limited, for others need them.
+AddressRange reserve_addresses() {
+  rlimit limit;
+  if (getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur != RLIM_INFINITY) return {};
+  const size_t bytes = round_up(2 * static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE));
+  void* const data = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (data == MAP_FAILED) return {};
+  return {static_cast<char*>(data), static_cast<char*>(data) + bytes};
+}
 
-// Pages that are handed out when they are first touched; null if refused.
-char* map_fresh(size_t bytes) {
-  void* const data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  return data == MAP_FAILED ? nullptr : static_cast<char*>(data);
+// Pages that are handed out when they are first touched.
+bool make_usable(AddressRange range) { return mprotect(range.begin, range.bytes(), PROT_READ | PROT_WRITE) == 0; }
+
+// The addresses stay; their pages, if they are touched again, are fresh ones.
+void give_back(AddressRange range) {
+#if defined(__APPLE__)
+  madvise(range.begin, range.bytes(), MADV_FREE);
+#else
+  madvise(range.begin, range.bytes(), MADV_DONTNEED);
+#endif
 }
 
 #else
 
-void unmap(char*, size_t) {}
-char* map_fresh(size_t) { return nullptr; }
+AddressRange reserve_addresses() { return {}; }
+bool make_usable(AddressRange) { return false; }
+void give_back(AddressRange) {}
 
 #endif
 
 #if defined(__linux__)
 
-constexpr bool kCanMove = true;
+// Of Linux 5.7 and 4.17; older ones refuse the first, and older headers name neither.
+constexpr int kKeepAddresses = 4;      // MREMAP_DONTUNMAP
+constexpr int kIfUnmapped = 0x100000;  // MAP_FIXED_NOREPLACE
 
-bool move(const Pages::Range& from, char* to) {
-  return mremap(from.data, from.bytes, from.bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to) != MAP_FAILED;
+// Moves pages between addresses, all of which stay usable.
+bool move(AddressRange from, char* to) {
+  const size_t bytes = from.bytes();
+  if (mremap(from.begin, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED | kKeepAddresses, to) != MAP_FAILED) return true;
+  // The system refuses before it has made room, or else has lost the addresses.
+  mmap(to, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | kIfUnmapped, -1, 0);
+  return false;
 }
 
 #else
 
-constexpr bool kCanMove = false;
-
-bool move(const Pages::Range&, char*) { return false; }
+bool move(AddressRange, char*) { return false; }
 
 #endif
 
 }  // namespace
 
-Pages::Buffer Pages::Buffer::cut(size_t bytes) {
-  char* const middle = data() + bytes;
-  const auto first =
-      std::find_if(ranges.begin(), ranges.end(), [&](const Range& range) { return range.end() > middle; });
-  Buffer behind{{first, ranges.end()}};
-  ranges.erase(first, ranges.end());
-  Range& cut = behind.ranges.front();
-  if (cut.data < middle) {
-    const size_t before = middle - cut.data;
-    ranges.push_back({cut.data, before, cut.mapping});
-    cut = {middle, cut.bytes - before, cut.mapping};
-  }
-  return behind;
-}
-
-void Pages::Buffer::append(const Buffer& behind) {
-  auto next = behind.ranges.begin();
-  if (next->mapping == ranges.back().mapping) ranges.back().bytes += next++->bytes;
-  ranges.insert(ranges.end(), next, behind.ranges.end());
-}
-
-std::optional<Pages::Buffer> Pages::take(size_t bytes) {
+AddressRange Pages::take(size_t bytes) {
   bytes = round_up(bytes);
-  if (const auto found = find(bytes); found != kept_.end() && found->second.bytes() >= bytes) return take_kept(bytes);
-  char* const data = map_fresh(bytes);
-  if (data == nullptr) return std::nullopt;
-  Buffer buffer;
-  size_t filled = 0;
-  bool moved = true;
-  while (kCanMove && moved && filled < bytes && !kept_.empty()) {
-    const Buffer part = take_kept(bytes - filled);
-    for (const Range& range : part.ranges) {
-      moved = moved && move(range, data + filled);
-      if (moved) {
-        buffer.ranges.push_back({data + filled, range.bytes, mappings_++});
-        filled += range.bytes;
-      } else {
-        unmap(range.data, range.bytes);
-      }
+  char* const data = place(bytes);
+  if (data == nullptr) return {};
+  const AddressRange buffer{data, data + bytes};
+  free_.remove(buffer);
+  in_use_ += bytes;
+  most_in_use_ = std::max(most_in_use_, in_use_);
+  std::vector<AddressRange> gaps;
+  char* filled = buffer.begin;
+  kept_.take_out(buffer, [&](AddressRange part) {
+    if (filled < part.begin) gaps.push_back({filled, part.begin});
+    filled = part.end;
+  });
+  if (filled < buffer.end) gaps.push_back({filled, buffer.end});
+  for (const AddressRange& gap : gaps) fill(gap);
+  return buffer;
+}
+
+// The first free addresses, else those behind all others.
+char* Pages::place(size_t bytes) {
+  if (char* const data = free_.first_of(bytes)) return data;
+  if (!was_reserved_) {
+    was_reserved_ = true;
+    reserved_ = reserve_addresses();
+    top_ = reserved_.begin;
+  }
+  char* const data = !free_.empty() && free_.last().end == top_ ? free_.last().begin : top_;
+  if (static_cast<size_t>(reserved_.end - data) < bytes) return nullptr;
+  const AddressRange more{top_, data + bytes};
+  if (!make_usable(more)) return nullptr;
+  free_.add(more);
+  top_ = more.end;
+  return data;
+}
+
+// Pages for addresses that have none.
+void Pages::fill(AddressRange gap) {
+  while (gap.begin < gap.end) {
+    const bool may_hold_more = held_ + gap.bytes() <= most_in_use_ + most_in_use_ / kSpareParts;
+    if (may_hold_more || kept_.empty()) {
+      held_ += gap.bytes();
+      return;
     }
-  }
-  if (!moved) {  // too many ranges; the addresses that are left may not be ours any more, and hold no memory
-    let_go(buffer);
-    return std::nullopt;
-  }
-  if (filled < bytes) buffer.ranges.push_back({data + filled, bytes - filled, mappings_++});
-  return buffer;
-}
-
-Pages::Kept::iterator Pages::find(size_t bytes) {
-  const auto is_better = [&](const Kept::value_type& one, const Kept::value_type& other) {
-    const size_t size = one.second.bytes(), other_size = other.second.bytes();
-    const bool suffices = size >= bytes, other_suffices = other_size >= bytes;
-    return suffices == other_suffices ? (suffices ? size < other_size : size > other_size) : suffices;
-  };
-  return std::min_element(kept_.begin(), kept_.end(), is_better);
-}
-
-Pages::Buffer Pages::take_kept(size_t bytes) {
-  const auto found = find(bytes);
-  Buffer buffer = std::move(found->second);
-  kept_.erase(found);
-  kept_bytes_ -= buffer.bytes();
-  if (buffer.bytes() > bytes) keep(buffer.cut(bytes));
-  return buffer;
-}
-
-void Pages::keep(Buffer buffer) {
-  kept_bytes_ += buffer.bytes();
-  if (const auto behind = kept_.find(buffer.end()); behind != kept_.end()) {
-    buffer.append(behind->second);
-    kept_.erase(behind);
-  }
-  const auto next = kept_.upper_bound(buffer.data());
-  if (next != kept_.begin() && std::prev(next)->second.end() == buffer.data()) {
-    std::prev(next)->second.append(buffer);
-  } else {
-    kept_.emplace(buffer.data(), std::move(buffer));
+    const AddressRange part = take_kept(gap.bytes());
+    char* const end = gap.begin + part.bytes();
+    if (part.bytes() >= kWorthMoving && move(part, gap.begin)) {
+      seams_.insert({gap.begin, end});
+    } else {
+      give_back(part);
+    }
+    gap.begin = end;
   }
 }
 
-void Pages::let_go(size_t bytes) {
-  bytes = round_up(bytes);
-  while (bytes > 0 && !kept_.empty()) {
-    const Buffer buffer = take_kept(bytes);
-    bytes -= buffer.bytes();
-    let_go(buffer);
-  }
+// At most ``bytes``, which one call moves; from the end, where the next step needs them last.
+AddressRange Pages::take_kept(size_t bytes) {
+  AddressRange part = kept_.last();
+  part.begin = std::max(part.begin, part.end - std::min(bytes, part.bytes()));
+  const auto seam = seams_.lower_bound(part.end);
+  if (seam != seams_.begin()) part.begin = std::max(part.begin, *std::prev(seam));
+  kept_.remove(part);
+  return part;
 }
 
-void Pages::let_go(const Buffer& buffer) {
-  for (const Range& range : buffer.ranges) unmap(range.data, range.bytes);
+void Pages::keep(AddressRange buffer) {
+  in_use_ -= buffer.bytes();
+  free_.add(buffer);
+  kept_.add(buffer);
+}
+
+void Pages::let_all_go() {
+  while (!kept_.empty()) {
+    const AddressRange range = kept_.last();
+    kept_.remove(range);
+    give_back(range);
+  }
+  held_ = most_in_use_ = in_use_;
 }
 
 }  // namespace densenet_efficient

@@ -1,69 +1,47 @@
-// Large buffers made of the pages of freed ones, whatever their sizes.
+// Large buffers that are made of the pages of freed ones, whatever their sizes.
 //
-// A fresh page costs about as much time as ten passes over it. A smaller buffer is a part of one that is kept; a larger
-// one is put together, where the system moves pages between addresses (mremap of Linux). So memory is never kept in a
-// size that nobody asks for.
+// A fresh page costs about as much time as ten passes over it. So freed pages are kept, where they are: a buffer lies
+// at the first free addresses that suffice, and a step that is repeated finds its buffers where the last one had them.
+// What is without a page there gets those of other free addresses, where the system moves pages (mremap of Linux).
 #pragma once
 
 #include <cstddef>
-#include <map>
-#include <optional>
-#include <vector>
+#include <set>
+
+#include "cpu/address_ranges.h"
 
 namespace densenet_efficient {
 
 class Pages {
  public:
-  // Buffers are whole multiples: a multiple of every system's page, and large enough that no buffer has many ranges.
+  // Buffers are whole multiples: a multiple of every system's page, and large enough that few are moved apart.
   static constexpr size_t kMultiple = 1 << 16;
 
-  // Pages that the system moves by one call.
-  struct Range {
-    char* data;
-    size_t bytes;
-    size_t mapping;  // two ranges of one may become one range again
+  // At least ``bytes``, with whatever its pages held before; an empty range where the system refuses.
+  AddressRange take(size_t bytes);
 
-    char* end() const { return data + bytes; }
-  };
+  void keep(AddressRange buffer);
 
-  // Adjacent ranges.
-  struct Buffer {
-    std::vector<Range> ranges;
-
-    char* data() const { return ranges.front().data; }
-    char* end() const { return ranges.back().end(); }
-    size_t bytes() const { return end() - data(); }
-
-    // Keeps the first ``bytes`` and returns what lies behind them.
-    Buffer cut(size_t bytes);
-
-    // Adds what lies behind.
-    void append(const Buffer& behind);
-  };
-
-  // Of at least ``bytes``, with whatever its pages held before; none where the system refuses.
-  std::optional<Buffer> take(size_t bytes);
-
-  void keep(Buffer buffer);
-
-  // Gives at least ``bytes`` of what is kept back to the system.
-  void let_go(size_t bytes);
-
-  static void let_go(const Buffer& buffer);
-
-  size_t kept_bytes() const { return kept_bytes_; }
+  // Gives all that is kept back to the system.
+  void let_all_go();
 
  private:
-  using Kept = std::map<char*, Buffer>;  // by address, none adjacent to another
+  // One call of the system moves what was never moved apart. Fresh pages cost less than a call for fewer bytes.
+  static constexpr size_t kWorthMoving = 1 << 18;
 
-  // The smallest buffer that is large enough, else the largest.
-  Kept::iterator find(size_t bytes);
+  // What is held is never more than was in use at once, but for one part in so many: that spares most moves.
+  static constexpr size_t kSpareParts = 64;
 
-  // That buffer; what it has beyond ``bytes`` stays.
-  Buffer take_kept(size_t bytes);
+  char* place(size_t bytes);
+  void fill(AddressRange gap);
+  AddressRange take_kept(size_t bytes);
 
-  Kept kept_;
-  size_t kept_bytes_ = 0, mappings_ = 0;
+  AddressRange reserved_{};  // addresses of this object's own
+  char* top_ = nullptr;      // from here on none of them was ever used
+  bool was_reserved_ = false;
+  AddressRanges free_, kept_;                       // addresses, and those of them that have pages
+  std::set<char*> seams_;                           // between pages that the system moves by different calls
+  size_t in_use_ = 0, most_in_use_ = 0, held_ = 0;  // bytes; what is held is in use or kept
 };
 
 }  // namespace densenet_efficient
