@@ -166,9 +166,13 @@ def read_block(block: nn.Module, read: Callable[[nn.Module], LayerParts | str]) 
 
 def _follows(layers: list[LayerParts], parts: LayerParts) -> bool:
     """Whether ``parts`` has the channels of a layer that stands behind ``layers``."""
+    return parts.channels == layers[0].channels and parts.norm1.num_features == channels_behind(layers)
+
+
+def channels_behind(layers: list[LayerParts]) -> int:
+    """Those of a block's input, and those that its layers add."""
     first = layers[0]
-    growth = len(layers) * first.channels[-1]
-    return parts.channels == first.channels and parts.norm1.num_features == first.norm1.num_features + growth
+    return first.norm1.num_features + len(layers) * first.channels[-1]
 
 
 def read_layer(modules: Mapping[str, nn.Module | None], drop_rate: float, training: bool) -> LayerParts | str:
@@ -189,7 +193,8 @@ def read_layer(modules: Mapping[str, nn.Module | None], drop_rate: float, traini
     norms = [cast(BatchNorm, modules.get(name)) for name in ("norm1", "norm2")]
     convolutions = [cast(Convolution, modules.get(name)) for name in ("conv1", "conv2")]
     parts = LayerParts(norms[0], convolutions[0], norms[1], convolutions[1], drop_rate, training)
-    if any(conv.in_channels != norm.num_features for conv, norm in zip(parts.convolutions, parts.norms, strict=True)):
+    widths = [norm.num_features for norm in parts.norms]
+    if [conv.in_channels for conv in parts.convolutions] != widths or parts.channels[:-1] != widths[1:]:
         return " has other channel counts than its norms"
     dims = parts.spatial_dims
     if any(dims_of(conv) != dims for conv in parts.convolutions) or not all(is_for(norm, dims) for norm in parts.norms):
@@ -239,7 +244,7 @@ def take_norm_relu(modules: list[nn.Module]) -> tuple[BatchNorm, list[nn.Module]
 def take_stem(children: list[nn.Module]) -> tuple[Convolution, BatchNorm, list[nn.Module]] | None:
     """The stem's convolution and norm, and what follows its pooling.
 
-    None unless conv, norm, ReLU and the 3x3 maximum pooling of the paper come first.
+    None unless conv, norm, ReLU and the 3x3 maximum pooling of the paper come first, of the same channels.
     """
     if not children or any_global_hook() or not _is_plain_conv(children[0]):
         return None
@@ -251,7 +256,8 @@ def take_stem(children: list[nn.Module]) -> tuple[Convolution, BatchNorm, list[n
     norm, (pool, *rest) = taken
     if not _is_plain(pool, MAX_POOLS[dims]) or _pooling(pool) != (3, 2, 1, 1, False, False):
         return None
-    return (conv, norm, rest) if _scalar(conv.dilation) == 1 and is_for(norm, dims) else None
+    fit = is_for(norm, dims) and norm.num_features == conv.out_channels
+    return (conv, norm, rest) if fit and _scalar(conv.dilation) == 1 else None
 
 
 class StageExit(NamedTuple):
@@ -322,10 +328,12 @@ def _take_pointwise(transition: nn.Module) -> tuple[BatchNorm, Convolution, list
     taken = take_norm_relu(list(transition))
     if is_observed(transition) or taken is None or not taken[1]:
         return None
-    norm, (conv, *rest) = taken
-    if not _is_pointwise(conv) or not is_for(norm, dims_of(cast(Convolution, conv))):
+    norm, (module, *rest) = taken
+    if not _is_pointwise(module):
         return None
-    return norm, cast(Convolution, conv), rest
+    conv = cast(Convolution, module)
+    fit = is_for(norm, dims_of(conv)) and norm.num_features == conv.in_channels
+    return (norm, conv, rest) if fit else None
 
 
 def is_class(module: object, source: str, name: str) -> bool:

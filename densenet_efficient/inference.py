@@ -61,7 +61,7 @@ class PreparedStage:
         self.weights = [*by_dtype.values()]  # the first of each dtype: as much as all of them say of the input's
         first = layers[0]
         self.bottleneck_channels, self.growth_rate = first.channels if first.bottleneck else (0, *first.channels)
-        self.total = first.norm1.num_features + len(layers) * self.growth_rate
+        self.total = fusion.channels_behind(layers)
         self.out_channels = 0 if stage_exit.norm is None else self.total
         if stage_exit.conv is not None:
             self.out_channels = stage_exit.conv.out_channels

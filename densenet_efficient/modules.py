@@ -354,6 +354,8 @@ def take_stage(children: list[nn.Module], with_head: bool) -> tuple[StageBlock, 
     layers = read_once(block)
     if isinstance(layers, str) or not is_for(stage_exit.norm, layers[0].spatial_dims):
         return None
+    if stage_exit.norm.num_features != fusion.channels_behind(layers):
+        return None
     if stage_exit.dropout not in (None, layers[0].dropout):
         return None
     return block, layers, stage_exit
