@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -54,7 +55,8 @@ def concatenate(tensors: Sequence[Tensor], channels: int | None = None) -> Tenso
     The values and gradients are those of `torch.cat`, derivatives of any order included. What comes first must be what
     grew so far; two different continuations of one result are both right, the second one in a storage of its own.
     Results share memory, so none of them may be changed in place: PyTorch's autograd refuses it, and without gradients
-    the next call does. Under ``torch.compile``, ``torch.func``, tracing and ``inference_mode`` it is `torch.cat`.
+    the next call does. Under ``torch.compile``, ``torch.func``, forward-mode differentiation, tracing and
+    ``inference_mode`` it is `torch.cat`.
 
     Args:
         tensors: [N, C_i, ...], equal but for C_i, on one device; the result has the dtype that torch promotes to.
@@ -123,7 +125,7 @@ def _may_share(tensors: list[Tensor]) -> bool:
 
     What does not fit is torch.cat's to refuse.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or forward_ad._current_level >= 0:
         return False
     if torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack() or not tensors:
         return False

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import assert_close, loss_of, make_images, saved_bytes
 from torch import nn
+from torch.autograd import forward_ad
 
 from densenet_efficient import concatenate
 
@@ -183,6 +184,17 @@ def test_compiled_traced_vectorised_and_in_inference_mode():
     assert_close({"": torch.vmap(other, chunk_size=1)(images[:, None])[:, 0]}, {"": expected})
     with torch.inference_mode():
         assert_close({"": other(images)}, {"": expected})
+
+
+def test_forward_mode_derivatives():
+    x, tangent, others = (make_images(2, CHANNELS, 6, 7, seed=seed) for seed in range(3))
+    grown = concatenate([others, others], channels=TOTAL)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        for tensors in ([dual, others], [grown, dual]):
+            value, derivative = forward_ad.unpack_dual(concatenate(tensors))
+            expected = forward_ad.unpack_dual(torch.cat(tensors, 1))
+            assert torch.equal(value, expected.primal) and torch.equal(derivative, expected.tangent)
 
 
 def test_a_copy_has_no_room():
