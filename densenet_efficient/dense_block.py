@@ -97,9 +97,8 @@ def backward_stage(
     )
     input_grad = None
     if input_needed:
-        channels = stage.input_channels(storage)
-        input_grad = kernels.empty_kept_images(grad, saved.features.shape[0], channels, *size)
-        as_rows(input_grad).copy_(grad[:, :channels])
+        input_grad = kernels.empty_kept_images(grad, saved.features.shape[0], stage.input_channels, *size)
+        as_rows(input_grad).copy_(grad[:, : stage.input_channels])
     return StageGradients(input_grad, layer_grads, exit_grads)
 
 

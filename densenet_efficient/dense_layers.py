@@ -43,7 +43,7 @@ def forward_layers(
     with_statistics = stage.needs_statistics
     bottlenecks: list[Tensor] = []  # the first serves all layers up to the first whose output is saved
     first_saved = len(stage.layers) - saved_bottlenecks
-    channels = stage.input_channels(storage)
+    channels = stage.input_channels
     for index, layer in enumerate(stage.layers):
         columns = slice(channels, channels + layer.growth_rate)
         inputs, slot = storage[:, :channels], storage[:, columns]

@@ -39,7 +39,7 @@ def _norm(weight: Tensor, bias: Tensor, epsilons: list[float], uses_running: lis
     return Norm(weight, bias, epsilons.pop(0), pair)
 
 
-def _unflatten(
+def _describe_stage(
     parameters: list[Tensor],
     exit_parameters: list[Tensor],
     running: list[Tensor],
@@ -79,10 +79,6 @@ def _by_layer(values: list[T], bottleneck: bool) -> list[list[T]]:
     return [list(values[start : start + size]) for start in range(0, len(values), size)]
 
 
-def _input_channels(features: Tensor, parameters: list[Tensor], bottleneck: bool) -> int:
-    return features.shape[1] - sum(layer[-1].shape[0] for layer in _by_layer(parameters, bottleneck))
-
-
 def compute_stage(
     x: Tensor,
     parameters: list[Tensor],
@@ -114,7 +110,7 @@ def compute_stage(
             recomputes those of the others.
         counts, group: those of a `Synchronisation`; None and empty for a process by itself.
     """
-    stage = _unflatten(
+    stage = _describe_stage(
         parameters, exit_parameters, running, masks, epsilons, uses_running, bottleneck, dilations, stage_exit,
         drop_rate, counts, group,
     )  # fmt: skip
@@ -185,7 +181,7 @@ def compute_stage_backward(
     group: str,
 ) -> list[Tensor]:
     """The gradients of (x, *parameters, *exit_parameters) for which ``needed`` is true, in this order."""
-    stage = _unflatten(
+    stage = _describe_stage(
         parameters, exit_parameters, running, masks, epsilons, uses_running, bottleneck, dilations, stage_exit,
         drop_rate, counts, group,
     )  # fmt: skip
@@ -195,7 +191,7 @@ def compute_stage_backward(
     with _without_autocast(features.device.type):
         gradients = backward_stage(stage, out_grad, features_grad, saved, needed[0], layers_needed, needed[count:])
     values = [gradients.input, *(grad for layer in gradients.layers for grad in layer), *gradients.exit]
-    x = features[:, : _input_channels(features, parameters, bottleneck)]
+    x = features[:, : stage.input_channels]
     return _needed_gradients(values, [x, *parameters, *exit_parameters], needed)
 
 
@@ -240,8 +236,7 @@ def _fake_stage_backward(
     group: str,
 ) -> list[Tensor]:
     images, _, *size = features.shape
-    channels = _input_channels(features, parameters, bottleneck)
-    x = as_images(features.new_empty(images * math.prod(size), channels), *size)
+    x = as_images(features.new_empty(images * math.prod(size), parameters[0].shape[0]), *size)
     gradients = [x, *(empty_gradient(parameter, parameter.dtype) for parameter in [*parameters, *exit_parameters])]
     return [gradient for gradient, wanted in zip(gradients, needed, strict=True) if wanted]
 

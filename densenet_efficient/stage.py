@@ -88,9 +88,10 @@ class Stage:
         norms = [layer.norm1 for layer in self.layers] + ([self.exit_norm] if self.exit_norm else [])
         return any(norm.running is None for norm in norms)
 
-    def input_channels(self, storage: Tensor) -> int:
-        """C0, those of ``storage`` [M, C] in front of the layers'."""
-        return storage.shape[1] - sum(layer.growth_rate for layer in self.layers)
+    @property
+    def input_channels(self) -> int:
+        """C0, which the first layer reads."""
+        return self.layers[0].norm1.weight.shape[0]
 
     def in_dtype(self, dtype: torch.dtype) -> Stage:
         """The same with the layers' convolutions in ``dtype`` and channels-last, all of them cast in one go."""
