@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from . import kernels
+from . import __version__, kernels
 from .argument_checks import CHECKPOINTING_LEVELS
 from .files import atomic_write
 from .measure import make_step, peak_memory_per_image, step_times
@@ -140,8 +140,6 @@ def examine(json_path: Path | None = None, console: Console | None = None) -> in
 
 def describe_build() -> dict[str, Any]:
     """Versions, the machine, and what the native extension says of itself, None where it is not there."""
-    from . import __version__
-
     native = None
     if kernels.cpu.is_available():
         from . import _C

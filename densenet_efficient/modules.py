@@ -180,11 +180,12 @@ def _read_layer(layer: nn.Module) -> LayerParts | str:
 class Transition(nn.Sequential):
     """BN-ReLU-conv1x1-average pooling between two blocks (arXiv:1608.06993, section 3): half the size along each axis.
 
-    Behind a dense block in a `Features` or a converted sequence it joins the block's operator; alone it is plain torch.
+    ``forward`` takes [N, C, H, W] and gives [N, C', H // 2, W // 2]. Behind a dense block in a `Features` or a
+    converted sequence it joins the block's operator; alone it is plain torch.
 
     Args:
-        num_input_features: channels of the input.
-        num_output_features: channels of the output.
+        num_input_features: C.
+        num_output_features: C'.
         spatial_dims: 1, 2 or 3.
 
     Raises:
@@ -203,24 +204,24 @@ class Transition(nn.Sequential):
 
 
 class Features(nn.Sequential):
-    """Everything before the classifier, under torchvision's names; ``forward`` gives the output of the last norm."""
+    """Everything before the classifier, under torchvision's names.
+
+    ``forward`` takes images [N, in_channels, H, W] and gives the output of the last norm, [N, C, H', W'].
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        return run_features(list(self), input)
+        return run_features(list(self), input)  # children() gives a module that comes twice once
 
     def pooled(self, x: Tensor) -> Tensor:
         """relu(forward(x)) averaged over each image, [N, C]; the last norm joins the last block's stage."""
         is_own = type(self).forward is Features.forward and not fusion.is_observed(self)
         whole = is_own and not fusion.any_global_hook()
-        out, is_pooled = self._run(x, with_head=True) if whole else (self(x), False)
+        out, is_pooled = run_children(list(self), x, with_head=True) if whole else (self(x), False)
         return out if is_pooled else global_average(out, self._spatial_dims())
 
     def _spatial_dims(self) -> int:
         """Those of the convolutions: what torch.fx traces in the place of a tensor does not tell."""
         return next((dims_of(module) for module in self.modules() if isinstance(module, Convolution)), 2)
-
-    def _run(self, x: Tensor, with_head: bool) -> tuple[Tensor, bool]:
-        return run_children(list(self), x, with_head)  # children() gives a module that comes twice once
 
 
 def run_named_children(

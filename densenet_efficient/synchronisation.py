@@ -53,10 +53,8 @@ def resolve(name: str) -> dist.ProcessGroup:
 
 
 def group_of(norm: nn.Module) -> str:
-    """The name of the group in which a norm takes its statistics now; empty for a process by itself."""
-    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training or not dist.is_available():
-        return ""
-    if not dist.is_initialized():
+    """The name of the group in which a norm in training takes its statistics; empty for a process by itself."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
         return ""
     group: Any = norm.process_group or dist.group.WORLD
     return "" if dist.get_world_size(group) == 1 else str(group.group_name)

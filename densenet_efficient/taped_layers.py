@@ -19,7 +19,7 @@ from .stage import Stage, StageOutput
 
 MOST_TAPES = 256  # kept at a time, the oldest is dropped: of networks of four blocks, 32 layouts of a training
 
-Results = list[Tensor | None]
+Results = Sequence[Tensor | None]
 
 
 class Tape(NamedTuple):
@@ -60,17 +60,10 @@ def forward_layers(
     """As `dense_layers.forward_layers`."""
 
     def loop() -> Results:
-        return [
-            *dense_layers.forward_layers(
-                stage,
-                kernels.backend_named("triton"),
-                storage,
-                size,
-                statistics,
-                bottleneck_statistics,
-                saved_bottlenecks,
-            )
-        ]
+        triton = kernels.backend_named("triton")
+        return dense_layers.forward_layers(
+            stage, triton, storage, size, statistics, bottleneck_statistics, saved_bottlenecks
+        )
 
     key = ("forward", size, stage.needs_statistics, saved_bottlenecks)
     bottlenecks = _run(key, loop, stage, [storage, statistics, bottleneck_statistics])

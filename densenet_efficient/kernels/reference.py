@@ -183,9 +183,9 @@ def bn_relu_avg_pool_backward(
     sum_grad_x: Tensor,
 ) -> None:
     """Backward of `bn_relu_avg_pool`; pixels outside every window get zero."""
-    window = (window_height, window_width)
-    pooled = as_images(out_grad.to(mean.dtype), height // window_height, width // window_width)
-    spread = pooled.repeat_interleave(window_height, 2).repeat_interleave(window_width, 3) / (window[0] * window[1])
+    shares = out_grad.to(mean.dtype) / (window_height * window_width)
+    pooled = as_images(shares, height // window_height, width // window_width)
+    spread = pooled.repeat_interleave(window_height, 2).repeat_interleave(window_width, 3)
     spread = F.pad(spread, (0, width - spread.shape[3], 0, height - spread.shape[2]))
     _deposit(as_rows(spread), _activate(x, scale, shift), x, mean, scale, grad, accumulate, sum_grad, sum_grad_x)
 

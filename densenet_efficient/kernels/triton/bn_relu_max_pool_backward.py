@@ -12,7 +12,7 @@ from .statistics import finish_sums, store_sums
 
 
 @kernel(do_not_specialize=["pooled"])
-def _winner_kernel(
+def bn_relu_max_pool_backward_winner_kernel(
     x, x_stride, scale, shift, winners, pooled, channels, height, width, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
     block, part = block_and_part(channels, CHANNELS)
@@ -29,7 +29,7 @@ def _winner_kernel(
 
 
 @kernel(do_not_specialize=["rows"])
-def _gather_kernel(
+def bn_relu_max_pool_backward_gather_kernel(
     out_grad, out_grad_stride, winners, x, x_stride, mean, scale, shift, grad, grad_stride, partials, rows, channels,
     height, width, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -83,10 +83,10 @@ def bn_relu_max_pool_backward(
     parts = ceil_div(rows, tile_rows)
     partials = sum_grad.new_empty(2, parts, channels)
     with on_device(x):
-        _winner_kernel[grid_of(ceil_div(pooled, tile_rows), channels, columns)](
+        bn_relu_max_pool_backward_winner_kernel[grid_of(ceil_div(pooled, tile_rows), channels, columns)](
             x, x.stride(0), scale, shift, winners, pooled, channels, height, width, tile_rows, columns
         )
-        _gather_kernel[grid_of(parts, channels, columns)](
+        bn_relu_max_pool_backward_gather_kernel[grid_of(parts, channels, columns)](
             out_grad, out_grad.stride(0), winners, x, x.stride(0), mean, scale, shift, grad, grad.stride(0),
             partials, rows, channels, height, width, tile_rows, columns,
         )  # fmt: skip
