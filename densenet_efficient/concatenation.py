@@ -7,7 +7,9 @@ saves of L growing features is one storage instead of L(L+1)/2 pieces.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -29,7 +31,8 @@ class Room:
     used: int
 
     def __post_init__(self) -> None:
-        self.version = self.storage._version  # our own writes leave it alone; a user's raise it
+        self.version = self.storage._version  # our own writes leave it alone when they end; a user's raise it
+        self.lock = threading.Lock()  # for one thread at a time to look, and to write behind what it has seen
 
     def is_behind(self, result: Tensor) -> bool:
         """Whether the free channels begin where ``result`` ends."""
@@ -81,16 +84,17 @@ def concatenate(tensors: Sequence[Tensor], channels: int | None = None) -> Tenso
     if channels is not None and channels < total:
         raise ValueError(f"channels must be at least the {total} that are concatenated, got {channels}")
     first = tensors[0]
-    room: Room | None = _rooms.get(first)
-    if room is not None and room.storage._version != room.version:
-        raise RuntimeError(
-            "a result of concatenate was changed in place, which changes every other one that shares its storage; "
-            "use an operation that is not in place, or clone() the result first"
-        )
     dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors])  # as torch.cat does, under autocast too
-    if room is None or not room.is_behind(first) or first.dtype != dtype or total > room.storage.shape[1]:
-        room = _new_room(first, dtype, channels or 2 * total)
-    result: Tensor = _Append.apply(room, *tensors)
+    room: Room | None = _rooms.get(first)
+    with nullcontext() if room is None else room.lock:
+        if room is not None and room.storage._version != room.version:
+            raise RuntimeError(
+                "a result of concatenate was changed in place, which changes every other one that shares its storage; "
+                "use an operation that is not in place, or clone() the result first"
+            )
+        if room is None or not room.is_behind(first) or first.dtype != dtype or total > room.storage.shape[1]:
+            room = _new_room(first, dtype, channels or 2 * total)
+        result: Tensor = _Append.apply(room, *tensors)
     _rooms[result] = room
     return result
 

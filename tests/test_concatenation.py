@@ -1,8 +1,11 @@
 """`concatenate` against `torch.cat`: values, gradients, what is saved, and that no result ever changes."""
 
+import contextlib
 import copy
 import gc
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from densenet_efficient import concatenate
+from densenet_efficient.concatenation import Room
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nan_memory")
 
@@ -112,6 +116,24 @@ def test_two_continuations_of_one_result():
         gradients = torch.autograd.grad(sum(map(loss_of, (start, one, other, *further))), (first, second, third))
         results.append(dict(enumerate((start, one, other, *further, *gradients))))
     assert_close(*results)
+
+
+def test_two_threads_continue_one_result(monkeypatch):
+    """Each looks whether there is room before the other writes, where nothing keeps it from that."""
+    first = concatenate([make_images(2, CHANNELS, 6, 7)], channels=TOTAL)
+    rest = [make_images(2, GROWTH_RATE, 6, 7, seed=seed) for seed in (1, 2)]
+    looked, is_behind = threading.Barrier(2), Room.is_behind
+
+    def is_behind_for_both(room, result):
+        found = is_behind(room, result)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            looked.wait(timeout=0.5)
+        return found
+
+    monkeypatch.setattr(Room, "is_behind", is_behind_for_both)
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(lambda new: concatenate([first, new], channels=TOTAL), rest))
+    assert all(torch.equal(result, torch.cat([first, new], 1)) for result, new in zip(results, rest, strict=True))
 
 
 def test_several_at_once_and_more_than_promised():
