@@ -124,7 +124,9 @@ def kept_stage(block: nn.Module, consumer: nn.Module | None) -> PreparedStage | 
     """What was prepared and is kept for ``block`` with this consumer, where it is still valid."""
     kept = beside(block)
     stage = kept.stage  # once: another thread may put in that of another consumer
-    if stage is not None and not stage.snapshot.matches([block, consumer]):
+    if stage is None or stage.exit.consumer is not consumer:  # then it stays, for the calls with its own
+        return None
+    if not stage.snapshot.matches([block, consumer]):
         stage = kept.stage = None
     return stage
 

@@ -14,6 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from torchvision.ops import FeaturePyramidNetwork
 
 from densenet_efficient import Backbone, EfficientDenseNet, convert, kernels
+from densenet_efficient.kept import beside
 from densenet_efficient.models import create_model
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nan_memory")
@@ -171,6 +172,19 @@ def test_fx_traces_every_number_of_dimensions(dims):
 
 
 @needs_native
+def test_features_alone_are_prepared_once(native_backend):
+    """The last block runs without its norm there; both kept stages are looked for, and one is found."""
+    _, model = make_pair(mode="eval")
+    blocks = [module for name, module in model.features.named_children() if name.startswith("denseblock")]
+    kept = []
+    with torch.no_grad():
+        for _ in range(3):
+            model.features(make_images(*IMAGES))
+            kept.append([beside(block).stage for block in blocks])
+    assert all(stage is not None for stage in kept[0])
+    assert kept[0] == kept[1] == kept[2]
+
+
 def test_an_inference_keeps_no_features_that_nobody_asked_for(monkeypatch):
     """Of the stem, the transition and the last norm there are the outputs alone; of the features, all where asked."""
     _, efficient = make_pair(mode="eval")
