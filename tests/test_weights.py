@@ -153,6 +153,14 @@ def test_keys_that_do_not_fit(change, message):
     assert_close(model.state_dict(), before, 0)
 
 
+def test_of_another_network_s_keys_some_are_named():
+    state = EfficientDenseNet(growth_rate=4, block_config=(6, 8), num_init_features=6).state_dict()
+    message = r"they have dense blocks of \[6, 8\] layers, the model of \[3, 2\]; unknown .*; and \d+ keys more$"
+    with pytest.raises(ValueError, match=message) as raised:
+        load_weights(small(), state)
+    assert str(raised.value).count("denselayer") == 10
+
+
 def test_one_weight_under_two_keys():
     """Which of them to load is the user's to say."""
     state = make_model("torchvision").state_dict()

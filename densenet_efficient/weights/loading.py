@@ -21,6 +21,7 @@ NO_WEIGHTS = {
     "op_threshs": "the thresholds by which torchxrayvision scales its outputs",
     "n_averaged": "the count of torch's AveragedModel",
 }
+MOST_NAMED = 10  # keys of another network's weights
 _FIRST_NORM = re.compile(r"features\.denseblock(\d+)\.denselayer\d+\.norm1\.weight")
 
 
@@ -56,7 +57,7 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> li
     notes = [*_leave_no_weights(state, own), *_keep_classifier(state, own), *_adapt_first_convolution(state, own)]
     problems = _problems(state, own)
     if problems:
-        reasons = "; ".join([*_other_topology(state, own), *problems])
+        reasons = "; ".join(_of_another_topology(state, own, problems) or problems)
         raise ValueError(f"the weights do not fit this {type(model).__name__}: {reasons}")
     model.load_state_dict(own | state)
     if isinstance(checkpoint, KerasWeights):
@@ -115,12 +116,14 @@ def _problems(state: dict[str, Tensor], own: dict[str, Any]) -> list[str]:
     return unknown + missing + shapes
 
 
-def _other_topology(state: Iterable[str], own: Iterable[str]) -> list[str]:
-    """Says so, before all the keys, where ``state`` is of another network."""
+def _of_another_topology(state: Iterable[str], own: Iterable[str], problems: list[str]) -> list[str]:
+    """Says so where ``state`` is of another network, of which some keys are enough: often hundreds do not fit."""
     given, expected = _layers_of_blocks(state), _layers_of_blocks(own)
     if given == expected:
         return []
-    return [f"they have dense blocks of {given or 'no'} layers, the model of {expected or 'no'}"]
+    topology = f"they have dense blocks of {given or 'no'} layers, the model of {expected or 'no'}"
+    more = len(problems) - MOST_NAMED
+    return [topology, *problems[:MOST_NAMED], *([f"and {more} keys more"] if more > 0 else [])]
 
 
 def _layers_of_blocks(keys: Iterable[str]) -> list[int]:
