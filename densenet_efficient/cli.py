@@ -6,7 +6,9 @@ What is heavier than the package itself is imported by the command that needs it
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from densenet_efficient.planning.planner import DTYPES
 from densenet_efficient.planning.timeline import OPTIMIZERS
 from densenet_efficient.summary import parse_input_shape
 
-FAILED, INTERRUPTED = 2, 130
+FAILED, INTERRUPTED, UNREAD = 2, 130, 141
 # Of the commands of `densenet_efficient.training`, whose options its parsers know.
 CONFIGURED_COMMANDS = {
     "fit": "train a classifier on images, or continue to",
@@ -33,7 +35,10 @@ CONFIGURED_COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 2 after an error of one line, 130 after Ctrl-C, or its own."""
+    """Run one command and return its exit status: 0, 2 after an error of one line, 130 after Ctrl-C, or its own.
+
+    It is 141, and nothing is said, where what reads the output has seen enough, such as `head`.
+    """
     given = with_underscores(sys.argv[1:] if arguments is None else arguments)
     try:
         if given and given[0] == "predict":
@@ -54,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}{remedy}", file=sys.stderr)
         return FAILED
     except (OSError, ValueError, RuntimeError, ArithmeticError, pickle.UnpicklingError) as error:
+        if isinstance(error, BrokenPipeError) and reader_is_gone():
+            return UNREAD
         print(f"error: {one_line(error)}", file=sys.stderr)
         return FAILED
 
@@ -207,10 +214,9 @@ def run_visualize(options: argparse.Namespace) -> None:
 
 
 def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return value
+    return int(text)
 
 
 def input_shape(text: str) -> tuple[int, ...]:
@@ -218,6 +224,20 @@ def input_shape(text: str) -> tuple[int, ...]:
         return parse_input_shape(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def reader_is_gone() -> bool:
+    """Whether nobody reads the standard output any more; if so, what is left of it goes nowhere, at the exit too."""
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # as of a string
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def one_line(error: Exception) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from training_cases import fails, fit, fit_arguments, make_images, make_patients, write_table
 
+from densenet_efficient import cli as command_line
 from densenet_efficient.cli import main, one_line
 from densenet_efficient.training import cli
 from densenet_efficient.training.check import examine_data
@@ -134,3 +137,58 @@ def test_options_of_lightning_that_are_refused(
     option: list[str], message: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in fails(fit_arguments(images, tmp_path / "run", *option), capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v2.RandomRotate", "--data.augmentation torchvision.transforms.v2.RandomRotate: there is no such class"),
+        (
+            "RandomRotation",
+            "--data.augmentation torchvision.transforms.RandomRotation: expected a subclass of Transform",
+        ),
+    ],
+)
+def test_a_class_of_augmentations_that_is_none(
+    name: str, message: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = json.dumps([{"class_path": f"torchvision.transforms.{name}", "init_args": {"degrees": 15}}])
+    assert message in fails(fit_arguments(images, tmp_path / "run", "--data.augmentation", steps), capsys)
+
+
+@pytest.mark.parametrize("size", ["x", "0", "-3", "2.5"])
+def test_a_size_that_is_no_whole_number(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["visualize", "reuse", "--model", "densenet121", f"--image_size={size}", "--output", "reuse.png"])
+    assert f"--image_size: expected a whole number of at least 1, got {size};" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word() -> None:
+    code = """
+import sys
+from densenet_efficient import cli
+def read_on(options):
+    for number in range(100_000):
+        print(number)
+cli.run_summary = read_on
+sys.exit(cli.main(["summary", "densenet121", "--input", "1x3x32x32"]))
+"""
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == b"0\n"
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(), said) == (141, b"")
+
+
+def test_a_broken_pipe_of_another_kind_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def break_pipe(options: object) -> None:
+        raise BrokenPipeError("a worker is gone")
+
+    monkeypatch.setattr(command_line, "run_summary", break_pipe)
+    assert main(["summary", "densenet121", "--input", "1x3x32x32"]) == 2
+    assert capsys.readouterr().err == "error: a worker is gone\n"

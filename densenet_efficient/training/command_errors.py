@@ -14,7 +14,11 @@ OF_A_GROUP = re.compile(r"Group '([\w.]+)' does not accept option '([\w.]+)'")
 OF_NOTHING = re.compile(r"^Option '([\w.]+)' is not accepted")
 OF_A_CLASS = re.compile(r"given class_path '(?:\w+\.)*(\w+)': Option '([\w.]+)' is not accepted")
 MISSING = re.compile(r"given class_path '(?:\w+\.)*(\w+)': the following arguments are required: (\w+)")
-NO_CLASS = re.compile(r"Expected a dot import path string: (\w+)|given class_path '([\w.]+)': No module named")
+NO_CLASS = re.compile(
+    r"Expected a dot import path string: (\w+)"
+    r"|given class_path '([\w.]+)': (?:No module named|module '[\w.]+' has no attribute)"
+)
+OTHER_CLASS = re.compile(r"Import path ([\w.]+) does not correspond to a subclass of (\w+)")
 REQUIRED = re.compile(r"^the following arguments are required: (.+)")
 VALUE = re.compile(r"(?:Got value|Given value): (.+?)(?= - Expected|$)")
 KIND = re.compile(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.+?)\])|Not of type (\w+)")
@@ -49,6 +53,8 @@ def in_plain_words(reason: str) -> str:
         return f"{option}.{found[2]}: {found[1]} needs it"
     if found := NO_CLASS.search(reason):
         return f"{option} {found[1] or found[2]}: there is no such class"
+    if found := OTHER_CLASS.search(reason):
+        return f"{option} {found[1]}: expected a subclass of {found[2]}"
     if found := REQUIRED.search(reason):
         names = [POSITIONAL.get(name, f"--{name}") for name in found[1].split(", ")]
         return f"the following arguments are required: {', '.join(names)}"
