@@ -91,6 +91,7 @@ def test_one_process_alone_says_that_a_model_knows_its_images(capsys: pytest.Cap
         known.warn(SimpleNamespace(datamodule=data, is_global_zero=is_global_zero))
     said = capsys.readouterr().err
     assert said.startswith("the model was trained on 3 of the 3 images of the validation split, so its figures flatter")
+    assert said.endswith("(files are told by their path in the data and their size)\n")
     assert said.count("\n") == 1
 
 

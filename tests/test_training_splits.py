@@ -177,6 +177,8 @@ def test_images_in_named_splits_are_tested_with_all_of_them(tmp_path: Path) -> N
         kind = CSVData if options else FolderData
         with pytest.raises(ValueError, match=r"names its splits, .*: expected 0, or 1 to test with all, got 0.2"):
             kind(data, test_fraction=0.2, image_size=8, batch_size=2, **options)
+        with pytest.raises(ValueError, match=r"got 0.2; give --data.test_fraction 0 where a recipe takes a share$"):
+            kind(data, test_fraction=0.2, image_size=8, batch_size=2, **options)
 
 
 def test_what_systems_leave_among_images_is_no_class(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ class TrainingImages:
 def says_trained_on(count: int, of: int, split: str) -> str:
     return (
         f"the model was trained on {count} of the {of} images of the {split} split, so its figures flatter it; "
-        "evaluate it on the images and the split that it was trained with, or on new images alone"
+        "evaluate it on the images and the split that it was trained with, or on new images alone "
+        "(files are told by their path in the data and their size)"
     )
 
 

@@ -111,7 +111,7 @@ def tests_with_all(where: object, test_fraction: float) -> bool:
     if test_fraction not in (0, 1):
         raise ValueError(
             f"{where}: names its splits, of which --data.test_fraction takes nothing: expected 0, or 1 to test with "
-            f"all, got {test_fraction}"
+            f"all, got {test_fraction}; give --data.test_fraction 0 where a recipe takes a share"
         )
     return test_fraction == 1
 
