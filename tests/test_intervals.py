@@ -41,7 +41,10 @@ def test_patients_are_drawn_and_not_their_images() -> None:
         summarise(one)["accuracy"]["high"] - summarise(one)["accuracy"]["low"] for one in (alone, images, patients)
     ]
     assert widths[2] == pytest.approx(widths[0], abs=0.11) and widths[1] < widths[2] / 2
-    assert [summarise(one)["grouped"] for one in (alone, images, patients)] == [False, False, True]
+    each_its_own = replace(alone, groups=[str(number) for number in range(10)])
+    every = [summarise(one) for one in (alone, images, patients, each_its_own)]
+    assert [summary["grouped"] for summary in every] == [False, False, True, False]
+    assert [summary["images"] for summary in every] == [10, 100, 100, 10]
 
 
 def test_one_patient_is_one_whatever_its_images() -> None:
@@ -54,7 +57,41 @@ def test_one_patient_is_one_whatever_its_images() -> None:
 @pytest.mark.parametrize("right", [True, False])
 def test_a_share_lies_within_its_interval(right: bool, count: int) -> None:
     accuracy = summarise(evaluation([right] * count, positives=count // 2))["accuracy"]
-    assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
+    assert 0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1
+
+
+def test_samples_that_differ_by_rounding_alone_have_no_interval() -> None:
+    """Of each of three classes the one patient has it nine times, once given, so that every F1 is a fifth.
+
+    The mean of three fifths is none by a rounding; that of the classes of two patients is.
+    """
+    labels = np.eye(3)[np.arange(27) // 9]
+    given = labels * (np.arange(27) % 9 == 0)[:, None]
+    patients = [str(number // 9) for number in range(27)]
+    summary = summarise(Evaluation(["a", "b", "c"], True, given, labels, [""] * 27, "test", groups=patients))
+    assert summary["macro_f1"] == {"value": pytest.approx(0.2), "low": None, "high": None}
+
+
+def test_a_class_that_is_given_but_never_right_lowers_the_mean_of_the_samples_that_give_it() -> None:
+    """The others, about every third, are perfect."""
+    one = evaluation([True] * 21, positives=5)
+    probabilities = np.c_[one.probabilities, np.zeros(21)]
+    probabilities[-1] = 0, 0, 1
+    labels = np.c_[one.labels, np.zeros(21)]
+    summary = summarise(Evaluation(["a", "b", "none"], False, probabilities, labels, one.sources, "test"))
+    assert summary["macro_f1"]["value"] < 0.67 and summary["macro_f1"]["high"] == 1
+
+
+def test_areas_of_a_hundred_classes_have_intervals() -> None:
+    labels = np.eye(100)[np.arange(200) % 100]
+    scores = np.random.default_rng(0).random((200, 100))
+    summary = summarise(Evaluation([str(k) for k in range(100)], True, scores, labels, [""] * 200, "test"))
+    assert all(entry["auroc"]["low"] < entry["auroc"]["high"] for entry in summary["classes"].values())
+
+
+def test_a_class_has_as_many_images_as_labels() -> None:
+    classes = summarise(evaluation([False] * 3 + [True] * 4, positives=5))["classes"]
+    assert [classes[name]["images"] for name in "ab"] == [2, 5]
 
 
 def printed(one: Evaluation) -> list[tuple[str, ...]]:

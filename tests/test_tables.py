@@ -55,6 +55,12 @@ def test_blanks_around_the_labels_of_a_cell(tmp_path: Path) -> None:
     assert splits.validation.labels.tolist() == [[1, 1], [1, 0]]
 
 
+def test_a_file_may_come_again_in_its_group(tmp_path: Path) -> None:
+    table = table_of(tmp_path, "label,patient", "a,first", "b,second", "a,third", "b,fourth")
+    table.write_text(f"{table.read_text()}\n0.png,a,first")
+    assert sum(map(len, read(table, Columns(group="patient")).parts().values())) == 5
+
+
 def test_an_empty_separator(tmp_path: Path) -> None:
     message = re.escape("--data.label_separator: expected what stands between the classes of a cell, got nothing")
     with pytest.raises(ValueError, match=message):

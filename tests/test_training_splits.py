@@ -34,6 +34,12 @@ def test_what_no_share_decides_keeps_the_sizes_of_the_splits() -> None:
     assert [len(part) for part in parts] == [15, 15]
 
 
+def test_a_rounding_decides_no_share() -> None:
+    """Of each of two classes both lack half an image, one of them more by the last bit of 0.55 * 50."""
+    parts = stratified_split(np.eye(2)[np.arange(100) // 50], (0.55, 0.45), seed=0)
+    assert [len(part) for part in parts] == [55, 45]
+
+
 @pytest.mark.parametrize("counts", [(5, 40), (40, 5), (0, 40), (0, 0)])
 def test_images_without_a_finding_fill_the_splits(counts: tuple[int, int]) -> None:
     findings = np.zeros((100, 2))

@@ -144,7 +144,7 @@ def _intervals(values: Array, drawn: list[Array], counts: list[int] | None) -> l
 def _interval(value: float, samples: Array, count: int) -> dict[str, float | None]:
     entry = {"value": None if np.isnan(value) else float(value), "low": None, "high": None}
     defined = samples[~np.isnan(samples)]
-    if np.isnan(value) or not len(defined):
+    if not len(defined):
         return entry
     if np.ptp(defined) > AGREEMENT:
         low, high = np.quantile(defined, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
@@ -237,11 +237,11 @@ def confusions(evaluation: Evaluation) -> NDArray[np.int64]:
 
 
 def roc_curve(scores: Array, labels: Array) -> tuple[Array, Array]:
-    """False and true positive rates, from (0, 0) to (1, 1)."""
+    """False and true positive rates, from (0, 0) to (1, 1), of scores that have both positives and negatives."""
     order = np.argsort(-scores, kind="stable")
     ends = np.flatnonzero(np.r_[np.diff(scores[order]) != 0, True])
     positives, negatives = np.cumsum(labels[order])[ends], np.cumsum(1 - labels[order])[ends]
-    return np.r_[0, negatives / max(negatives[-1], 1)], np.r_[0, positives / max(positives[-1], 1)]
+    return np.r_[0, negatives / negatives[-1]], np.r_[0, positives / positives[-1]]
 
 
 def calibration(evaluation: Evaluation) -> tuple[list[dict[str, float]], float]:
