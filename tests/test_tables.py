@@ -61,6 +61,21 @@ def test_a_file_may_come_again_in_its_group(tmp_path: Path) -> None:
     assert sum(map(len, read(table, Columns(group="patient")).parts().values())) == 5
 
 
+def test_a_first_column_named_almost_as_excel_names_its_separator(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.png").touch()
+    table = tmp_path / "table.csv"
+    table.write_text("sepsis,path\nno,0.png\nyes,1.png\nno,2.png\nyes,3.png\n")
+    assert read(table, Columns(label="sepsis")).class_names == ["no", "yes"]
+
+
+def test_some_files_of_a_table_may_be_missing(tmp_path: Path) -> None:
+    """The check of the data names them."""
+    table = table_of(tmp_path, "label", *"abab")
+    (tmp_path / "2.png").unlink()
+    assert sum(map(len, read(table, Columns()).parts().values())) == 4
+
+
 def test_an_empty_separator(tmp_path: Path) -> None:
     message = re.escape("--data.label_separator: expected what stands between the classes of a cell, got nothing")
     with pytest.raises(ValueError, match=message):
