@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .argument_checks import check_drop_rate, check_layers, check_positive
+from .argument_checks import check_layers, check_positive
 from .dropout import Dropout
 from .modules import DenseBlock, run_block
 from .operator_calls import StageBlock
@@ -83,7 +83,6 @@ class FCDenseNet(nn.Module):
         ):
             check_positive(name, value)
         check_layers(block_config)
-        check_drop_rate(drop_rate)
         *down, coarsest = block_config
         channels = num_init_features
         skips = []

@@ -158,6 +158,13 @@ def test_prints_the_table():
     start = next(index for index, row in enumerate(cells) if row[:1] == ["denseblock1"])
     block, *layers, transition = cells[start : start + 8]
     assert block[1:3] == ["64", "4x256x56x56"]
+    # Of 4 * 56**2 pixels in float32: 2 * (864 + 6 * 128) channels, 256 + 6 * 128, and 256.
+    assert block[-6:] == ["156.2", "MiB", "49.0", "MiB", "12.2", "MiB"]
+    assert cells[start - 3][-3:] == ["naive", "none", "bottleneck"]
+    assert lines[0].strip() == "densenet201, input 4x3x224x224, float32"
+    assert lines[-1] == (
+        'A step at "bottleneck" also saves the bottlenecks that raise no peak (docs/planning.md), which are not counted.'
+    )
     assert [row[:5] for row in layers] == [
         [f"denselayer{index + 1}", str(64 + 32 * index), "128", "32", "4x32x56x56"] for index in range(6)
     ]
@@ -166,6 +173,12 @@ def test_prints_the_table():
     assert total[1] == "20,013,928"
     assert per_image[2:] == ["4.29", "G", "193.6", "MiB", "29.1", "MiB", "6.9", "MiB"]
     assert ratios[3:] == ["1.0x", "6.7x", "28.2x"]
+
+
+def test_the_weights_of_a_table_are_not_drawn():
+    before = torch.get_rng_state()
+    printed("densenet121", (1, 3, 224, 224))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("name", ["densenet161", "densenet-bc-190-40", "densenet-40-12", "densenet-b-100-12"])
