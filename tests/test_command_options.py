@@ -17,6 +17,7 @@ from densenet_efficient.training.check import examine_data
 from densenet_efficient.training.checkpoint import read_checkpoint
 from densenet_efficient.training.data import ImageData
 from densenet_efficient.training.recipes import FOLDER, recipe_names, recipe_path
+from densenet_efficient.training.shorthands import expand_shorthands
 
 
 @pytest.fixture
@@ -51,6 +52,16 @@ def test_check_data_takes_the_data_of_a_run(images: Path, tmp_path: Path, examin
     assert fit(images, tmp_path / "run", *options) == 0
     assert main(["check-data", "--config", str(tmp_path / "run" / "config.yaml")]) == 0
     assert (examined[0].seed, examined[0].preprocessing.image_size) == (5, 8)
+
+
+@pytest.mark.parametrize("given", [["--data", ""], ["--data="]])
+def test_an_empty_name_is_not_the_folder_one_is_in(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a variable of the shell that is not set."""
+    monkeypatch.chdir(make_images(tmp_path))
+    with pytest.raises(ValueError, match=r"^--data : not such a file; expected a folder of images, a table ending in"):
+        expand_shorthands(["fit", *given])
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,12 @@ def counted_as_the_authors_do(model):
 
 @pytest.mark.parametrize(
     ("network", "depth", "count", "in_the_paper"),
-    [(FCDenseNet56, 56, 1_397_963, 1.5), (FCDenseNet67, 67, 3_502_923, 3.5), (FCDenseNet103, 103, 9_425_163, 9.4)],
+    [
+        (FCDenseNet56, 56, 1_397_963, 1.5),
+        (FCDenseNet67, 67, 3_502_923, 3.5),
+        (FCDenseNet103, 103, 9_425_163, 9.4),
+        (FCDenseNet, 103, 9_425_163, 9.4),
+    ],
 )
 def test_parameters_of_the_paper(network, depth, count, in_the_paper):
     """Table 3 of the paper. For its FC-DenseNet56 the authors' code gives 1.40 M, a tenth less than is printed."""
@@ -59,6 +64,8 @@ def test_parameters_of_the_paper(network, depth, count, in_the_paper):
     assert sum(isinstance(module, nn.Conv2d | nn.ConvTranspose2d) for module in model.modules()) == depth
     assert counted_as_the_authors_do(model) == count
     assert count / 1e6 == pytest.approx(in_the_paper, abs=0.05 if depth > 56 else 0.11)
+    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.2}
+    assert {module.drop_rate for module in model.modules() if hasattr(module, "drop_rate")} == {0.2}
 
 
 def test_channels_of_the_paper():

@@ -41,7 +41,7 @@ def expand_shorthands(arguments: Sequence[str]) -> list[str]:
 
 
 def _expand_data(value: str) -> list[str]:
-    if Path(value).is_dir():
+    if value and Path(value).is_dir():
         return ["--data", "FolderData", "--data.folder", value]
     if value.lower().endswith(".csv"):
         return ["--data", "CSVData", "--data.table", value]
