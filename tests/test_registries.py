@@ -1,6 +1,7 @@
 """timm's and torchvision's registries: the models of create_model and get_model, with all that theirs offer."""
 
 import copy
+import pickle
 
 import pytest
 import timm
@@ -145,12 +146,13 @@ def test_intermediates_of_a_pruned_model():
     assert_close(*results)
 
 
-@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter", "fx", FeatureGraphNet])
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter", "fx", "FX", FeatureGraphNet])
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_features_only(feature_cls, checkpointing):
     theirs, ours = make_pair(features_only=True, feature_cls=feature_cls, out_indices=(1, 2))
     assert ours.feature_info.channels() == [20, 18]
     assert ours.feature_info.reduction() == theirs.feature_info.reduction()
+    assert blocks_of(ours)
     if feature_cls in ("list", "dict"):  # timm's own checkpointing updates the running statistics twice
         ours.set_grad_checkpointing(checkpointing)
         assert {block.checkpointing for block in blocks_of(ours)} == {"bottleneck" if checkpointing else "none"}
@@ -210,6 +212,20 @@ def test_configurations_are_those_of_timm():
         ours, theirs = get_pretrained_cfg(name), get_pretrained_cfg(name.removeprefix("efficient_"))
         assert ours.hf_hub_id == theirs.hf_hub_id
         assert ours.to_dict() == theirs.to_dict() | {"architecture": name.partition(".")[0]}
+
+
+def test_the_network_that_timm_has_not_is_configured_and_changed_as_the_others():
+    cfg = get_pretrained_cfg("efficient_densenet264")
+    assert (cfg.input_size, cfg.first_conv, cfg.classifier) == ((3, 224, 224), "features.conv0", "classifier")
+    with torch.device("meta"):
+        model = timm.create_model("efficient_densenet264", block_config=(2, 1))
+    assert [len(block) for block in blocks_of(model)] == [2, 1]
+
+
+@pytest.mark.parametrize("registry", ["timm", "torchvision"])
+def test_builders_are_found_again_by_their_names(registry):
+    builder = getattr(densenet_efficient, registry).efficient_densenet121
+    assert pickle.loads(pickle.dumps(builder)) is builder
 
 
 def test_no_pretrained_weights():

@@ -162,9 +162,7 @@ def test_prints_the_table():
     assert block[-6:] == ["156.2", "MiB", "49.0", "MiB", "12.2", "MiB"]
     assert cells[start - 3][-3:] == ["naive", "none", "bottleneck"]
     assert lines[0].strip() == "densenet201, input 4x3x224x224, float32"
-    assert lines[-1] == (
-        'A step at "bottleneck" also saves the bottlenecks that raise no peak (docs/planning.md), which are not counted.'
-    )
+    assert lines[-1].startswith('A step at "bottleneck" also saves the bottlenecks that raise no peak')
     assert [row[:5] for row in layers] == [
         [f"denselayer{index + 1}", str(64 + 32 * index), "128", "32", "4x32x56x56"] for index in range(6)
     ]
