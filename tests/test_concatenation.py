@@ -227,11 +227,20 @@ def test_a_copy_has_no_room():
     assert_close({"": start[:, 2:]}, {"": make_images(1, 2, 3, 3, seed=1)}, 0)
 
 
-def test_a_result_of_other_data_has_no_room():
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda data: data.transpose(2, 3),
+        lambda data: make_images(1, 8, 3, 3, seed=3)[:, :4],  # of the same strides
+        lambda data: data.view(torch.int64),  # in the same memory
+    ],
+    ids=["layout", "memory", "dtype"],
+)
+def test_a_result_of_other_data_has_no_room(other):
     start = concatenate([make_images(1, 2, 3, 3), make_images(1, 2, 3, 3, seed=1)], channels=8)
-    start.data = start.data.transpose(2, 3)
-    more = make_images(1, 2, 3, 3, seed=2)
-    assert_close({"": concatenate([start, more])}, {"": torch.cat([start, more], 1)}, 0)
+    start.data = other(start.data)
+    more = make_images(1, 2, 3, 3, seed=2).to(start.dtype)
+    assert torch.equal(concatenate([start, more]), torch.cat([start, more], 1))
 
 
 # Bad input
