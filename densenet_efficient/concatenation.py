@@ -131,7 +131,7 @@ def _may_share(tensors: list[Tensor]) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or forward_ad._current_level >= 0:
         return False
-    if torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack() or not tensors:
+    if torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack():
         return False
     if not all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors):
         return False

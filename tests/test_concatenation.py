@@ -12,6 +12,7 @@ import torch
 from cases import assert_close, loss_of, make_images, saved_bytes
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from densenet_efficient import concatenate
 from densenet_efficient.concatenation import Room
@@ -219,6 +220,43 @@ def test_forward_mode_derivatives():
             assert torch.equal(value, expected.primal) and torch.equal(derivative, expected.tangent)
 
 
+class Named(torch.Tensor):
+    """A kind of tensor of the user's."""
+
+
+class Watching(TorchDispatchMode):
+    """Writes down which operations run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.seen.append(operation)
+        return operation(*args, **kwargs or {})
+
+
+@pytest.mark.filterwarnings("ignore:.*trac")
+def test_whoever_watches_sees_cat():
+    tensors = make_images(1, 2, 3, 3), make_images(1, 2, 3, 3, seed=1)
+    with Watching() as watching:
+        concatenate(tensors)
+    assert watching.seen == [torch.ops.aten.cat.default]
+    graph = torch.jit.trace(lambda *given: concatenate(given), tensors).graph
+    assert [node.kind() for node in graph.nodes() if "aten" in node.kind()] == ["aten::cat"]
+
+
+def test_what_has_room():
+    """Images and parameters; neither what an inference gives nor tensors of another kind or layout."""
+    images = make_images(1, 2, 3, 3)
+    for first in (images, nn.Parameter(images)):
+        assert concatenate([first, images], channels=8)._base.shape == (1, 8, 3, 3)
+    with torch.inference_mode():
+        assert concatenate([images, images], channels=8).untyped_storage().nbytes() == 2 * images.nbytes
+    assert type(concatenate([images.as_subclass(Named), images])) is Named
+    assert concatenate([images.to_sparse()] * 2).layout == torch.sparse_coo
+
+
 def test_a_copy_has_no_room():
     start = concatenate([make_images(1, 2, 3, 3), make_images(1, 2, 3, 3, seed=1)], channels=8)
     duplicate = copy.deepcopy(start)
@@ -276,6 +314,8 @@ def test_a_change_in_place_before_the_backward_is_refused():
         None,
         [torch.zeros(1, 2, 3), torch.zeros(1, 2, 4)],
         [torch.zeros(1, 2, 3), torch.zeros(1, 2)],
+        [torch.zeros(2, 2, 3), torch.zeros(1, 2, 3)],
+        [torch.zeros(1, 2, 3), torch.zeros(1, 2, 3, device="meta")],
         [torch.zeros(3)],
         torch.zeros(1, 2, 3),
     ],

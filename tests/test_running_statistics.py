@@ -29,6 +29,14 @@ def test_tracking_switched_on_without_statistics(backend, mode, counter):
     assert_same_steps(pair)
 
 
+def test_tracking_switched_off_leaves_the_statistics(backend):
+    pair = make_pair()
+    for model in pair:
+        for norm in norms_of(model)[::2]:
+            norm.track_running_stats = False
+    assert_same_steps(pair)
+
+
 @pytest.mark.parametrize("momentum", [None, 0.3], ids=str)
 def test_without_a_counter(backend, momentum):
     """The cumulative average, of a number of batches that is not known, stays as it is."""
