@@ -64,10 +64,11 @@ def test_an_inference_allocates_what_is_predicted(dtype):
 
 
 @needs_native
-def test_the_optimizer_keeps_what_is_predicted():
-    """Where activations are next to nothing, the step of AdamW is the peak: gradients, state and its temporaries."""
+@pytest.mark.parametrize(("name", "kind"), [("rmsprop", "RMSprop"), ("adam", "Adam"), ("adamw", "AdamW")])
+def test_the_optimizer_keeps_what_is_predicted(name, kind):
+    """Where activations are next to nothing, its step is the peak: gradients, state and its temporaries."""
     model = EfficientDenseNet(**NETWORK | {"num_classes": 40000})
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = getattr(torch.optim, kind)(model.parameters())
     images = torch.rand(2, 3, 32, 32)
 
     def run():
@@ -77,7 +78,7 @@ def test_the_optimizer_keeps_what_is_predicted():
 
     run()
     state = sum(value.nbytes for states in optimizer.state.values() for value in states.values() if value.dim())
-    peak = plan(model, images.shape).training
+    peak = plan(model, images.shape, optimizer=name).training
     assert peak.moment == "optimizer, step"
     assert peak.memory.optimizer_state == state
     assert peak.memory.weights == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
