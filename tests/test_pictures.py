@@ -79,6 +79,7 @@ def test_each_class_has_its_own_roc_curve_but_for_one_without_an_area(drawn: lis
         "b  0.333": [[0, 0], [1 / 3, 0], [2 / 3, 0], [2 / 3, 1], [1, 1]],
         "a  1.000": [[0, 0], [0, 1], [1 / 3, 1], [2 / 3, 1], [1, 1]],
     }
+    assert list(lines_of(axes)) == ["b  0.333", "a  1.000"]  # the hardest first
     assert axes.get_title(loc="left") == "ROC, each class against the others"
     pictures.draw_roc(one, {"b": 0.0}, NOWHERE)
     assert list(lines_of(drawn[1].axes[0])) == ["b  0.000"]

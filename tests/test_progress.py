@@ -92,6 +92,15 @@ def test_an_epoch_is_told_by_one_process_alone() -> None:
     assert not told
 
 
+def test_an_epoch_is_told_by_the_figures_that_it_has() -> None:
+    progress = Progress()
+    progress.images, progress.seconds = 10, 4.0
+    metrics = {"val_loss": torch.tensor(0.5), "train_loss_epoch": torch.tensor(0.25)}
+    trainer: Any = SimpleNamespace(callback_metrics=metrics, current_epoch=0, max_epochs=2)
+    progress._trainer = trainer
+    assert progress._epoch_line(trainer) == "Epoch 1/2: train_loss 0.2500, val_loss 0.5000, 2.5 images/s"
+
+
 def test_memory_is_what_the_process_takes_now(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_module, "status_bytes", {"VmRSS": 3 * 2**20}.__getitem__)
     assert progress_module._memory_mib(torch.device("cpu")) == 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sized
 from datetime import timedelta
 from typing import Any
 
@@ -34,7 +33,7 @@ class Progress(RichProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.images += len(batch[0]) * trainer.world_size if isinstance(batch[0], Sized) else 0
+        self.images += len(batch[0]) * trainer.world_size
         self.seconds = time.monotonic() - self.started
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
