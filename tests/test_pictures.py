@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from densenet_efficient.training import pictures, report
-from densenet_efficient.training.evaluation import Evaluation, calibration, worst_mistakes
+from densenet_efficient.training.evaluation import Evaluation, calibration, summarise, worst_mistakes
 from densenet_efficient.training.pictures import Mistake
 
 NOWHERE = Path("nowhere.png")
@@ -135,6 +136,21 @@ def test_learning_rates_are_drawn_by_their_magnitude(drawn: list[Figure]) -> Non
     axes = drawn[0].axes[0]
     assert axes.get_xscale() == "log"
     assert lines_of(axes)["suggestion 0.002"] == [[0.002, 0], [0.002, 1]]
+
+
+def test_a_report_has_the_pictures_of_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several labels no confusion matrix, without an epoch no curves, without a mistake none of them."""
+    draw_roc, seen = report.draw_roc, []
+
+    def observed(evaluation: Evaluation, areas: Mapping[str, float | None], path: Path) -> None:
+        seen.append(areas)
+        draw_roc(evaluation, areas, path)
+
+    monkeypatch.setattr(report, "draw_roc", observed)
+    metrics = {"network": "any", "evaluation": summarise(SEVERAL), "versions": {}}
+    written = report.write_report(tmp_path, SEVERAL, metrics, [], "")
+    assert written == ["roc.png", "calibration.png", "metrics.json", "report.html"]
+    assert seen == [{"a": 1, "b": 1}]
 
 
 # ---- mistakes ----
