@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from densenet_efficient import EfficientDenseNet
 from densenet_efficient.planning import timeline
-from densenet_efficient.planning.shapes import BlockShape, NetworkShape, Parameters, StemShape
+from densenet_efficient.planning.shapes import BlockShape, NetworkShape, Parameters, StemShape, shape_of
 from densenet_efficient.planning.timeline import OPTIMIZERS, Memory, TrainingStep, inference_peak
 
 STEM = StemShape(
@@ -22,6 +23,23 @@ SECOND = BlockShape(
     gradient_part=3, masks=0, dropped=0, pooled=30, out=1, recomputed=(7, 8, 9),
 )  # fmt: skip
 SHAPE = NetworkShape(8, STEM, [FIRST, SECOND], Parameters(41, 40, 39, 38))
+
+
+def test_layers_without_bottlenecks_keep_none():
+    model = EfficientDenseNet(8, (2, 2), 16, bottleneck=False)
+    assert [block.bottleneck for block in shape_of(model, (2, 3, 32, 32), torch.float32, "cpu").blocks] == [0, 0]
+
+
+def test_the_one_convolution_of_a_small_stem_is_not_recomputed():
+    model = EfficientDenseNet(8, (2, 2), 16, small_inputs=True)
+    stem = shape_of(model, (2, 3, 32, 32), torch.float32, "cpu").stem
+    assert (stem.conv_out, stem.recomputed) == (0, 0)
+
+
+def test_no_more_images_are_convolved_at_a_time_than_there_are():
+    stem = shape_of(EfficientDenseNet(8, (2, 2), 16), (1, 3, 64, 64), torch.float32, "cpu").stem
+    assert stem.conv_out == 16 * 32 * 32 * 4
+    assert (stem.forward_workspace, stem.backward_workspace) == (stem.conv_out, 2 * stem.conv_out)
 
 
 def training(level, saved, shape=SHAPE, device="cpu"):
