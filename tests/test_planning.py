@@ -17,6 +17,7 @@ from densenet_efficient.planning.planner import Mix, cheapest_mix, mixes
 from densenet_efficient.planning.shapes import Parameters, block_shape, blocks_of, shape_of, stored_dtype
 from densenet_efficient.planning.sizes import format_bytes, format_count, parse_bytes
 from densenet_efficient.planning.timeline import OPTIMIZERS
+from densenet_efficient.reference import NaiveDenseNet
 
 NETWORK = {"growth_rate": 8, "block_config": (2, 3, 3), "num_init_features": 16, "num_classes": 5}
 SHAPE = (4, 3, 64, 64)
@@ -405,7 +406,11 @@ def test_images_are_counted_in_whole_numbers():
         plan("densenet121", (1.5, 3, 224, 224))
 
 
-@pytest.mark.parametrize("model", [torch.nn.Linear(1, 1), EfficientDenseNet(**SMALL, spatial_dims=1)])
+@pytest.mark.parametrize(
+    "model",
+    [torch.nn.Linear(1, 1), NaiveDenseNet(**SMALL), EfficientDenseNet(**SMALL, spatial_dims=1)],
+    ids=lambda m: type(m).__name__,
+)
 def test_other_models_are_refused(model):
     with pytest.raises(TypeError, match=r"EfficientDenseNet, its name|two-dimensional"):
         plan(model, (1, 3, 64, 64))
