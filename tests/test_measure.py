@@ -341,7 +341,7 @@ print(most >> 20, grown >> 20)
 
 @needs_native
 def test_buffers_of_many_sizes_hold_their_own_values() -> None:
-    """And the process holds no more than was in use at once, but for whole pages and a part in 64."""
+    """And the process holds no more than was in use at once, but for whole pages and 2 MiB."""
     most, grown = measured(MIXED_MEMORY)
     assert grown <= 1.03 * most + 4  # MiB
 

@@ -108,7 +108,7 @@ char* Pages::place(size_t bytes) {
 // Pages for addresses that have none.
 void Pages::fill(AddressRange gap) {
   while (gap.begin < gap.end) {
-    const bool may_hold_more = held_ + gap.bytes() <= most_in_use_ + most_in_use_ / kSpareParts;
+    const bool may_hold_more = held_ + gap.bytes() <= most_in_use_ + kSpare;
     if (may_hold_more || kept_.empty()) {
       held_ += gap.bytes();
       return;

@@ -29,8 +29,8 @@ class Pages {
   // One call of the system moves what was never moved apart. Fresh pages cost less than a call for fewer bytes.
   static constexpr size_t kWorthMoving = 1 << 18;
 
-  // What is held is never more than was in use at once, but for one part in so many: that spares most moves.
-  static constexpr size_t kSpareParts = 64;
+  // What is held is never more than was in use at once, but for so many bytes: they spare most moves.
+  static constexpr size_t kSpare = 1 << 21;
 
   char* place(size_t bytes);
   void fill(AddressRange gap);
