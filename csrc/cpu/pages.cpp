@@ -69,6 +69,8 @@ bool move(AddressRange, char*) { return false; }
 
 }  // namespace
 
+Pages::Pages() : reserved_(reserve_addresses()), top_(reserved_.begin) {}
+
 AddressRange Pages::take(size_t bytes) {
   bytes = round_up(bytes);
   char* const data = place(bytes);
@@ -91,11 +93,6 @@ AddressRange Pages::take(size_t bytes) {
 // The first free addresses, else those behind all others.
 char* Pages::place(size_t bytes) {
   if (char* const data = free_.first_of(bytes)) return data;
-  if (!was_reserved_) {
-    was_reserved_ = true;
-    reserved_ = reserve_addresses();
-    top_ = reserved_.begin;
-  }
   char* const data = !free_.empty() && free_.last().end == top_ ? free_.last().begin : top_;
   if (static_cast<size_t>(reserved_.end - data) < bytes) return nullptr;
   const AddressRange more{top_, data + bytes};

@@ -14,6 +14,8 @@ namespace densenet_efficient {
 
 class Pages {
  public:
+  Pages();
+
   // Buffers are whole multiples: a multiple of every system's page, and large enough that few are moved apart.
   static constexpr size_t kMultiple = 1 << 16;
 
@@ -36,9 +38,8 @@ class Pages {
   void fill(AddressRange gap);
   AddressRange take_kept(size_t bytes);
 
-  AddressRange reserved_{};  // addresses of this object's own
-  char* top_ = nullptr;      // from here on none of them was ever used
-  bool was_reserved_ = false;
+  const AddressRange reserved_;                     // addresses of this object's own
+  char* top_;                                       // from here on none of them was ever used
   AddressRanges free_, kept_;                       // addresses, and those of them that have pages
   std::set<char*> seams_;                           // between pages that the system moves by different calls
   size_t in_use_ = 0, most_in_use_ = 0, held_ = 0;  // bytes; what is held is in use or kept
