@@ -85,7 +85,7 @@ void forward(const Conv1x1Forward& p) {
   const bool skips = skips_zeros<T>(x, p.x_stride, scale, shift, p.rows, p.channels, outputs);
 
   parallel_tasks(tiles, [&](TaskRun& run) {
-    const int64_t stride = std::min(round_up(p.channels, 16), kDepth) + 16;
+    const int64_t stride = row_stride<T>(std::min(p.channels, kDepth));
     const int64_t most_rows = round_up(tile_rows, kProductRows<T>);
     Scratch<T> activations(most_rows * stride);
     Scratch<A> products(std::is_same_v<S, A> ? 0 : most_rows * outputs);

@@ -57,7 +57,7 @@ struct FinishedGradient {
   bool is_finite = true;
 
   explicit FinishedGradient(int64_t outputs)
-      : stride(round_up(outputs, 16) + 16),
+      : stride(row_stride<T>(outputs)),
         transposed_stride(round_up(kTileRows<T>, 32) + 32),
         rows(round_up(kTileRows<T>, 32) * stride),
         transposed(round_up(outputs, 16) * transposed_stride) {}
@@ -70,7 +70,7 @@ struct FinishedGradient {
     for (; c + 4 * kLanes<Accumulate<S>> <= p.outputs; c += 4 * kLanes<Accumulate<S>>) {
       finish_channels<4, S>(p, row, count, padded, c);
     }
-    for (; c < stride - 16; c += kLanes<Accumulate<S>>) finish_channels<1, S>(p, row, count, padded, c);
+    for (; c < stride - kLine<T>; c += kLanes<Accumulate<S>>) finish_channels<1, S>(p, row, count, padded, c);
     if (with_transposed) {
       transpose(rows.get(), stride, padded, p.outputs, transposed.get(), transposed_stride);
     }

@@ -21,6 +21,12 @@ inline void configure_tiles() {
   _tile_loadconfig(&configuration);
 }
 
+// Tiles multiply so fast that a product has few places to ask at: fewer lines at each would not be all that come next.
+ALWAYS_INLINE void ask_ahead(Prefetch& prefetch) {
+  constexpr int lines = 8;
+  for (int line = 0; line < lines; line += 2) prefetch.next();
+}
+
 // R x V tiles of sums, each 1 or 2. The numbers of the tiles must be constants: 2 * r + v are the sums, 4 + r those of
 // A, 6 + v those of B.
 template <int R, int V>
@@ -48,12 +54,12 @@ ALWAYS_INLINE void multiply_tiles(const Product<BFloat16, float>& p, Prefetch& p
         _tile_loadd(7, b + k * p.b_stride + 2 * kTileColumns, b_stride);
         _tile_dpbf16ps(1, 4, 7);
       }
-      prefetch.next();
+      ask_ahead(prefetch);
       if constexpr (R > 1) {
         _tile_loadd(5, a + kTileRows * p.a_stride + k, a_stride);
         _tile_dpbf16ps(2, 5, 6);
         if constexpr (V > 1) _tile_dpbf16ps(3, 5, 7);
-        prefetch.next();
+        ask_ahead(prefetch);
       }
     }
   }
@@ -66,10 +72,10 @@ ALWAYS_INLINE void multiply_tiles(const Product<BFloat16, float>& p, Prefetch& p
 // Whole tiles only.
 inline void multiply_whole_tiles(const Product<BFloat16, float>& p, Prefetch& prefetch) {
   asm volatile("" ::: "memory");  // the intrinsics do not tell the compiler what they read
-  for (int64_t column = 0; column < p.columns; column += 2 * kTileColumns) {
-    const bool two_columns = column + kTileColumns < p.columns;
-    for (int64_t row = 0; row < p.rows; row += 2 * kTileRows) {
-      const bool two_rows = row + kTileRows < p.rows;
+  for (int64_t row = 0; row < p.rows; row += 2 * kTileRows) {
+    const bool two_rows = row + kTileRows < p.rows;
+    for (int64_t column = 0; column < p.columns; column += 2 * kTileColumns) {
+      const bool two_columns = column + kTileColumns < p.columns;
       const auto block = p.after_rows(row).after_columns(column);
       if (two_rows && two_columns) {
         multiply_tiles<2, 2>(block, prefetch);

@@ -13,6 +13,15 @@ namespace densenet_efficient::CPU_CAPABILITY {
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
+template <typename T>
+constexpr int64_t kLine = 64 / sizeof(T);  // elements of a cache line
+
+// The stride of rows that begin with lines of their own, one apart: those of a power of two would share a few sets.
+template <typename T>
+constexpr int64_t row_stride(int64_t columns) {
+  return round_up(columns, kLine<T>) + kLine<T>;
+}
+
 // Uninitialised memory on cache lines of its own, with slack behind it: a product reads whole vectors of a row.
 template <typename T>
 class Scratch {
