@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 from torchmetrics.functional.classification import binary_auroc
 from training_cases import fails, fit, fit_arguments, make_images, weights
@@ -38,7 +39,7 @@ def folder(tmp_path: Path) -> FolderData:
     return FolderData(make_images(tmp_path / "images"), image_size=8, batch_size=4, num_workers=0)
 
 
-def train(module: Classifier, data: FolderData, *callbacks: Callback, epochs: int = 1, **limits: int) -> Trainer:
+def train(module: Classifier, data: FolderData, *callbacks: Callback, epochs: int = 1, **options: Any) -> Trainer:
     quiet: dict[str, Any] = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "logger"), False)
     trainer = Trainer(
         accelerator="cpu",
@@ -48,7 +49,7 @@ def train(module: Classifier, data: FolderData, *callbacks: Callback, epochs: in
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         **quiet,
-        **limits,
+        **options,
     )
     trainer.fit(module, datamodule=data)
     return trainer
@@ -99,6 +100,28 @@ def test_sgd_has_nesterov_momentum(momentum: float, nesterov: bool, tmp_path: Pa
     trainer = train(classifier(optimizer="sgd", momentum=momentum), folder(tmp_path))
     (optimizer,) = trainer.optimizers
     assert isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["nesterov"] == nesterov
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize(
+    ("options", "fused"),
+    [
+        ({}, True),
+        ({"precision": "bf16-mixed"}, True),
+        ({"precision": "bf16-mixed", "gradient_clip_val": 1.0}, False),
+        ({"plugins": [MixedPrecision("16-mixed", "cpu")], "gradient_clip_val": 1.0}, False),
+        ({"plugins": [MixedPrecision("16-mixed", "cpu")]}, False),
+    ],
+)
+def test_weights_are_updated_in_one_pass_unless_gradients_are_clipped_or_scaled(
+    optimizer: str, options: dict[str, Any], fused: bool, tmp_path: Path
+) -> None:
+    module = classifier(optimizer=optimizer)
+    before = [parameter.clone() for parameter in module.parameters()]
+    trainer = train(module, folder(tmp_path), **options)
+    assert {group["fused"] for group in trainer.optimizers[0].param_groups} == {fused}
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    assert any(not torch.equal(*pair) for pair in zip(before, module.parameters(), strict=True))
 
 
 def test_schedules() -> None:

@@ -252,17 +252,28 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.model, self.learning_rate, self.layer_decay, self.decay_norms)
+        common: dict[str, Any] = {"weight_decay": self.weight_decay, "fused": self._can_fuse_optimizer()}
         if self.optimizer == "sgd":
             optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                groups, self.learning_rate, self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
+                groups, self.learning_rate, self.momentum, nesterov=self.momentum > 0, **common
             )
         else:
             kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
-            optimizer = kind(groups, self.learning_rate, weight_decay=self.weight_decay)
+            optimizer = kind(groups, self.learning_rate, **common)
         total, head = self._total_steps(), self._head_steps()
         factors = [self._factor(group["name"].startswith(HEAD_GROUP), head, total) for group in optimizer.param_groups]
         schedule = {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _can_fuse_optimizer(self) -> bool:
+        """Whether each weight is updated in one pass: AdamW's take 8 ms of a step of DenseNet-121, and 26 in many.
+
+        An optimizer that is fused divides gradients by a scaler's factor itself, so that others see them multiplied:
+        Lightning refuses to clip those, in mixed precision whether or not there is a scaler.
+        """
+        is_clipped = bool(self.trainer.gradient_clip_val)
+        is_scaled = self.trainer.precision == "16-mixed"
+        return not is_clipped and not is_scaled and self.device.type in ("cpu", "cuda")
 
     def _total_steps(self) -> float:
         """Of a run without an end infinitely many, which its schedule must allow."""
