@@ -198,10 +198,30 @@ void taps_last(const A* from, int64_t from_stride, int64_t channels, A* to) {
   }
 }
 
+// Transposes as many pairs of rows, a pair of elements in each lane, as a square has rows.
+ALWAYS_INLINE void transpose_pairs(const BFloat16* from, int64_t from_stride, BFloat16* to, int64_t to_stride) {
+  Vector<float> pairs[kSquare];
+  for (int i = 0; i < kSquare; i++) {
+    detail::Words even, odd;
+    std::memcpy(&even, from + 2 * i * from_stride, sizeof(even));
+    std::memcpy(&odd, from + (2 * i + 1) * from_stride, sizeof(odd));
+    pairs[i] = detail::bit_cast<Vector<float>>(detail::widen(even) | detail::widen(odd) << 16);
+  }
+  transpose_registers(pairs);
+  for (int i = 0; i < kSquare; i++) std::memcpy(to + i * to_stride, &pairs[i], sizeof(pairs[i]));
+}
+
 // to [columns, rows] = the transpose of from [rows, columns].
 template <typename F, typename T>
 void transpose(const F* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
   int64_t row = 0;
+  if constexpr (std::is_same_v<F, BFloat16> && std::is_same_v<T, BFloat16>) {
+    for (; columns % kSquare == 0 && row + 2 * kSquare <= rows; row += 2 * kSquare) {
+      for (int64_t column = 0; column < columns; column += kSquare) {
+        transpose_pairs(from + row * from_stride + column, from_stride, to + column * to_stride + row, to_stride);
+      }
+    }
+  }
   if constexpr (std::is_same_v<Accumulate<F>, float> && std::is_same_v<Accumulate<T>, float>) {
     for (; row + kSquare <= rows; row += kSquare) {
       int64_t column = 0;
