@@ -37,6 +37,7 @@ DOCUMENTS = [
         "README.md",
         "docs/performance.md",
         "docs/benchmarks.md",
+        "docs/benchmarks_inference.md",
         "docs/training.md",
         "docs/planning.md",
         "docs/evidence.md",
