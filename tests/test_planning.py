@@ -1,5 +1,6 @@
 """The planner against what autograd allocates and what a process takes; the cheapest mix; levels per block."""
 
+import itertools
 import json
 
 import pytest
@@ -28,14 +29,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def allocated_peak(run):
-    """The most bytes that torch's allocator gave out at one time during ``run``, beyond what lived before."""
+    """The most bytes that torch's allocator gave out at one time during ``run``, beyond what lived before.
+
+    Without oneDNN's own scratch in a product: 0.6 MiB on CPUs with AMX, however few the images, none on others.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    products = [(event.start_ns(), event.duration_ns()) for event in events if event.name() == "aten::mm"]
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
+    for (time, change), (_, following) in itertools.pairwise([*changes, (0, 0)]):
+        live += change
+        is_scratch = change == -following and any(0 <= time - start <= length for start, length in products)
+        peak = peak if is_scratch else max(peak, live)
     return peak
 
 
