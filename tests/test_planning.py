@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def allocated_peak(run):
     """The most bytes that torch's allocator gave out at one time during ``run``, beyond what lived before.
 
-    Without oneDNN's own scratch in a product: 0.6 MiB on CPUs with AMX, however few the images, none on others.
+    Without oneDNN's own scratch in a product: 0.6 MiB was seen on a CPU with AMX, however few the images.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()

@@ -266,7 +266,7 @@ class Classifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _can_fuse_optimizer(self) -> bool:
-        """Whether each weight is updated in one pass: AdamW's take 8 ms of a step of DenseNet-121, and 26 in many.
+        """Whether each weight is updated in one pass: AdamW takes 8 ms of a step of DenseNet-121 so, 26 otherwise.
 
         An optimizer that is fused divides gradients by a scaler's factor itself, so that others see them multiplied:
         Lightning refuses to clip those, in mixed precision whether or not there is a scaler.
